@@ -1,0 +1,32 @@
+# make demo: from nothing to a model that listens and answers.  make test: the tests.  make install: both need it.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN = .venv/bin
+export PYTHONUNBUFFERED = 1
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("nanoduplex needs Python 3.10 or newer, $(PYTHON) is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
+	touch $@
+
+demo: install
+	$(BIN)/python data/demo/prepare.py
+	$(BIN)/python train.py config/demo.py --resume=true
+	$(BIN)/python data/demo/prepare.py --say='Which city is the capital of Japan?' --wav=out/demo/question.wav
+	$(BIN)/python sample.py --checkpoint=out/demo --user=out/demo/question.wav
+	$(BIN)/python sample.py --checkpoint=out/demo --data=data/demo --n_dialogue=4
+	$(BIN)/python evaluate.py --checkpoint=out/demo --data=data/demo
+	@echo 'Listen: out/demo/samples/*.wav, the user left, the assistant right; the transcripts lie beside them.'
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q
+
+clean:
+	rm -rf .venv out
+
+.PHONY: install demo test clean

@@ -1,0 +1,487 @@
+"""
+A two-channel conversation becomes one sequence of token ids, and comes back.
+
+A dialogue is two channels of speech codes on one clock and the turns that were spoken (the record of data/):
+
+>>> dialogue = dict(id='hi', user=[1, 2, 3, 4, 5, 9, 9, 9, 9, 9, 9], assistant=[9, 9, 9, 9, 9, 6, 7, 8, 6, 9, 9],
+...                 turns=[dict(role='user', start=0, end=5, text='who'), dict(role='assistant', start=5, end=9, text='me')])
+
+A layout says which streams, in which order, in what portions, and what is fed but not learned (~). In duplex3 the
+model hears a chunk of the user, then writes, then speaks (OmniFlatten, arXiv:2410.17799; + is learned, · is silence):
+
+>>> vocab = Letters()                                              # here every letter is a text token
+>>> print(draw(flatten(dialogue, get_layout('duplex3', speech_chunk=4), vocab)[0], get_layout('duplex3', 4), vocab))
+chunk            |           0 |           1 |           2
+user.speech      | 1  2  3  4  | 5  9  9  9  | 9  9  9  ·
+assistant.text   | ·+ ·+       | m+ e+       | ·+ ·+
+assistant.speech | ·+ ·+ ·+ ·+ | ·+ 6+ 7+ 8+ | 6+ ·+ ·+ ·+
+>>> print(draw(flatten(dialogue, get_layout('duplex2', speech_chunk=4), vocab)[0], get_layout('duplex2', 4), vocab))
+chunk            |           0 |           1 |           2
+user.speech      | 1  2  3  4  | 5  9  9  9  | 9  9  9  ·
+assistant.speech | ·+ ·+ ·+ ·+ | ·+ 6+ 7+ 8+ | 6+ ·+ ·+ ·+
+
+The stages before it take whole turns, without a clock: speech to text and back, then the four streams by turns:
+
+>>> for name in ('asr', 'tts', 'half_duplex'):
+...     for document in flatten(dialogue, get_layout(name), vocab):
+...         print(f'{name:11}', draw(document, get_layout(name), vocab))
+asr         <|asr|>+ <|sos|>+ 1 2 3 4 5 <|eos|>+ <|sot|>+ w+ h+ o+ <|eot|>+
+asr         <|asr|>+ <|sos|>+ 6 7 8 6 <|eos|>+ <|sot|>+ m+ e+ <|eot|>+
+tts         <|tts|>+ <|sot|>+ w h o <|eot|>+ <|sos|>+ 1+ 2+ 3+ 4+ 5+ <|eos|>+
+tts         <|tts|>+ <|sot|>+ m e <|eot|>+ <|sos|>+ 6+ 7+ 8+ 6+ <|eos|>+
+half_duplex <|sos|>+ 1 2 3 4 5 <|eos|>+ <|sot|>+ w+ h+ o+ <|eot|>+ <|sot|>+ m+ e+ <|eot|>+ <|sos|>+ 6+ 7+ 8+ 6+ <|eos|>+
+
+Back again: what a layout carries returns exactly; duplex layouts carry no turns of the user.
+
+>>> unflatten(flatten(dialogue, get_layout('duplex3'), vocab)[0].ids, get_layout('duplex3'), vocab, silence_code=9)['turns']
+[{'role': 'assistant', 'start': 5, 'end': 9, 'text': 'me'}]
+
+    python flatten.py --show data/demo                                       a dialogue as a coloured grid
+    python flatten.py --layout=duplex3 --tokenizer=FOLDER FILE.jsonl         dialogues in, {"id", "ids", "learned"} out
+    python flatten.py --layout=duplex3 --tokenizer=FOLDER --inverse FILE     and the other way
+
+numpy only; a vocabulary is anything with .control, .code_start, .n_codes, .encode(text) and .decode(ids) (codec.py has it).
+"""
+import argparse
+import difflib
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+CONTROL = ('<|asr|>', '<|tts|>', '<|sos|>', '<|eos|>', '<|sot|>', '<|eot|>', '<|silent_text|>', '<|silent_speech|>')
+ROLES = ('user', 'assistant')
+
+# ---------------------------------------------------------------------------------------------------------------------
+# layouts
+
+# name: (order, streams). Orders: 'turn', each turn is a document; 'turns', all turns one after the other;
+# 'chunks', the streams in portions of so many tokens, for as long as the dialogue lasts.
+# A stream belongs to a role, or, without a dot, to the speaker of the turn. ~ is fed, not learned: the user is
+# listened to, not imitated (paper section 3.3: steadier, as the user's channel is noisy).
+LAYOUTS = {
+    'asr':         ('turn',   '<|asr|> <|sos|> ~speech <|eos|> <|sot|> text <|eot|>'),
+    'tts':         ('turn',   '<|tts|> <|sot|> ~text <|eot|> <|sos|> speech <|eos|>'),
+    'half_duplex': ('turns',  {'user':      '<|sos|> ~speech <|eos|> <|sot|> text <|eot|>',
+                               'assistant': '<|sot|> text <|eot|> <|sos|> speech <|eos|>'}),
+    'duplex3':     ('chunks', '~user.speech 10, assistant.text 2, assistant.speech 10'),
+    'duplex2':     ('chunks', '~user.speech 10, assistant.speech 10'),
+}
+
+
+class Slot(NamedTuple):
+    what: str       # a control token such as <|sos|>, or a stream: user.speech, assistant.text, …
+    n: int          # tokens a chunk; 0: as many as the turn has
+    learned: bool
+
+    @property
+    def kind(self):
+        return self.what.split('.')[-1]     # 'speech', 'text', or the control token itself
+
+
+@dataclass(frozen=True)
+class Layout:
+    name: str
+    order: str
+    slots: dict     # role -> [Slot]; a layout in chunks has one list, of both roles, under 'user' and 'assistant' alike
+
+    @property
+    def chunk(self):
+        return self.slots['assistant']
+
+    @property
+    def period(self):
+        return sum(slot.n for slot in self.chunk)   # tokens a chunk; 0 for layouts by turns
+
+    @property
+    def speech_chunk(self):
+        return next((slot.n for slot in self.chunk if slot.kind == 'speech'), 0)    # frames a chunk
+
+
+def get_layout(name, speech_chunk=None, text_chunk=None, learn_user_text=True):
+    """The layout of that name. Chunk sizes are in tokens, None leaves the layout's own. Whether the 4-stream stage
+    learns the user's text (its recognition target) is not said in the paper: yes, unless learn_user_text is False.
+    Raises ValueError for an unknown name, and for a chunk size under 1."""
+    if name not in LAYOUTS:
+        near = difflib.get_close_matches(name, LAYOUTS, 1, 0)[0]
+        raise ValueError(f'no layout {name!r}; did you mean {near!r}? (known: {", ".join(LAYOUTS)})')
+    sizes = {'speech': speech_chunk, 'text': text_chunk}
+    for kind, n in sizes.items():
+        if n is not None and n < 1:
+            raise ValueError(f'{kind}_chunk is {n}: a chunk holds at least one {kind} token')
+    order, streams = LAYOUTS[name]
+    slots = {}
+    for role in ROLES:
+        text = streams if isinstance(streams, str) else streams[role]
+        slots[role] = [Slot(what, int(n or 0), not mark) for mark, what, n in re.findall(r'(~?)([^\s,~]+)(?: (\d+))?', text)]
+        if order == 'chunks':
+            slots[role] = [slot._replace(n=sizes[slot.kind] or slot.n) for slot in slots[role]]
+        elif role == 'user' and not learn_user_text:
+            slots[role] = [slot._replace(learned=slot.learned and slot.kind != 'text') for slot in slots[role]]
+    return Layout(name, order, slots)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dialogue -> ids
+
+class Document(NamedTuple):
+    ids: np.ndarray         # int32 [T]
+    learned: np.ndarray     # bool [T], is this id a target of the loss
+    n_dropped: int          # text tokens that found no room (see lay_text)
+
+
+def check(dialogue, n_codes):
+    """Raises ValueError, one sentence with the id, unless the dialogue is a record as design.md has it."""
+    name = f'dialogue {dialogue.get("id")!r}'
+    for key in ('id', 'user', 'assistant', 'turns'):
+        if key not in dialogue:
+            raise ValueError(f'{name} has no field {key!r}')
+    channels = {role: np.asarray(dialogue[role]) for role in ROLES}
+    for role, codes in channels.items():
+        if codes.ndim != 1 or (len(codes) and codes.dtype.kind not in 'iu'):
+            raise ValueError(f'{name}: the {role} channel is not a list of whole numbers')
+        if len(codes) and not (0 <= codes.min() and codes.max() < n_codes):
+            at = int(np.argmax((codes < 0) | (codes >= n_codes)))
+            raise ValueError(f'{name}: {role} code {codes[at]} at frame {at} is out of range, the codec has 0 to {n_codes - 1}')
+    n_user, n_assistant = map(len, channels.values())
+    if n_user != n_assistant and n_user and n_assistant:
+        raise ValueError(f'{name}: channels of unequal length, user {n_user} frames and assistant {n_assistant}; '
+                         'cut or pad them to one clock (a one-sided utterance leaves the other empty)')
+    last_end = dict.fromkeys(ROLES, 0)
+    for turn in dialogue['turns']:
+        for key, kind in dict(role=str, start=(int, np.integer), end=(int, np.integer), text=str).items():
+            if not isinstance(turn.get(key), kind):
+                raise ValueError(f'{name}: a turn has {key} {turn.get(key)!r}; it needs role, start, end (whole frames) and text')
+    for turn in sorted(dialogue['turns'], key=lambda turn: turn['start']):
+        role, start, end = turn['role'], turn['start'], turn['end']
+        if role not in ROLES:
+            raise ValueError(f'{name}: a turn has role {role!r}, known are {" and ".join(ROLES)}')
+        if not 0 <= start < end <= len(channels[role]):
+            raise ValueError(f'{name}: {role} turn {start} to {end} does not lie in its channel of {len(channels[role])} frames')
+        if start < last_end[role]:
+            raise ValueError(f'{name}: {role} turns overlap, one starts at frame {start} before the last ended at {last_end[role]}')
+        last_end[role] = end
+
+
+def flatten(dialogue, layout, vocab):
+    """dialogue -> [Document]: one, or one per turn for layouts of order 'turn'. Raises ValueError (see check)."""
+    check(dialogue, vocab.n_codes)
+    if layout.order == 'chunks':
+        if len(dialogue['user']) != len(dialogue['assistant']):
+            raise ValueError(f'dialogue {dialogue["id"]!r} has one channel only, {layout.name} needs both')
+        return [lay_chunks(dialogue, layout, vocab)]
+    turns = sorted(dialogue['turns'], key=lambda turn: turn['start'])
+    parts = [lay_turn(dialogue, turn, layout.slots[turn['role']], vocab) for turn in turns]
+    if layout.order == 'turns' and parts:
+        parts = [Document(np.concatenate([p.ids for p in parts]), np.concatenate([p.learned for p in parts]), 0)]
+    return parts
+
+
+def lay_turn(dialogue, turn, slots, vocab):
+    parts = []
+    for slot in slots:
+        if slot.kind == 'speech':
+            codes = np.asarray(dialogue[turn['role']][turn['start']:turn['end']], np.int32)
+            parts.append(codes + np.int32(vocab.code_start))
+        elif slot.kind == 'text':
+            parts.append(np.array(vocab.encode(turn['text']), np.int32))
+        else:
+            parts.append(np.array([vocab.control[slot.what]], np.int32))
+    learned = np.repeat([slot.learned for slot in slots], [len(part) for part in parts])
+    return Document(np.concatenate(parts), learned, 0)
+
+
+def lay_chunks(dialogue, layout, vocab):
+    n_frame = len(dialogue['user'])
+    n_chunk = -(-n_frame // layout.speech_chunk)
+    ids = np.empty((n_chunk, layout.period), np.int32)      # (N chunks, K tokens a chunk)
+    n_dropped = at = 0
+    for slot in layout.chunk:
+        role = slot.what.split('.')[0]
+        if slot.kind == 'speech':       # the last chunk is filled up with silence, on both channels
+            stream = np.full(n_chunk * slot.n, vocab.control['<|silent_speech|>'], np.int32)
+            codes = np.asarray(dialogue[role], np.int32)
+            # the user's silence is real audio; the assistant's is a token of its own, so that it can be predicted as one
+            spans = [(t['start'], t['end']) for t in dialogue['turns'] if t['role'] == role] if role == 'assistant' else [(0, n_frame)]
+            for start, end in spans:
+                stream[start:end] = codes[start:end] + np.int32(vocab.code_start)
+        else:
+            stream, n_dropped = lay_text(dialogue, role, n_chunk, slot.n, layout.speech_chunk, vocab)
+        ids[:, at:at + slot.n] = stream.reshape(n_chunk, slot.n)
+        at += slot.n
+    learned = np.tile(np.repeat([s.learned for s in layout.chunk], [s.n for s in layout.chunk]), n_chunk)
+    return Document(ids.reshape(-1), learned, n_dropped)
+
+
+def lay_text(dialogue, role, n_chunk, text_chunk, speech_chunk, vocab):
+    """A turn's text starts in the chunk in which its speech starts. Text that outlasts the turn runs on into the
+    silence after it, until the role's next turn starts or the dialogue ends; when the other side spoke into the turn
+    (a barge-in), what the speech left unsaid is dropped with it. Returns the stream and the count of dropped tokens."""
+    stream = np.full(n_chunk * text_chunk, vocab.control['<|silent_text|>'], np.int32)
+    turns = sorted((t for t in dialogue['turns'] if t['role'] == role), key=lambda turn: turn['start'])
+    other_starts = [t['start'] for t in dialogue['turns'] if t['role'] != role]
+    n_dropped = 0
+    for turn, following in zip(turns, turns[1:] + [None]):
+        first = turn['start'] // speech_chunk
+        limit = following['start'] // speech_chunk if following else n_chunk
+        if any(turn['start'] < start < turn['end'] for start in other_starts):
+            limit = min(limit, (turn['end'] - 1) // speech_chunk + 1)
+        tokens = vocab.encode(turn['text'])
+        room = (limit - first) * text_chunk
+        kept = tokens[:room]
+        if len(tokens) > room:      # never end inside a character: bytes of a half one could not be read back
+            while kept and vocab.decode(kept).endswith('\ufffd'):
+                kept = kept[:-1]
+        stream[first * text_chunk:first * text_chunk + len(kept)] = kept
+        n_dropped += len(tokens) - len(kept)
+    return stream, n_dropped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ids -> dialogue
+
+def unflatten(ids, layout, vocab, silence_code=0, id=''):
+    """ids [T] of one document -> dialogue. The inverse of flatten for all that the layout carries: flatten gives the
+    same ids again, if assistant turns have silence between them. What it does not carry: the assistant's codes outside
+    its turns come back as silence_code, and layouts by turns put one turn after the other. asr gives a user's
+    utterance, tts an assistant's. Raises ValueError where the ids do not follow the layout."""
+    ids = np.asarray(ids, np.int64)
+    if layout.order == 'chunks':
+        return dict(id=id, **read_chunks(ids, layout, vocab, silence_code))
+    channels, turns, at, n_frame = {role: [] for role in ROLES}, [], 0, 0
+    while at < len(ids):
+        fitting = [role for role in ROLES if ids[at] == vocab.control[layout.slots[role][0].what]]
+        role = 'assistant' if layout.name == 'tts' else fitting[0] if fitting else None
+        if not fitting:
+            raise ValueError(f'{layout.name} document {id!r}: token {at} is {ids[at]}, where a turn has to start')
+        at, codes, text = read_turn(ids, at, layout.slots[role], vocab, f'{layout.name} document {id!r}')
+        turns.append(dict(role=role, start=n_frame, end=n_frame + len(codes), text=text))
+        for each in ROLES:
+            channels[each] += codes if each == role else [silence_code] * len(codes) if layout.order == 'turns' else []
+        n_frame += len(codes)
+    return dict(id=id, **channels, turns=turns)
+
+
+def read_turn(ids, at, slots, vocab, name):
+    codes, text = [], ''
+    for slot, following in zip(slots, slots[1:] + [None]):
+        if slot.kind not in ('speech', 'text'):
+            if at >= len(ids) or ids[at] != vocab.control[slot.what]:
+                raise ValueError(f'{name}: token {at} is {ids[at] if at < len(ids) else "missing"}, where {slot.what} has to stand')
+            at += 1
+            continue
+        stop = np.flatnonzero(ids[at:] == vocab.control[following.what])    # a stream ends at the next control token
+        if not len(stop):
+            raise ValueError(f'{name}: no {following.what} after token {at}')
+        part, at = ids[at:at + stop[0]], at + int(stop[0])
+        if slot.kind == 'speech':
+            codes = read_codes(part, vocab, name).tolist()
+        else:
+            text = vocab.decode(part.tolist())
+    return at, codes, text
+
+
+def read_codes(part, vocab, name):
+    codes = part - vocab.code_start
+    if len(codes) and not (0 <= codes.min() and codes.max() < vocab.n_codes):
+        raise ValueError(f'{name}: an id in a speech slot is no speech code ({vocab.code_start} to {vocab.code_start + vocab.n_codes - 1})')
+    return codes
+
+
+def read_chunks(ids, layout, vocab, silence_code):
+    if len(ids) % layout.period:
+        raise ValueError(f'{len(ids)} ids are no whole number of {layout.name} chunks of {layout.period}')
+    ids = ids.reshape(-1, layout.period)        # (N chunks, K tokens a chunk)
+    streams, at = {}, 0
+    for slot in layout.chunk:
+        streams[slot.what] = ids[:, at:at + slot.n].reshape(-1)
+        at += slot.n
+    silent_speech, silent_text = vocab.control['<|silent_speech|>'], vocab.control['<|silent_text|>']
+    user, said = streams['user.speech'], streams['assistant.speech']
+    n_frame = int(np.flatnonzero(user != silent_speech)[-1]) + 1 if (user != silent_speech).any() else 0
+    said = said[:n_frame]
+    speaking = said != silent_speech
+    runs = np.flatnonzero(np.diff(speaking, prepend=False, append=False)).reshape(-1, 2).tolist()
+    turns = [dict(role='assistant', start=start, end=end, text='') for start, end in runs]
+    if 'assistant.text' in streams:
+        text = streams['assistant.text'].reshape(len(ids), -1)      # (N chunks, text tokens a chunk)
+        turns = read_text(runs, text, text != silent_text, layout.speech_chunk, vocab)
+    assistant = np.full(n_frame, silence_code)
+    assistant[speaking] = read_codes(said[speaking], vocab, layout.name)
+    return dict(user=read_codes(user[:n_frame], vocab, layout.name).tolist(), assistant=assistant.tolist(), turns=turns)
+
+
+def read_text(runs, text, written, n, vocab):
+    """Each run of speech is a turn and has the text written from its first chunk to the next turn's first. Text that
+    starts anew while the speech goes on is a turn of its own: two turns touched."""
+    fresh = written[1:, 0] & ~written[:-1, -1]      # [N - 1], does text start after silence in chunk c + 1
+    spans = []
+    for start, end in runs:
+        cuts = [c * n for c in range(start // n + 1, (end - 1) // n + 1) if fresh[c - 1] and written[start // n:c].any()]
+        spans += zip([start] + cuts, cuts + [end])
+    firsts = [start // n for start, _ in spans]
+    turns = []
+    for (start, end), first, limit in zip(spans, firsts, firsts[1:] + [len(text)]):
+        tokens = text[first:limit][written[first:limit]]
+        turns.append(dict(role='assistant', start=start, end=end, text=vocab.decode(tokens.tolist())))
+    return turns
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# drawings
+
+class Letters:
+    """A vocabulary that can be read without a tokenizer, for pictures and tests: ids are code points."""
+    n_codes = 64
+    control = {name: 0xE000 + i for i, name in enumerate(CONTROL)}     # in Unicode's private use area
+    code_start = 0x110000                                              # after the last code point
+
+    def encode(self, text):
+        return [ord(letter) for letter in text]
+
+    def decode(self, ids):
+        return ''.join(map(chr, ids))
+
+
+def spell(i, vocab):
+    """One id, as short as can be: a code's number, a text token's letters, · for silence, or the control token."""
+    i = int(i)
+    names = {id: name for name, id in vocab.control.items()}
+    if i in names:
+        return '·' if 'silent' in names[i] else names[i]
+    return str(i - vocab.code_start) if i >= vocab.code_start else vocab.decode([i]).replace('\n', '⏎') or '∅'
+
+
+def draw(document, layout, vocab):
+    """The document as text, + behind what is learned; layouts in chunks as a grid, one line a stream."""
+    words = [spell(i, vocab) + '+' * int(learned) for i, learned in zip(document.ids, document.learned)]
+    if layout.order != 'chunks':
+        return ' '.join(words)
+    words = np.array(words, object).reshape(-1, layout.period)
+    cell = max(len(word) - word.endswith('+') for word in words.reshape(-1)) + 1      # a token and its + or a space
+    wide = max(slot.n for slot in layout.chunk) * (cell + 1) - 1
+    margin = max(len(slot.what) for slot in layout.chunk)
+    lines = [f'{"chunk":{margin}}' + ''.join(f' | {c:>{wide}}' for c in range(len(words)))]
+    at = 0
+    for slot in layout.chunk:
+        portions = [' '.join(f'{w if w.endswith("+") else w + " ":>{cell}}' for w in row[at:at + slot.n]) for row in words]
+        lines.append(f'{slot.what:{margin}}' + ''.join(f' | {portion:{wide}}' for portion in portions))
+        at += slot.n
+    return '\n'.join(line.rstrip() for line in lines)
+
+
+GREY, GREEN, YELLOW, BOLD, PLAIN = '\033[90m', '\033[32m', '\033[33m', '\033[1m', '\033[0m'
+
+
+def show(dialogue, layout, vocab, rate_hz, columns=110):
+    """The dialogue against time, a character a frame: grey is fed, green is learned, yellow is both speaking."""
+    document, = flatten(dialogue, layout, vocab)
+    n = layout.speech_chunk
+    grid = document.ids.reshape(-1, layout.period)
+    said = {role: np.zeros(len(grid) * n, bool) for role in ROLES}
+    words = {role: [' '] * (len(grid) * n + 1000) for role in ROLES}
+    for turn in dialogue['turns']:
+        said[turn['role']][turn['start']:turn['end']] = True
+        for i, letter in enumerate(turn['text']):       # the words that were said, from where the turn starts
+            words[turn['role']][turn['start'] + i] = letter
+    lanes, at = [], 0
+    for slot in layout.chunk:
+        role = slot.what.split('.')[0]
+        if slot.kind == 'text':
+            cells = [[spell(i, vocab) for i in row[at:at + slot.n]] for row in grid]
+            lane = [f'{"".join(cell):{n}.{n}}' for cell in cells]
+        else:
+            both = said['user'] & said['assistant']
+            lane = [''.join(f'{YELLOW}█' if both[f] else '█' if said[role][f] else '▁' for f in range(c * n, c * n + n)) for c in range(len(grid))]
+        colour = GREEN if slot.learned else GREY
+        lanes.append((slot.what, [colour + cell.replace(YELLOW + '█', f'{YELLOW}█{colour}') + PLAIN for cell in lane]))
+        at += slot.n
+    clock = [f'{c * n / rate_hz:<{n}.1f}' for c in range(len(grid))]
+    user_words = [''.join(words['user'][c * n:c * n + n]) for c in range(len(grid))]
+    rows = [('seconds', clock), ('user words', user_words)] + lanes
+    margin = max(len(name) for name, _ in rows)
+    n_shown = max(1, (columns - margin) // (n + 1))
+    out = [f'{BOLD}{dialogue["id"]}{PLAIN}  {len(grid)} chunks of {n} frames, {document.ids.size} tokens, '
+           f'{document.learned.sum()} learned, {document.n_dropped} text tokens dropped']
+    for first in range(0, len(grid), n_shown):
+        out += [f'{name:{margin}} ' + f'{GREY}|{PLAIN}'.join(cells[first:first + n_shown]) for name, cells in rows] + ['']
+    return '\n'.join(out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
+
+def read_jsonl(path):
+    """(row, object) of each line; SystemExit names the file, the row and what is wrong."""
+    try:
+        file = sys.stdin if path == '-' else open(path, encoding='utf-8')
+        with file:
+            for row, line in enumerate(file, 1):
+                if line.strip():
+                    value = json.loads(line)
+                    if not isinstance(value, dict):
+                        raise SystemExit(f'{path}:{row}: not a JSON object')
+                    yield row, value
+    except OSError as error:
+        raise SystemExit(f'{path}: {error.strerror}')
+    except UnicodeDecodeError:
+        raise SystemExit(f'{path}: not a text file in UTF-8')
+    except json.JSONDecodeError as error:
+        raise SystemExit(f'{path}:{row}: not JSON ({error})')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0].strip(), formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('path', help='JSON lines of dialogues (or, with --inverse, of ids), - for standard input; with --show a data folder')
+    parser.add_argument('--layout', default='duplex3', help=', '.join(LAYOUTS))
+    parser.add_argument('--tokenizer', help='folder with tokenizer.json, or vocab.json and merges.txt')
+    parser.add_argument('--inverse', action='store_true', help='from ids back to dialogues')
+    parser.add_argument('--show', action='store_true', help='draw a dialogue of a data folder, in colour')
+    parser.add_argument('--split', default='test', help='with --show: train, val or test')
+    parser.add_argument('--index', type=int, default=0, help='with --show: which dialogue')
+    parser.add_argument('--speech_chunk', type=int, help="frames a chunk, None: the layout's own")
+    parser.add_argument('--text_chunk', type=int, help="text tokens a chunk, None: the layout's own")
+    parser.add_argument('--learn_user_text', type=lambda s: {'true': True, 'false': False}[s.lower()], default=True,
+                        help='half_duplex: is the text of the user a target')
+    parser.add_argument('--n_codes', type=int, default=4096, help="size of the speech codebook (4096: CosyVoice's)")
+    parser.add_argument('--silence_code', type=int, default=0, help='with --inverse: stands where the assistant is silent')
+    args = parser.parse_args()
+    from codec import Vocabulary  # tiktoken is not needed for anything above
+    try:
+        layout = get_layout(args.layout, args.speech_chunk, args.text_chunk, args.learn_user_text)
+        if args.show:
+            from data.loader import Dialogues
+            dialogues = Dialogues(args.path, args.split)
+            if layout.order != 'chunks':
+                raise ValueError(f'--show draws layouts in chunks, not {layout.name}')
+            vocab = Vocabulary.load(args.tokenizer or os.path.join(args.path, 'tokenizer'), dialogues.codec['n_codes'])
+            if not 0 <= args.index < len(dialogues):
+                raise ValueError(f'--index={args.index}: {args.path} has {len(dialogues)} dialogues in {args.split}')
+            return print(show(dialogues[args.index], layout, vocab, dialogues.codec['rate_hz'], os.get_terminal_size().columns if sys.stdout.isatty() else 110))
+        if not args.tokenizer:
+            raise ValueError('--tokenizer=FOLDER is needed, a folder with tokenizer.json or vocab.json and merges.txt')
+        vocab = Vocabulary.load(args.tokenizer, args.n_codes)
+    except ValueError as error:
+        raise SystemExit(str(error))
+    n_dropped = 0
+    for row, value in read_jsonl(args.path):
+        try:
+            if args.inverse:
+                print(json.dumps(unflatten(value['ids'], layout, vocab, args.silence_code, value['id']), ensure_ascii=False))
+                continue
+            for document in flatten(value, layout, vocab):
+                n_dropped += document.n_dropped
+                print(json.dumps(dict(id=value['id'], ids=document.ids.tolist(), learned=document.learned.astype(int).tolist())))
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            what = f'no field {error}' if isinstance(error, KeyError) else error
+            raise SystemExit(f'{args.path}:{row}: {what}')
+    if n_dropped:
+        print(f'{n_dropped} text tokens found no room and were dropped; a larger --text_chunk keeps them', file=sys.stderr)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,81 @@
+"""What several tests need: a small tokenizer, a small data set, the command line."""
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)         # tiny models: a second thread only waits
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def pytest_addoption(parser):
+    parser.addoption('--regen', action='store_true', help='write tests/golden anew')
+
+
+@pytest.fixture
+def regen(request):
+    return request.config.getoption('--regen')
+
+
+@pytest.fixture
+def run():
+    """run('flatten.py', '--help') -> the finished process. With fails=True it has to end with code 1 and no traceback."""
+    def run(script, *arguments, fails=False, launcher=(sys.executable,), **options):
+        result = subprocess.run([*launcher, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True, cwd=ROOT,
+                                env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)), **options)
+        assert (result.returncode == 1) if fails else (result.returncode == 0), f'{result.returncode}\n{result.stdout}\n{result.stderr}'
+        assert not fails or 'Traceback' not in result.stderr, result.stderr
+        return result
+    return run
+
+
+TEXTS = ['what is the capital of france?', 'the capital of france is paris.', 'yes', 'ok', 'mhm', 'stop', 'hi?']
+
+
+@pytest.fixture(scope='session')
+def small_tokenizer(tmp_path_factory):
+    """A folder with tokenizer.json: a byte-level BPE cut as Qwen2's is, trained on a few sentences."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    from codec import QWEN2_PATTERN
+    folder = tmp_path_factory.mktemp('tokenizer')
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN2_PATTERN), 'isolated'),
+                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.save(str(folder / 'tokenizer.json'))
+    return folder
+
+
+CODEC = dict(name='toy', rate_hz=25.0, n_codes=32, sample_rate=16000, fingerprint='0123456789abcdef')
+
+
+def make_dialogues(n, seed=0, n_frame=(40, 120)):
+    """Dialogues a model can learn: the user's codes are all k, the assistant answers with k's text and code k + 16."""
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        length, k = int(rng.integers(*n_frame)), int(rng.integers(1, 7))
+        end = int(rng.integers(10, length - 15))
+        user, assistant = np.zeros(length, int), np.zeros(length, int)
+        user[:end], assistant[end:end + 15] = k, k + 16
+        yield dict(id=f'd{i}', user=user.tolist(), assistant=assistant.tolist(),
+                   turns=[dict(role='user', start=0, end=end, text=TEXTS[k]), dict(role='assistant', start=end, end=end + 15, text=TEXTS[k])])
+
+
+@pytest.fixture(scope='session')
+def small_data(tmp_path_factory, small_tokenizer):
+    """A data folder as a prepare.py leaves it."""
+    import shutil
+
+    from data.loader import save_dialogues
+    folder = tmp_path_factory.mktemp('data')
+    shutil.copytree(small_tokenizer, folder / 'tokenizer')
+    for split, n in (('train', 60), ('val', 10), ('test', 10)):
+        save_dialogues(str(folder / f'{split}.arrow'), make_dialogues(n, seed=len(split)), CODEC)
+    return folder

@@ -1,0 +1,168 @@
+"""Rows of packed dialogues: nothing lost, nothing twice, neighbours unseen, positions that come back."""
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from conftest import CODEC, make_dialogues
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from codec import Vocabulary
+from data.loader import STREAMS, Dialogues, Loader, pack, save_dialogues
+from flatten import flatten, get_layout
+
+
+def make_loader(folder, layouts=('duplex3',), block_size=256, **options):
+    dialogues = Dialogues(str(folder), options.pop('split', 'train'))
+    vocab = Vocabulary.load(folder / 'tokenizer', dialogues.codec['n_codes'])
+    return Loader(dialogues, [get_layout(name) for name in layouts], vocab, block_size, options.pop('batch_size', 2), **options)
+
+
+def documents_of(batch):
+    """The sequences in a batch, as (fed ids, {place in the sequence: target})."""
+    B, T = batch.idx.shape
+    targets = dict(zip(batch.learn.tolist(), batch.targets.tolist()))
+    found = []
+    for b in range(B):
+        for d in batch.doc[b].unique().tolist():
+            at = (batch.doc[b] == d).nonzero().flatten().tolist()
+            assert at == list(range(at[0], at[-1] + 1)) and batch.pos[b, at].tolist() == list(range(len(at)))
+            places = {t - at[0]: targets[b * T + t] for t in at if b * T + t in targets}
+            if places:
+                found.append((tuple(batch.idx[b, at].tolist()), tuple(sorted(places.items()))))
+    return found
+
+
+def expected(loader, layout):
+    out = []
+    for i in range(len(loader.dialogues)):
+        for document in flatten(loader.dialogues[i], layout, loader.vocab):
+            for ids, learned, _ in loader.cut(document, layout):
+                places = tuple((t, int(ids[t + 1])) for t in range(len(ids) - 1) if learned[t + 1])
+                out.append((tuple(ids[:-1].tolist()), places))
+    return sorted(out)
+
+
+@pytest.mark.parametrize('layout', ['asr', 'tts', 'half_duplex', 'duplex3', 'duplex2'])
+def test_an_epoch_is_every_document_once(small_data, layout):
+    loader = make_loader(small_data, [layout])
+    got = [document for batch in loader.epoch() for document in documents_of(batch)]
+    assert sorted(got) == expected(loader, get_layout(layout))
+
+
+def test_ranks_share_nothing_and_miss_nothing(small_data):
+    """Three ranks' epochs together are one epoch; their batches side by side are the batches of one process."""
+    alone, ranks = make_loader(small_data, batch_size=6), [make_loader(small_data, rank=r, world_size=3) for r in range(3)]
+    whole = sorted(d for batch in alone.epoch() for d in documents_of(batch))
+    assert sorted(d for loader in ranks for batch in loader.epoch() for d in documents_of(batch)) == whole
+    for _ in range(20):     # over several epochs
+        together = [d for loader in ranks for d in documents_of(loader.next_batch())]
+        assert sorted(together) == sorted(documents_of(alone.next_batch()))
+
+
+def test_each_epoch_has_its_own_order_and_a_seed_repeats_it(small_data):
+    def read(n, **options):
+        loader = make_loader(small_data, **options)
+        return [loader.next_batch().idx for _ in range(n)], loader
+    first, loader = read(40)
+    assert loader.state['epoch'] >= 1
+    again, _ = read(40)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    other, _ = read(40, seed=1)
+    assert not all(torch.equal(a, b) for a, b in zip(first, other))
+
+
+@pytest.mark.parametrize('n_before', [1, 7, 23])
+def test_position_comes_back(small_data, n_before):
+    loader = make_loader(small_data)
+    loader.window = 16      # several windows an epoch
+    loader = make_loader(small_data)
+    for _ in range(n_before):
+        loader.next_batch()
+    state = json.loads(json.dumps(loader.state))
+    rest = [loader.next_batch() for _ in range(30)]
+    resumed = make_loader(small_data)
+    resumed.state = state
+    for batch in rest:
+        assert all(torch.equal(a, b) for a, b in zip(batch[:6], resumed.next_batch()[:6]))
+
+
+def test_long_dialogues_are_cut_at_chunk_borders(small_data):
+    loader = make_loader(small_data, block_size=64)      # 65 ids hold 2 chunks of 22
+    for batch in loader.epoch():
+        for ids, _ in documents_of(batch):
+            assert (len(ids) + 1) % 22 == 0 and len(ids) < 44
+
+
+def test_streams_and_seconds(small_data):
+    """44 bytes of text more or less: what is counted as silence, speech and text adds up, and so do the seconds."""
+    loader = make_loader(small_data)
+    sec = sum(batch.sec for batch in loader.epoch())
+    frames = sum(-(-len(loader.dialogues[i]['user']) // 10) * 10 for i in range(60))
+    assert sec == pytest.approx(frames / CODEC['rate_hz'], abs=1e-6)
+    for batch in loader.epoch():
+        for target, stream in zip(batch.targets.tolist(), batch.stream.tolist()):
+            kind = 'silence' if target in (loader.vocab.control['<|silent_text|>'], loader.vocab.control['<|silent_speech|>']) else \
+                'speech' if target >= loader.vocab.code_start else 'text'
+            assert STREAMS[stream] == kind
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=200))
+@settings(max_examples=100, deadline=None)
+def test_packing(lengths):
+    bins = pack(lengths, 100)
+    assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in members) <= 100 for members in bins)
+    assert sum(sum(lengths[i] for i in members) <= 50 for members in bins) <= 1      # two such rows would have been one
+
+
+def test_packing_wastes_under_one_percent():
+    rng = np.random.default_rng(0)      # lengths as of a corpus read aloud: log-normal, mean 305
+    lengths = np.clip(rng.lognormal(5.5, 0.7, 4096).astype(int), 20, 1024).tolist()
+    assert 1 - sum(lengths) / (1024 * len(pack(lengths, 1024))) < 0.01
+
+
+def test_one_sided_utterances_are_for_alignment_only(tmp_path, small_tokenizer):
+    import shutil
+    shutil.copytree(small_tokenizer, tmp_path / 'tokenizer')
+    utterance = dict(id='u', user=[1, 2, 3], assistant=[], turns=[dict(role='user', start=0, end=3, text='hi')])
+    save_dialogues(str(tmp_path / 'train.arrow'), [utterance, *make_dialogues(1)], CODEC)
+    assert len(list(make_loader(tmp_path, ['duplex3']).epoch())) == 1
+    assert make_loader(tmp_path, ['duplex3']).counts['one_sided'] == 1
+    assert make_loader(tmp_path, ['asr'], block_size=256).counts['documents'] == 3
+
+
+def test_files_in_parts(tmp_path, small_tokenizer):
+    import shutil
+    shutil.copytree(small_tokenizer, tmp_path / 'tokenizer')
+    rows = list(make_dialogues(5))
+    save_dialogues(str(tmp_path / 'train-00000-of-00002.arrow'), rows[:2], CODEC)
+    with pytest.raises(ValueError, match='1 of the 2 files'):
+        Dialogues(str(tmp_path), 'train')
+    save_dialogues(str(tmp_path / 'train-00001-of-00002.arrow'), rows[2:], CODEC)
+    dialogues = Dialogues(str(tmp_path), 'train')
+    assert [dialogues[i]['id'] for i in range(len(dialogues))] == [row['id'] for row in rows]
+    assert dialogues[4]['user'].tolist() == rows[4]['user'] and dialogues[4]['turns'] == rows[4]['turns']
+
+
+def test_refused(tmp_path, small_data):
+    def message(call):
+        with pytest.raises(ValueError) as error:
+            call()
+        assert '\n' not in str(error.value)
+        return str(error.value)
+    assert 'no data folder' in message(lambda: Dialogues(str(tmp_path / 'nowhere'), 'train'))
+    assert 'holds no train.arrow' in message(lambda: Dialogues(str(tmp_path), 'train'))
+    (tmp_path / 'train.arrow').write_bytes(b'not arrow')
+    assert 'not a file of dialogues' in message(lambda: Dialogues(str(tmp_path), 'train'))
+    pa.ipc.new_file(str(tmp_path / 'train.arrow'), pa.schema([('a', pa.int8())])).close()
+    assert 'not a file of dialogues' in message(lambda: Dialogues(str(tmp_path), 'train'))
+    assert 'a chunk of duplex3 has 22 tokens, more than block_size 20' in message(lambda: make_loader(small_data, block_size=20))
+    bad = dict(next(make_dialogues(1)), user=[40] * 10, assistant=[1] * 10, turns=[])
+    import shutil
+    shutil.copytree(small_data / 'tokenizer', tmp_path / 'tokenizer')
+    save_dialogues(str(tmp_path / 'train.arrow'), [next(make_dialogues(1)), bad], CODEC)
+    text = message(lambda: make_loader(tmp_path))
+    assert 'train.arrow: record 1' in text and 'user code 40 at frame 0 is out of range' in text

@@ -1,0 +1,172 @@
+"""The loop: it learns, it can be killed and go on, and ranks and micro-steps give the gradient of one big batch."""
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import config
+import train
+
+TORCHRUN = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
+
+
+@pytest.fixture
+def toy(small_data, tmp_path):
+    return train.Config(data=str(small_data), out_dir=str(tmp_path / 'run'), stages='duplex3:10', n_layer=2, n_head=2, n_kv_head=1, n_embd=32,
+                        n_inner=64, block_size=128, batch_size=2, batch_tokens=512, eval_interval=5, log_interval=5, warmup_steps=2,
+                        learning_rate=3e-3, device='cpu', dtype='float32', tensorboard=False)
+
+
+def arguments(cfg):
+    return [f'--{name}={getattr(cfg, name)}' for name in cfg.__dataclass_fields__]
+
+
+def weights(cfg):
+    return load_file(Path(train.last_state(cfg.out_dir)) / 'model.safetensors')
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_it_learns(toy):
+    """60 dialogues whose answer follows from the question's codes: far below the 5.8 nats of guessing among ~330 ids."""
+    metrics = train.main(replace(toy, stages='duplex3:60', eval_interval=60))
+    assert metrics['step'] == 60 and metrics['val_loss'] < 1.5
+    assert set(metrics) >= {'val_text', 'val_speech', 'val_silence', 'val_bits_per_sec', 'train_sec', 'best_val_loss'}
+
+
+@pytest.mark.parametrize('stages', ['duplex3:10', 'asr+tts:4, duplex3:6'])
+def test_killed_and_resumed_equals_uninterrupted(toy, stages, tmp_path, monkeypatch):
+    """The run dies right before step 8, after the state of step 5 was saved; what goes on from there ends bit for bit alike."""
+    whole = replace(toy, stages=stages, out_dir=str(tmp_path / 'whole'))
+    train.main(whole)
+    killed = replace(whole, out_dir=str(tmp_path / 'killed'))
+    get_lr = train.get_lr
+
+    def die(step, *rest):
+        if step == 7:
+            raise KeyboardInterrupt
+        return get_lr(step, *rest)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, 'get_lr', die)
+        train.main(killed)
+    assert Path(train.last_state(killed.out_dir)).name == 'step-000005'
+    metrics = train.main(replace(killed, resume=True))
+    assert equal(weights(whole), weights(killed)) and metrics['step'] == 10
+    logs = [[{k: v for k, v in json.loads(line).items() if k != 'tokens_per_sec'} for line in open(Path(cfg.out_dir) / 'log.jsonl')] for cfg in (whole, killed)]
+    assert logs[0] == logs[1]
+    assert train.main(replace(killed, resume=True))['step'] == 10       # finished: nothing is done again
+
+
+def test_ranks_and_micro_steps_give_the_gradient_of_one_big_batch(toy, tmp_path, run):
+    """One step of SGD-like AdamW on 4 rows: in one piece, in 2 micro-steps, and on 2 ranks x 2 micro-steps of 1 row. Rows
+    hold unequal numbers of learned tokens, so a mean of means would differ in the third digit."""
+    one = replace(toy, stages='duplex3:1', batch_size=4, out_dir=str(tmp_path / 'one'), grad_clip=0.0)
+    two = replace(one, batch_size=2, out_dir=str(tmp_path / 'two'))
+    four = replace(one, batch_size=1, out_dir=str(tmp_path / 'four'))
+    train.main(one)
+    train.main(two)
+    run('train.py', *arguments(four), launcher=TORCHRUN)
+    moments = [load_file(Path(train.last_state(cfg.out_dir)) / 'optimizer.safetensors') for cfg in (one, two, four)]
+    for other in moments[1:]:
+        for name in moments[0]:
+            if name.endswith('exp_avg'):        # after one step (1 - beta1) x gradient
+                torch.testing.assert_close(other[name], moments[0][name], rtol=1e-4, atol=1e-8)
+
+
+def test_torchrun_equals_one_process(toy, tmp_path, run):
+    """10 steps on two ranks end where one process ends, up to the order of additions; and its log is the same."""
+    alone, ranks = replace(toy, out_dir=str(tmp_path / 'alone')), replace(toy, out_dir=str(tmp_path / 'ranks'), batch_size=1)
+    expected = train.main(alone)
+    run('train.py', *arguments(ranks), launcher=TORCHRUN)
+    got = [json.loads(line) for line in open(Path(ranks.out_dir) / 'log.jsonl')][-1]
+    assert got['loss'] == pytest.approx(expected['val_loss'], rel=1e-3) and got['bits_per_sec'] == pytest.approx(expected['val_bits_per_sec'], rel=1e-3)
+
+
+def test_best_weights_are_those_of_the_lowest_val_loss(toy, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.2])
+    monkeypatch.setattr(train, 'measures', lambda sums, sec, real=train.measures: dict(real(sums, sec)))
+    saved = []
+    monkeypatch.setattr(train, 'publish', lambda folder, out_dir, real=train.publish: (saved.append(Path(folder).name), real(folder, out_dir)))
+    real = train.measures
+
+    def fake(sums, sec):
+        values = real(sums, sec)
+        return dict(values, loss=next(losses)) if sys._getframe(1).f_code.co_name == 'evaluate' else values
+    monkeypatch.setattr(train, 'measures', fake)
+    metrics = train.main(replace(toy, stages='duplex3:20'))
+    assert saved == ['step-000005', 'step-000010'] and metrics['best_val_loss'] == 2.0
+    assert not equal(load_file(Path(toy.out_dir) / 'model.safetensors'), weights(toy))
+
+
+def test_a_run_folder_is_complete(toy):
+    train.main(toy)
+    names = {str(path.relative_to(toy.out_dir)) for path in Path(toy.out_dir).rglob('*') if path.is_file()}
+    assert {'config.py', 'log.jsonl', 'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'vocab.json',
+            'merges.txt', 'generation_config.json', 'step-000010/optimizer.safetensors', 'step-000010/state.json'} <= names
+    assert not [name for name in names if name.endswith('.part')]
+    assert config.load(train.Config, [str(Path(toy.out_dir) / 'config.py')]) == toy
+    again = train.main(replace(toy, stages='duplex3:5'))       # another run in the same folder: the first is kept
+    assert again['step'] == 5 and (Path(toy.out_dir + '.1') / 'model.safetensors').exists()
+
+
+def test_opens_in_transformers(toy):
+    """The trained folder is a Hugging Face model: same logits, same ids."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from codec import Vocabulary
+    from model import Qwen2
+    train.main(toy)
+    theirs, ours = AutoModelForCausalLM.from_pretrained(toy.out_dir).eval(), Qwen2.from_pretrained(toy.out_dir).eval()
+    tokenizer, vocab = AutoTokenizer.from_pretrained(toy.out_dir), Vocabulary.load(toy.out_dir)
+    text = 'the capital of france is <|eot|> paris é'
+    assert tokenizer(text, split_special_tokens=True)['input_ids'] == vocab.encode(text) and len(tokenizer) == vocab.size
+    assert tokenizer.convert_tokens_to_ids('<|s_3|>') == vocab.code_start + 3
+    assert tokenizer.convert_tokens_to_ids('<|silent_speech|>') == vocab.control['<|silent_speech|>']
+    idx = torch.randint(vocab.size, (2, 50), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(idx), theirs(idx).logits.float(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(data='nowhere'), 'no data folder nowhere'),
+    (dict(batch_tokens=500), 'batch_tokens 500 is no multiple of batch_size 2 x block_size 128 x 1 processes = 256'),
+    (dict(init_from='nowhere'), 'nowhere'),
+])
+def test_refused(toy, change, message):
+    with pytest.raises(ValueError) as error:
+        train.main(replace(toy, **change))
+    assert message in str(error.value) and '\n' not in str(error.value)
+    assert not os.path.exists(toy.out_dir)
+
+
+@pytest.mark.parametrize('setting, message', [
+    ('--speech_chunk=0', 'speech_chunk is 0'), ('--stages=duplex4:10', "did you mean 'duplex3'"), ('--stages=duplex3', 'LAYOUT:STEPS'),
+    ('--lerning_rate=1', "did you mean 'learning_rate'"), ('--batch_size=0', 'batch_size is 0'), ('--dtype=int8', 'dtype is'),
+])
+def test_settings_refused(setting, message):
+    with pytest.raises(SystemExit) as error:
+        config.load(train.Config, [setting])
+    assert message in str(error.value)
+
+
+def test_data_of_another_codec_is_refused(toy, small_data, tmp_path):
+    """A checkpoint trained with one codec does not go on with the codes of another: both are named."""
+    import shutil
+
+    from conftest import CODEC, make_dialogues
+
+    from data.loader import save_dialogues
+    train.main(toy)
+    other = tmp_path / 'other'
+    shutil.copytree(small_data, other)
+    for split in ('train', 'val'):
+        save_dialogues(str(other / f'{split}.arrow'), make_dialogues(20), dict(CODEC, fingerprint='fedcba9876543210'))
+    with pytest.raises(ValueError, match='codec toy fedcba9876543210.*codec toy 0123456789abcdef'):
+        train.main(replace(toy, data=str(other), init_from=toy.out_dir, out_dir=str(tmp_path / 'next')))

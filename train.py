@@ -1,0 +1,415 @@
+"""
+Trains a Qwen2 on flattened dialogues, on one device or on many.
+
+    python train.py config/demo.py --batch_size=4                           a laptop
+    python train.py config/demo.py --resume=true                            go on where it was killed
+    torchrun --standalone --nproc_per_node=8 train.py config/demo.py        eight GPUs; processes on a CPU work too
+
+    for each stage of the curriculum: rows of packed dialogues ─► loss on learned tokens ─► AdamW ─► now and then: val, save
+
+out_dir is a Hugging Face model folder with the weights that did best on val, tokenizer and codec beside them; in
+out_dir/step-000300 lies the state to continue from, in log.jsonl every line that was printed, in config.py the settings.
+"""
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from glob import glob
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+
+import config
+from codec import Vocabulary
+from data.loader import STREAMS, Dialogues, Loader
+from flatten import get_layout
+from model import ModelConfig, Qwen2
+
+
+@dataclass(frozen=True)
+class Config:
+    # what is learned
+    data: str = 'data/demo'             # a folder with train.arrow, val.arrow, tokenizer/ and codec/
+    stages: str = 'duplex3:1000'        # layouts and steps, one stage after the other: 'asr+tts:400, duplex3:600'
+    speech_chunk: int | None = None     # frames a chunk; None: the layout's own, 10
+    text_chunk: int | None = None       # text tokens a chunk; None: the layout's own, 2
+    learn_user_text: bool = True        # half_duplex: is the user's text a target; the paper does not say
+    # the model; with init_from its sizes come from the checkpoint
+    init_from: str | None = None        # a checkpoint folder to start from; None: random weights
+    n_layer: int = 4
+    n_head: int = 6
+    n_kv_head: int = 2
+    n_embd: int = 192
+    n_inner: int = 512
+    block_size: int = 1024              # tokens a row; at 55 a second (duplex3 at 25 Hz) 18.6 s of conversation
+    # the batch
+    batch_size: int = 4                 # rows a micro-step on each device: as many as its memory takes
+    batch_tokens: int = 4096            # tokens an optimiser step over all devices; micro-steps follow from it
+    # AdamW
+    learning_rate: float = 1e-3
+    min_learning_rate: float = 0.0      # where the cosine ends
+    warmup_steps: int = 50
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1           # on matrices only
+    grad_clip: float = 1.0              # 0.0: no clipping
+    # running
+    out_dir: str = 'out/demo'
+    resume: bool = False                # continue the run in out_dir, where there is one
+    eval_interval: int = 200            # steps between evaluations on all of val; each also saves the state
+    log_interval: int = 10
+    device: str = 'auto'                # cuda, cpu, …; auto: a GPU if there is one
+    dtype: str = 'auto'                 # of the matmuls: float32, bfloat16; auto: bfloat16 where the hardware multiplies it
+    compile: bool = False               # torch.compile: much faster on a GPU, nothing gained on a CPU
+    tensorboard: bool = True            # log there too, where tensorboard is installed
+    seed: int = 1337
+
+    def __post_init__(self):
+        for name in ('batch_size', 'batch_tokens', 'block_size', 'eval_interval', 'log_interval'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} is {getattr(self, name)}, it has to be at least 1')
+        if self.dtype not in ('auto', 'float32', 'bfloat16'):
+            raise ValueError(f"dtype is {self.dtype!r}, known are 'auto', 'float32' and 'bfloat16'")
+        self.curriculum()
+
+    def curriculum(self):
+        """[([Layout], steps)] of the stages. Raises ValueError for a stage that cannot be read."""
+        stages = []
+        for part in self.stages.split(','):
+            names, _, n_step = part.strip().partition(':')
+            if not n_step.strip().isdigit() or int(n_step) < 1:
+                raise ValueError(f'stages: {part.strip()!r} is not LAYOUT:STEPS or LAYOUT+LAYOUT:STEPS')
+            layouts = [get_layout(name.strip(), self.speech_chunk, self.text_chunk, self.learn_user_text) for name in names.split('+')]
+            stages.append((layouts, int(n_step)))
+        return stages
+
+
+# dense bf16 FLOP/s from the datasheets, for MFU; other devices print none
+PEAK_FLOPS = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12, 'RTX 4090': 165e12}
+
+
+def get_lr(step, n_step, cfg):
+    if step < cfg.warmup_steps:
+        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
+    share = (step - cfg.warmup_steps) / max(1, n_step - cfg.warmup_steps)
+    return cfg.min_learning_rate + 0.5 * (1 + math.cos(math.pi * share)) * (cfg.learning_rate - cfg.min_learning_rate)
+
+
+def pick_dtype(name, device):
+    if name != 'auto':
+        return getattr(torch, name)
+    if device.type == 'cuda':
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    # a CPU without avx512_bf16 emulates bf16, more slowly than fp32
+    return torch.bfloat16 if device.type == 'cpu' and torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def stream_sums(losses, batch, device):
+    """losses (N) -> float64 (2, 3): the sum in nats and the number of tokens by stream."""
+    sums = torch.zeros(2, len(STREAMS), dtype=torch.float64, device=device)
+    sums[0].index_add_(0, batch.stream, losses.detach().double())
+    sums[1].index_add_(0, batch.stream, torch.ones_like(losses, dtype=torch.float64))
+    return sums
+
+
+def measures(sums, sec):
+    """Sums by stream -> nats a token, whole and by stream, and bits a second of conversation (comparable across layouts)."""
+    nats, counts = sums.tolist()
+    values = {name: nats[i] / counts[i] for i, name in enumerate(STREAMS) if counts[i]}
+    return dict(loss=sum(nats) / sum(counts), **values, bits_per_sec=sum(nats) / math.log(2) / sec)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints: written beside and renamed; nothing is pickled
+
+def save_model(folder, model, vocab, about, data):
+    """A Hugging Face folder, with what sample.py needs besides: the codec, and the layout in config.json."""
+    model.save_pretrained(folder, extra={'nanoduplex': about})
+    vocab.save(folder)
+    if os.path.isdir(os.path.join(data, 'codec')):
+        shutil.copytree(os.path.join(data, 'codec'), os.path.join(folder, 'codec'), dirs_exist_ok=True)
+
+
+def save_state(cfg, step, model, optimizer, vocab, about, state):
+    """out_dir/step-000300, with all that the run needs to go on as if it had not stopped."""
+    folder = os.path.join(cfg.out_dir, f'step-{step:06d}')
+    shutil.rmtree(folder + '.part', ignore_errors=True)
+    save_model(folder + '.part', model, vocab, about, cfg.data)
+    names = {p: name for name, p in model.named_parameters()}
+    tensors = {f'{names[p]}.{key}': value for p, entry in optimizer.state.items() for key, value in entry.items()}
+    save_file(tensors | {'rng': torch.get_rng_state()}, os.path.join(folder + '.part', 'optimizer.safetensors'))
+    with open(os.path.join(folder + '.part', 'state.json'), 'w') as file:
+        json.dump(dict(state, step=step), file)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(folder + '.part', folder)
+    for old in glob(os.path.join(cfg.out_dir, 'step-*')):
+        if old != folder:
+            shutil.rmtree(old)
+    return folder
+
+
+def load_state(folder, model, optimizer):
+    tensors = load_file(os.path.join(folder, 'optimizer.safetensors'))
+    for name, p in model.named_parameters():
+        optimizer.state[p] = {key: tensors[f'{name}.{key}'].to(p.device if key != 'step' else 'cpu') for key in ('step', 'exp_avg', 'exp_avg_sq')}
+    torch.set_rng_state(tensors['rng'])
+    with open(os.path.join(folder, 'state.json')) as file:
+        return json.load(file)
+
+
+def publish(folder, out_dir):
+    """The files of a saved step become those of out_dir, each replaced whole; the weights come last."""
+    for path in sorted(glob(os.path.join(folder, '**'), recursive=True), key=lambda path: path.endswith('model.safetensors')):
+        name = os.path.relpath(path, folder)
+        if os.path.isfile(path) and name not in ('optimizer.safetensors', 'state.json'):
+            os.makedirs(os.path.dirname(os.path.join(out_dir, name)), exist_ok=True)
+            shutil.copy(path, os.path.join(out_dir, name + '.part'))
+            os.replace(os.path.join(out_dir, name + '.part'), os.path.join(out_dir, name))
+
+
+def last_state(out_dir):
+    return max((path for path in glob(os.path.join(out_dir, 'step-*')) if not path.endswith('.part')), default=None)
+
+
+def move_aside(out_dir):
+    """A run that is not continued is kept, under another name."""
+    n = 1
+    while os.path.exists(f'{out_dir}.{n}'):
+        n += 1
+    os.rename(out_dir, f'{out_dir}.{n}')
+    return f'{out_dir}.{n}'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main(cfg):
+    """Trains as cfg says, returns the metrics of the last evaluation. Raises ValueError where cfg and files don't agree."""
+    # where we run: alone, or one of the processes that torchrun started
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    kind = cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    device = torch.device(kind, int(os.environ.get('LOCAL_RANK', 0))) if kind == 'cuda' else torch.device(kind)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    is_main = rank == 0
+    say = print if is_main else lambda *_, **__: None
+    dtype = pick_dtype(cfg.dtype, device)
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    torch.manual_seed(cfg.seed)
+
+    micro_tokens = cfg.batch_size * cfg.block_size * world_size
+    if cfg.batch_tokens % micro_tokens:
+        raise ValueError(f'batch_tokens {cfg.batch_tokens} is no multiple of batch_size {cfg.batch_size} x block_size '
+                         f'{cfg.block_size} x {world_size} processes = {micro_tokens}')
+    n_micro = cfg.batch_tokens // micro_tokens
+
+    # the run goes on, starts from a checkpoint, or starts from nothing
+    train_data, val_data = Dialogues(cfg.data, 'train'), Dialogues(cfg.data, 'val')
+    start_from = last_state(cfg.out_dir) if cfg.resume else None
+    is_resumed = start_from is not None
+    start_from = start_from or cfg.init_from
+    vocab = Vocabulary.load(start_from or os.path.join(cfg.data, 'tokenizer'), train_data.codec['n_codes'])
+    if start_from:
+        model = Qwen2.from_pretrained(start_from)
+        check_checkpoint(start_from, model, vocab, train_data)
+    else:
+        model = Qwen2(ModelConfig(vocab.size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.n_embd, cfg.n_inner))
+    model.to(device)
+
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]     # biases and norms: no pull towards zero
+    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=others, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=device.type in ('cuda', 'cpu'))
+    state = dict(step=0, loader=None, best=None, sec_heard=0.0, train_sec=0.0)
+    if is_resumed:
+        state = load_state(start_from, model, optimizer)
+    elif is_main and glob(os.path.join(cfg.out_dir, '*')):
+        say(f'{cfg.out_dir} held another run, moved to {move_aside(cfg.out_dir)} (--resume=true would have continued it)')
+    if is_main:
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        config.save(cfg, os.path.join(cfg.out_dir, 'config.py'))
+    log = open_log(cfg, state['step']) if is_main else lambda **_: None
+
+    raw_model = model
+    if cfg.compile:
+        model = torch.compile(model)
+    if world_size > 1:
+        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
+
+    stages = cfg.curriculum()
+    n_step = sum(n for _, n in stages)
+    say(f'{raw_model.n_param() / 1e6:.1f} M parameters, {vocab.size} ids, {device}, {str(dtype).removeprefix("torch.")}, {world_size} process(es); '
+        f'{n_micro} micro-steps of {cfg.batch_size} x {cfg.block_size} x {world_size} = {cfg.batch_tokens} tokens a step, {n_step} steps')
+    peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if device.type == 'cuda' and name in torch.cuda.get_device_name(device)), None)
+
+    def evaluate(val_loader):
+        """The whole val set, each rank its share."""
+        raw_model.eval()
+        sums, sec = torch.zeros(2, len(STREAMS), dtype=torch.float64, device=device), 0.0
+        with torch.no_grad(), autocast:
+            for batch in val_loader.epoch():
+                batch = batch.to(device)
+                sums += stream_sums(raw_model(batch.idx, batch.pos, batch.doc, batch.learn, batch.targets), batch, device)
+                sec += batch.sec
+        raw_model.train()
+        sums, sec = reduce(sums, sec)
+        return measures(sums, sec)
+
+    def reduce(sums, sec):
+        if world_size > 1:
+            both = torch.cat([sums.flatten(), sums.new_tensor([sec])])
+            dist.all_reduce(both)
+            return both[:-1].view_as(sums), float(both[-1])
+        return sums, sec
+
+    # training: one stage after the other, in one run with one schedule
+    metrics, step, first = {}, state['step'], 0
+    for layouts, n_stage_step in stages:
+        last = first + n_stage_step
+        if step >= last:                # done before the run was resumed
+            first = last
+            continue
+        name = '+'.join(layout.name for layout in layouts)
+        loader = Loader(train_data, layouts, vocab, cfg.block_size, cfg.batch_size, cfg.seed, rank, world_size)
+        val_loader = Loader(val_data, layouts, vocab, cfg.block_size, cfg.batch_size, cfg.seed, rank, world_size)
+        c = loader.counts
+        say(f'stage {name}, steps {first} to {last}: {c["dialogues"]} of {len(train_data)} dialogues read, {c["documents"]} documents, '
+            f'{c["tokens"]} tokens, {c["learned"] / c["tokens"]:.0%} learned, {c["sec"] / 3600:.2f} h, '
+            f'{1 - c["tokens"] / (c["rows"] * cfg.block_size + c["documents"]):.1%} padding, {c["too_long"]} documents too long, '
+            f'{c["text_dropped"]} text tokens dropped')
+        if step == first:
+            state = dict(state, best=None)      # another layout: its losses do not compare with the last one's
+        else:
+            loader.state = state['loader']
+        about = dict(layout=layouts[-1].name, speech_chunk=layouts[-1].speech_chunk, text_chunk=cfg.text_chunk,
+                     code_start=vocab.code_start, n_codes=vocab.n_codes, codec=train_data.codec)
+        sums, sec, timed_from, timed_steps = torch.zeros(2, len(STREAMS), dtype=torch.float64, device=device), 0.0, time.time(), 0
+
+        while step < last:
+            lr = get_lr(step, n_step, cfg)
+            for group in optimizer.param_groups:
+                group['lr'] = lr
+            n_learned = 0
+            for micro_step in range(n_micro):
+                batch = loader.next_batch().to(device)
+                if world_size > 1:      # gradients are summed over the ranks once, after the last micro-step
+                    model.require_backward_grad_sync = micro_step == n_micro - 1
+                with autocast:
+                    losses = model(batch.idx, batch.pos, batch.doc, batch.learn, batch.targets)     # (N)
+                losses.sum().backward()
+                n_learned += len(losses)
+                sums += stream_sums(losses, batch, device)
+                sec += batch.sec
+            # rows hold unequal numbers of learned tokens, so a mean of means would weigh them unequally: the gradient
+            # so far is of a sum, and is divided once by the count over all ranks (DDP has divided by world_size)
+            n_learned = torch.tensor(float(n_learned), device=device)
+            if world_size > 1:
+                dist.all_reduce(n_learned)
+            for p in raw_model.parameters():
+                p.grad.mul_(world_size / n_learned)
+            grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            timed_steps += 1
+
+            if step % cfg.log_interval == 0 or step == last or step % cfg.eval_interval == 0:
+                total, total_sec = reduce(sums, sec)    # this and the next lines wait for the device, others don't
+                seen = measures(total, total_sec)
+                if not math.isfinite(seen['loss'] + float(grad_norm)):
+                    raise ValueError(f'loss is {seen["loss"]}, gradient norm {float(grad_norm)} at step {step}: lower learning_rate, '
+                                     f'and go on from {last_state(cfg.out_dir) or "the start"} with --resume=true')
+                elapsed = time.time() - timed_from
+                tokens_per_sec = timed_steps * cfg.batch_tokens / elapsed
+                state['sec_heard'] += total_sec
+                state['train_sec'] += elapsed
+                mfu = None
+                if peak_flops:
+                    mean_keys = float((batch.pos + 1).double().mean())
+                    flops = raw_model.flops_per_token(float(n_learned) / cfg.batch_tokens, mean_keys)
+                    mfu = tokens_per_sec * flops / (peak_flops * world_size)
+                streams = ' '.join(f'{key} {seen[key]:6.3f}' if key in seen else f'{key}    -  ' for key in STREAMS)
+                say(f'step {step:>6}/{n_step} | loss {seen["loss"]:6.3f} {streams} | {seen["bits_per_sec"]:7.1f} b/s | lr {lr:.1e} | '
+                    f'norm {float(grad_norm):6.2f} | {1e3 * elapsed / timed_steps:6.0f} ms | {tokens_per_sec / 1e3:6.1f}k tok/s | '
+                    + (f'mfu {mfu:4.0%} | ' if mfu else '') + f'{state["sec_heard"] / 3600:6.2f} h heard', flush=True)
+                log(kind='train', step=step, stage=name, lr=lr, grad_norm=float(grad_norm), tokens_per_sec=tokens_per_sec, mfu=mfu,
+                    hours_heard=state['sec_heard'] / 3600, **seen)
+                sums.zero_()
+                sec, timed_from, timed_steps = 0.0, time.time(), 0
+
+            if step % cfg.eval_interval == 0 or step == last:
+                metrics = evaluate(val_loader)
+                is_best = state['best'] is None or metrics['loss'] < state['best']
+                state.update(best=metrics['loss'] if is_best else state['best'], loader=loader.state)
+                streams = ' '.join(f'{key} {metrics[key]:6.3f}' if key in metrics else f'{key}    -  ' for key in STREAMS)
+                say(f'val  {step:>6}/{n_step} | loss {metrics["loss"]:6.3f} {streams} | {metrics["bits_per_sec"]:7.1f} b/s | '
+                    + ('best so far' if is_best else f'best was {state["best"]:.3f}'), flush=True)
+                log(kind='val', step=step, stage=name, **metrics)
+                if is_main:
+                    folder = save_state(cfg, step, raw_model, optimizer, vocab, about, state)
+                    if is_best:
+                        publish(folder, cfg.out_dir)
+                timed_from = time.time()
+        first = last
+    if not metrics:
+        say(f'{cfg.out_dir} had finished its {n_step} steps before')
+    say(f'{cfg.out_dir}: {state["train_sec"]:.0f} s of training, best val loss {state["best"]:.3f}')
+    if world_size > 1:
+        dist.barrier()      # the first to leave would take the others' connections with it while rank 0 still saves
+        dist.destroy_process_group()
+    return dict(step=step, best_val_loss=state['best'], train_sec=state['train_sec'], **{f'val_{key}': value for key, value in metrics.items()})
+
+
+def check_checkpoint(folder, model, vocab, dialogues):
+    """Ids must mean the same to the weights and to the data."""
+    if model.config.vocab_size != vocab.size:
+        raise ValueError(f'{folder}: its model has {model.config.vocab_size} ids, its tokenizer with {vocab.n_codes} codes {vocab.size}: '
+                         'the checkpoint is of another vocabulary')
+    with open(os.path.join(folder, 'config.json')) as file:
+        codec = json.load(file).get('nanoduplex', {}).get('codec')
+    if codec and codec != dialogues.codec:
+        raise ValueError(f'{dialogues.folder} was made with codec {dialogues.codec["name"]} {dialogues.codec["fingerprint"]}, {folder} was trained with '
+                         f'codec {codec["name"]} {codec["fingerprint"]}: prepare the data with the checkpoint\'s codec, or start another run')
+
+
+def open_log(cfg, step):
+    """log(**values) appends a line to out_dir/log.jsonl; lines after the step that a run resumes from are taken out."""
+    path = os.path.join(cfg.out_dir, 'log.jsonl')
+    lines = []
+    if os.path.exists(path):
+        with open(path) as file:
+            lines = [line for line in file if json.loads(line)['step'] <= step]
+    with open(path + '.part', 'w') as file:
+        file.writelines(lines)
+    os.replace(path + '.part', path)
+    writer = None
+    if cfg.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(cfg.out_dir, purge_step=step)
+        except ModuleNotFoundError:
+            pass        # an extra: pip install tensorboard
+
+    def log(**values):
+        with open(path, 'a') as file:
+            file.write(json.dumps(values) + '\n')
+        if writer:
+            for key, value in values.items():
+                if isinstance(value, float):
+                    writer.add_scalar(f'{values["kind"]}/{key}', value, values['step'])
+    return log
+
+
+if __name__ == '__main__':
+    try:
+        main(config.load(Config, sys.argv[1:]))
+    except ValueError as error:
+        raise SystemExit(str(error))

@@ -1,0 +1,377 @@
+"""
+Spoken questions and answers to learn from, made on the spot: espeak-ng reads them in some eighty voices, a codec learns to write
+down what they say, and out come dialogues on two channels.
+
+    user       ░░░ What is two plus three? ░░░░░░░░░░░░░░░░░░░░░ Tell me the capital of Peru. ░░░░░░░░░░░░
+    assistant  ........................... That makes five. ........................... The capital is Lima.
+
+The user has one voice a dialogue, over noise; the assistant always the same one, and it answers at once. In some dialogues the user
+barges in, and the assistant stops. The voices of test.arrow and val.arrow are heard nowhere else: not by the codec, nor in training.
+
+    python data/demo/prepare.py                                               writes into its own folder, in less than a minute
+    python data/demo/prepare.py --say='What is the capital of France?' --wav=question.wav --voice=linda
+"""
+import argparse
+import ctypes
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import queue
+import sys
+
+import espeakng_loader
+import numpy as np
+import soxr
+import tokenizers
+import torch
+from tqdm import tqdm
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, '..', '..'))
+import codec as codec_module  # noqa: E402
+from codec import QWEN2_PATTERN, MelCodec, write_audio  # noqa: E402
+from data.loader import save_dialogues  # noqa: E402
+
+SEED = 1
+N_DIALOGUE = {'train': 2000, 'val': 40, 'test': 60}
+N_UTTERANCE = 4000        # one-sided, for alignment alone
+N_CLIP = 1200             # that the codec is fitted on
+N_CODES = 512
+N_WORKER = 2              # part of the recipe: espeak-ng repeats itself only in the same order in a fresh process
+SAMPLE_RATE, FRAME = 16000, 640
+MAX_FRAME = 460           # 18.4 s: 1,012 tokens of duplex3
+
+CAPITALS = {
+    'France': 'Paris', 'Germany': 'Berlin', 'Spain': 'Madrid', 'Italy': 'Rome', 'Portugal': 'Lisbon', 'Austria': 'Vienna',
+    'Poland': 'Warsaw', 'Greece': 'Athens', 'Norway': 'Oslo', 'Sweden': 'Stockholm', 'Ireland': 'Dublin', 'Hungary': 'Budapest',
+    'Egypt': 'Cairo', 'Japan': 'Tokyo', 'China': 'Beijing', 'India': 'Delhi', 'Cuba': 'Havana', 'Canada': 'Ottawa',
+    'Kenya': 'Nairobi', 'Russia': 'Moscow', 'Turkey': 'Ankara', 'Ukraine': 'Kiev', 'Denmark': 'Copenhagen', 'Peru': 'Lima',
+}
+NUMBERS = 'zero one two three four five six seven eight nine ten eleven twelve'.split()
+SMALL_TALK = {
+    'Hello there.': 'Hello, nice to meet you.',
+    'How are you today?': 'I am fine, thank you.',
+    'What is your name?': 'My name is Duplex.',
+    'Can you hear me?': 'Yes, I hear you well.',
+    'Who made you?': 'You trained me yourself.',
+    'Tell me a joke.': 'I only know boring ones.',
+    'Do you sleep at night?': 'No, I never sleep.',
+    'What can you do?': 'I listen and talk at once.',
+    'Thank you very much.': 'You are welcome.',
+    'Goodbye for now.': 'See you soon.',
+}
+ANSWERS = {}  # question -> answer
+for country, city in CAPITALS.items():
+    for question in 'What is the capital of {}?', 'Tell me the capital of {}.', 'Which city is the capital of {}?':
+        ANSWERS[question.format(country)] = f'The capital is {city}.'
+for one in range(1, 7):
+    for other in range(1, 7):
+        for question in 'What is {} plus {}?', 'How much is {} and {}?':
+            ANSWERS[question.format(NUMBERS[one], NUMBERS[other])] = f'That makes {NUMBERS[one + other]}.'
+ANSWERS |= SMALL_TALK
+QUESTIONS = list(ANSWERS)
+
+# espeak-ng's variants of its voice. Several are near copies of each other (steph2, steph3): held out together or not at all.
+ASSISTANT = 'f1'
+TEST_VOICES = ('Alicia Andy Gene Gene2 Mike mike2 belinda david edward edward2 f2 f5 linda m3 m7 pablo '
+               'steph steph2 steph3 zac').split()
+VAL_VOICES = 'aunty boris Lee m5 sandro victor'.split()
+UNUSED_VOICES = ('AnxiousAndy Demonic Tweaky UniRobot anikaRobot croak robosoft robosoft2 robosoft3 robosoft4 robosoft5 robosoft6 '
+                 'robosoft7 robosoft8 whisper whisperf').split()  # jokes, and voices without a voice
+VARIANTS = os.path.join(espeakng_loader.get_data_path(), 'voices', '!v')
+TRAIN_VOICES = sorted(set(os.listdir(VARIANTS)) - {ASSISTANT, *TEST_VOICES, *VAL_VOICES, *UNUSED_VOICES})
+
+
+class Event(ctypes.Structure):  # espeak_EVENT of speak_lib.h
+    _fields_ = [('type', ctypes.c_int), ('unique_id', ctypes.c_uint), ('text_position', ctypes.c_int), ('length', ctypes.c_int),
+                ('audio_ms', ctypes.c_int), ('sample', ctypes.c_int), ('user_data', ctypes.c_void_p), ('name', ctypes.c_char * 8)]
+
+
+class Espeak:
+    """Reads text aloud; tells when each word and phoneme begins."""
+
+    def __init__(self):
+        self.lib = ctypes.CDLL(espeakng_loader.get_library_path())
+        data = espeakng_loader.get_data_path().encode()
+        self.rate_hz = self.lib.espeak_Initialize(2, 0, data, 0x8001)  # synchronous; phoneme events; no exit() on error
+        assert self.rate_hz == 22050, f'espeak_Initialize answered {self.rate_hz} with {data}'
+        self.pcm, self.events = [], []
+        callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(Event))
+        self.callback = callback(self.receive)  # kept: the library has only a bare pointer to it
+        self.lib.espeak_SetSynthCallback(self.callback)
+
+    def receive(self, pcm, n_sample, event):
+        if n_sample:
+            self.pcm.append(np.ctypeslib.as_array(pcm, (n_sample,)).copy())
+        i = 0
+        while event[i].type:  # 0 ends the list, 1 is a word, 7 a phoneme
+            self.events.append((event[i].type, event[i].sample, event[i].text_position, event[i].length, event[i].name.decode()))
+            i += 1
+        return 0
+
+    def say(self, text, voice, rate=170, pitch=50, pitch_range=50, size=1.0):
+        """-> wave at 16 kHz without silence around it, words and phonemes as lists of (text, start sample). rate: words a minute;
+        size: of the speaker, as a factor on all frequencies, at the same speed."""
+        if self.lib.espeak_SetVoiceByName(f'en-us+{voice}'.encode()) != 0:  # else it would go on in the voice before
+            raise ValueError(f'espeak-ng has no voice {voice!r}; there are {", ".join(sorted(os.listdir(VARIANTS)))}')
+        for parameter, value in (1, rate / size), (2, 100), (3, pitch), (4, pitch_range):
+            self.lib.espeak_SetParameter(parameter, int(value), 0)
+        self.pcm.clear(), self.events.clear()
+        data = text.encode()
+        self.lib.espeak_Synth(data, len(data) + 1, 0, 1, 0, 1, None, None)
+        if not self.pcm:
+            raise ValueError(f'espeak-ng makes no sound of {text!r}')
+        wave = soxr.resample(np.concatenate(self.pcm).astype(np.float32) / 32768, self.rate_hz * size, SAMPLE_RATE, quality='LQ')
+        loud = np.flatnonzero(np.abs(wave) > 0.02 * np.abs(wave).max())
+        first, last = loud[0], loud[-1] + 1
+        at = [max(0, round(sample * SAMPLE_RATE / self.rate_hz / size) - first) for _, sample, *_ in self.events]
+        words = [(text[e[2] - 1:e[2] - 1 + e[3]], start) for e, start in zip(self.events, at) if e[0] == 1]
+        phonemes = [(e[4].strip("',").rstrip('#'), start) for e, start in zip(self.events, at) if e[0] == 7]  # no stress marks
+        return wave[first:last], words, phonemes
+
+
+def user_style(rng, vary_size=True):
+    return dict(rate=int(rng.integers(130, 211)), pitch=int(rng.integers(30, 71)), pitch_range=int(rng.integers(20, 81)),
+                size=float(rng.uniform(0.88, 1.14)) if vary_size else 1.0)
+
+
+@functools.cache
+def noises():
+    """Eight times half a minute of noise, white to nearly pink, of mean square 1."""
+    rng, n_sample = np.random.default_rng(SEED), 2 ** 19
+    frequency = np.maximum(np.arange(n_sample // 2 + 1), n_sample * 50 / SAMPLE_RATE)  # flat below 50 Hz
+    bank = []
+    for slope in np.linspace(0, 0.9, 8):
+        wave = np.fft.irfft(rng.standard_normal((len(frequency), 2)) @ [1, 1j] * frequency ** -slope)
+        bank.append((wave / np.sqrt(np.mean(wave ** 2))).astype(np.float32))
+    return bank
+
+
+def add_noise(wave, rng, snr_db, level):
+    """level: the mean square of the speech."""
+    noise = noises()[rng.integers(8)]
+    at = rng.integers(len(noise) - len(wave))
+    return wave + noise[at:at + len(wave)] * np.float32(np.sqrt(level / 10 ** (snr_db / 10)))
+
+
+def word_list(words, first_frame, end_frame):
+    starts = [min(first_frame + start // FRAME, end_frame) for _, start in words] + [end_frame]
+    return [dict(text=text, start=a, end=max(a, b)) for (text, _), a, b in zip(words, starts, starts[1:])]
+
+
+def codec_clips(espeak, rng):
+    """-> waves, their phonemes as integers (a 40 ms each, 0 is silence), whether it is the assistant who speaks"""
+    sentences = QUESTIONS + sorted(set(ANSWERS.values()))
+    jobs = [(TRAIN_VOICES[i % len(TRAIN_VOICES)], sentences[rng.integers(len(sentences))]) for i in range(N_CLIP)]
+    jobs += [(ASSISTANT, text) for text in sentences]
+    number = {'_': 0, '_:': 0}
+    waves, labels = [], []
+    for voice, text in tqdm(jobs, desc='codec clips', unit='clip', mininterval=1):
+        mine = voice == ASSISTANT
+        speech, _, phonemes = espeak.say(text, voice, **({} if mine else user_style(rng)))
+        before, after = rng.integers(SAMPLE_RATE // 20, SAMPLE_RATE // 2, 2)
+        wave = np.pad(speech, (before, after))
+        if not mine:
+            wave = add_noise(wave, rng, rng.uniform(15, 30), np.mean(speech ** 2))
+        start = np.array([0, *(before + at for _, at in phonemes), before + len(speech)])
+        label = np.array([0, *(number.setdefault(name, len(number) - 1) for name, _ in phonemes), 0])
+        middle = np.arange(-(-len(wave) // FRAME)) * FRAME + FRAME // 2
+        waves.append(wave)
+        labels.append(label[np.searchsorted(start, middle, side='right') - 1])
+    for _ in range(20):  # nobody speaks
+        waves.append(add_noise(np.zeros(SAMPLE_RATE, dtype=np.float32), rng, 0, 1e-4))
+        labels.append(np.zeros(25, dtype=np.int64))
+    return waves, labels, np.array([voice == ASSISTANT for voice, _ in jobs] + [False] * 20)
+
+
+def render_answers(espeak, codec):
+    """answer -> its codes and words, in the assistant's voice"""
+    answers = {}
+    for text in sorted(set(ANSWERS.values())):
+        wave, words, _ = espeak.say(text, ASSISTANT)
+        n_frame = -(-len(wave) // FRAME)
+        answers[text] = codec.encode(np.pad(wave, (10 * FRAME, 10 * FRAME)))[10:10 + n_frame], words
+    return answers
+
+
+def make_dialogue(espeak, codec, answers, silence, rng, voice, vary_size):
+    """One user, two to five questions, as many as fit."""
+    speech, start = [], int(max(0.1, rng.normal(0.7, 0.2)) * SAMPLE_RATE)  # where each question begins, in samples
+    turns, barge_in = [], rng.integers(1, 3) if rng.random() < 0.25 else None  # the question that comes too early
+    style = user_style(rng, vary_size)
+    assistant = np.full(MAX_FRAME, silence, dtype=np.uint16)
+    n_frame = 0
+    while True:
+        question = QUESTIONS[rng.integers(len(QUESTIONS))]
+        wave, words, _ = espeak.say(question, voice, **style)
+        if rng.random() < 0.1:  # hesitates before a word
+            cut, pause = words[rng.integers(1, len(words))][1], int(rng.uniform(0.2, 0.5) * SAMPLE_RATE)
+            wave = np.concatenate([wave[:cut], np.zeros(pause, dtype=np.float32), wave[cut:]])
+            words = [(text, at + pause * (at >= cut)) for text, at in words]
+        answer = ANSWERS[question]
+        codes, answer_words = answers[answer]
+        first, end = start // FRAME, -(-(start + len(wave)) // FRAME)
+        answer_end = end + len(codes)
+        if answer_end + 5 > MAX_FRAME:
+            break
+        if turns and turns[-1]['end'] > first:  # the user has barged in, the assistant notices
+            said = turns[-1]
+            stop = min(said['end'], first + int(rng.uniform(0.2, 0.4) * 25))
+            said['words'] = [word | {'end': min(word['end'], stop)} for word in said['words'] if word['start'] < stop]
+            said['text'] = ' '.join(word['text'] for word in said['words']) if stop < said['end'] else said['text']
+            said['end'] = stop
+            assistant[stop:] = silence
+        speech.append((start, wave))
+        turns.append(dict(role='user', start=first, end=end, text=question, words=word_list(words, first, end)))
+        turns.append(dict(role='assistant', start=end, end=answer_end, text=answer, words=word_list(answer_words, end, answer_end)))
+        assistant[end:answer_end] = codes
+        n_frame = answer_end
+        if len(speech) == barge_in:
+            start = int((end + rng.uniform(0.3, 0.8) * len(codes)) * FRAME)
+        else:
+            start = answer_end * FRAME + int(max(0.1, rng.normal(0.8, 0.3)) * SAMPLE_RATE)
+    n_frame = min(MAX_FRAME, n_frame + int(rng.uniform(0.2, 1.5) * 25))
+    wave = np.zeros(n_frame * FRAME, dtype=np.float32)
+    for at, said in speech:
+        wave[at:at + len(said)] += said
+    level = np.mean(np.concatenate([said for _, said in speech]) ** 2)
+    return dict(user=codec.encode(add_noise(wave, rng, rng.uniform(15, 30), level)), assistant=assistant[:n_frame], turns=turns)
+
+
+def make_utterance(espeak, codec, rng, voice):
+    text = QUESTIONS[rng.integers(len(QUESTIONS))]
+    speech, words, _ = espeak.say(text, voice, **user_style(rng))
+    before = int(rng.uniform(0.1, 0.5) * SAMPLE_RATE)
+    wave = np.pad(speech, (before, SAMPLE_RATE // 5))
+    first, end = before // FRAME, -(-(before + len(speech)) // FRAME)
+    turn = dict(role='user', start=first, end=end, text=text, words=word_list(words, first, end))
+    codes = codec.encode(add_noise(wave, rng, rng.uniform(15, 30), np.mean(speech ** 2)))
+    return dict(user=codes, assistant=np.zeros(0, dtype=np.uint16), turns=[turn])
+
+
+def work(number, folder, results):
+    """One process: every N_WORKER-th record of every split, in a fixed order."""
+    torch.set_num_threads(1)
+    espeak, codec = Espeak(), MelCodec.load(folder)
+    answers = render_answers(espeak, codec)
+    silence = codec.encode(np.zeros(FRAME))[0]
+    for split, voices in ('test', TEST_VOICES), ('val', VAL_VOICES), ('train', TRAIN_VOICES):
+        n_record = N_DIALOGUE[split] + (N_UTTERANCE if split == 'train' else 0)
+        for i in range(number, n_record, N_WORKER):
+            rng = np.random.default_rng([SEED, *split.encode(), i])
+            voice = voices[i % len(voices)]
+            if i < N_DIALOGUE[split]:
+                record = make_dialogue(espeak, codec, answers, silence, rng, voice, vary_size=split == 'train')
+            else:
+                record = make_utterance(espeak, codec, rng, voice)
+            results.put((split, i, {'id': f'{split}-{i:05d}-{voice}', **record}))
+
+
+def train_bpe(folder):
+    """Byte-level BPE cut up as Qwen2 does, until every word of ours is one token."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.normalizer = tokenizers.normalizers.NFC()
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN2_PATTERN), 'isolated'),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=1000, show_progress=False,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(QUESTIONS + list(ANSWERS.values()), trainer)
+    os.makedirs(folder, exist_ok=True)
+    bpe.save(os.path.join(folder, 'tokenizer.json'))
+    bpe.model.save(folder)
+    return bpe.get_vocab_size()
+
+
+def round_trip(espeak, codec):
+    """What becomes of the answers on their way through the codec."""
+    same, contour, longer = [], [], []
+    for text in sorted(set(ANSWERS.values())):
+        wave = espeak.say(text, ASSISTANT)[0]
+        codes = codec.encode(wave)
+        heard = codec.decode(codes)
+        wave = np.pad(wave, (0, len(codes) * FRAME - len(wave)))
+        energy = [np.mean(x.reshape(-1, FRAME) ** 2, axis=1) for x in (wave, heard)]
+        contour.append(np.corrcoef(*(np.log(e + 1e-4 * e.max()) for e in energy))[0, 1])
+        same.append(codec.encode(heard) == codes)
+        longer.append(abs(len(heard) / len(wave) - 1))
+    return dict(same_codes=np.mean(np.concatenate(same)), loudness_correlation=np.mean(contour), duration_error=max(longer))
+
+
+def prepare(out):
+    """Fits the codec and the BPE, then writes the three splits."""
+    digest = hashlib.sha256()
+    for path in os.path.abspath(__file__), codec_module.__file__:
+        with open(path, 'rb') as f:
+            digest.update(f.read())
+    marker = os.path.join(out, 'prepared.json')
+    if os.path.exists(marker):
+        with open(marker) as f:
+            done = json.load(f)
+        if done['recipe'] == digest.hexdigest()[:16]:
+            return print(f'{out} is prepared already')
+        os.remove(marker)
+    espeak, rng = Espeak(), np.random.default_rng(SEED)
+    waves, labels, mine = codec_clips(espeak, rng)
+    print(f'fitting the codec to {sum(map(len, waves)) / SAMPLE_RATE / 60:.0f} minutes')
+    codec = MelCodec.fit(waves, labels, mine, n_codes=N_CODES)
+    codec.save(os.path.join(out, 'codec'))
+    n_bpe = train_bpe(os.path.join(out, 'tokenizer'))
+
+    context = multiprocessing.get_context('spawn')
+    results = context.Queue()
+    workers = [context.Process(target=work, args=(i, os.path.join(out, 'codec'), results), daemon=True) for i in range(N_WORKER)]
+    for worker in workers:
+        worker.start()
+    found = {split: {} for split in N_DIALOGUE}
+    for _ in tqdm(range(sum(N_DIALOGUE.values()) + N_UTTERANCE), desc='dialogues', unit='record', mininterval=1):
+        while True:
+            try:
+                split, i, record = results.get(timeout=5)
+                break
+            except queue.Empty:
+                if any(worker.exitcode for worker in workers):
+                    raise SystemExit('a worker process died; its message is above') from None
+        found[split][i] = record
+    statistics = {'recipe': digest.hexdigest()[:16], 'n_bpe': n_bpe, **round_trip(espeak, codec)}
+    for split, records in found.items():
+        records = [records[i] for i in sorted(records)]
+        save_dialogues(os.path.join(out, f'{split}.arrow'), records, codec.about())
+        statistics[split] = dict(
+            n_dialogue=N_DIALOGUE[split], n_record=len(records), n_voice=len({r['id'].split('-')[2] for r in records}),
+            hours=round(sum(len(r['user']) for r in records) / 25 / 3600, 2),
+            n_question=sum(turn['role'] == 'user' for r in records for turn in r['turns']))
+    for key, value in statistics.items():
+        print(f'{key:20} {value if not isinstance(value, float) else round(value, 4)}')
+    with open(marker + '.new', 'w') as f:
+        json.dump(statistics, f, indent=1)
+    os.replace(marker + '.new', marker)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out', default=HERE, help='folder to write into')
+    parser.add_argument('--say', help='instead: read this aloud into a wav')
+    parser.add_argument('--wav', default='question.wav')
+    parser.add_argument('--voice', default=TEST_VOICES[0])
+    parser.add_argument('--rate', type=int, default=170, help='words a minute')
+    parser.add_argument('--pitch', type=int, default=50, help='0 to 99')
+    parser.add_argument('--sample_rate', type=int, default=44100)
+    parser.add_argument('--snr_db', type=float, default=25.0, help='of the noise under it')
+    args = parser.parse_args()
+    if args.say is None:
+        return prepare(args.out)
+    speech = Espeak().say(args.say, args.voice, args.rate, args.pitch)[0]
+    wave = np.pad(speech, (SAMPLE_RATE // 2, 3 * SAMPLE_RATE))  # leaves time for the answer
+    wave = add_noise(wave, np.random.default_rng(SEED), args.snr_db, np.mean(speech ** 2))
+    write_audio(args.wav, soxr.resample(0.5 * wave / np.abs(wave).max(), SAMPLE_RATE, args.sample_rate), args.sample_rate)
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except ValueError as error:
+        raise SystemExit(f'error: {error}') from None

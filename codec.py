@@ -323,12 +323,19 @@ class MelCodec:
 
     def encode(self, wave):
         """float32 (n_sample,) at 16 kHz -> uint16 (ceil(n_sample / 640),)"""
+        if len(wave) == 0:
+            return np.empty(0, np.uint16)
         return nearest(self.embed(self.log_mel(wave)), self.arrays['centre']).numpy().astype(np.uint16)
 
     def decode(self, codes, n_iter=32):
         """uint16 (n_frame,) -> float32 (n_frame * 640,)"""
+        if len(codes) == 0:
+            return np.empty(0, np.float32)
         mel = self.arrays['patch'][torch.as_tensor(np.asarray(codes, dtype=np.int64))].flatten(0, 1)
-        power = ((mel.exp() - FLOOR).clamp(min=0) @ torch.linalg.pinv(self.filters)).clamp(min=0)
+        want = (mel.exp() - FLOOR).clamp(min=1e-9)
+        power = want @ self.filters.T  # (n_frame * PATCH, n_bin)
+        for _ in range(30):  # undo the mel filters by multiplicative steps, which stay positive
+            power = power * (want / (power @ self.filters + 1e-12) @ self.filters.T) / (self.filters.sum(1) + 1e-6)
         target = F.pad(power.sqrt().T, (0, 1))  # (n_bin, n_frame * PATCH + 1)
         stft = dict(n_fft=N_FFT, hop_length=HOP, win_length=WINDOW, window=self.window)
         phase = torch.exp(2j * torch.pi * torch.rand(target.shape, generator=torch.Generator().manual_seed(0)))
@@ -337,10 +344,11 @@ class MelCodec:
             again = torch.stft(wave, **stft, return_complex=True)
             phase = again / again.abs().clamp(min=1e-8)
         wave = torch.istft(target * phase, **stft, length=len(mel) * HOP)
+        wave = F.pad(wave, (HOP // 2, -(HOP // 2)))  # istft centres a frame on its start, log_mel on its middle
         return (0.7 * wave / wave.abs().max().clamp(min=0.7)).numpy()
 
     @classmethod
-    def fit(cls, waves, labels, voice, n_codes=512, n_dim=24, width=256, n_epoch=6, loudness=0.3, seed=0):
+    def fit(cls, waves, labels, voice, n_codes=512, n_dim=24, width=256, n_epoch=6, loudness=0.6, seed=0):
         """waves: clips of many voices; labels: the phoneme of each of their 40 ms, as integers, 0 is silence;
         voice: for each clip, whether it is the voice that decode should have."""
         rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
@@ -372,21 +380,31 @@ class MelCodec:
         for i in range(3):
             a[f'{i}.weight'], a[f'{i}.bias'] = net[2 * i].detach(), net[2 * i + 1].detach()
 
-        z = torch.cat([self.embed(mel) for mel in mels])
+        mel = torch.cat(mels)
+        z = torch.cat([self.embed(clip) for clip in mels])
         keep = (y > 0) | (torch.rand(len(y), generator=generator) < 0.2)  # silence needs few codes
         a['centre'] = kmeans(z[keep], n_codes, rng)
         code = nearest(z, a['centre'])
-        patch = torch.cat(mels).view(-1, PATCH * N_MEL)
-        mine = torch.as_tensor(np.repeat(voice, [len(label) for label in labels])) & (y >= 0)
-        total, count = torch.zeros(2, n_codes, PATCH * N_MEL), torch.zeros(2, n_codes, 1)
-        for i, rows in enumerate((torch.ones_like(mine), mine)):
-            total[i].index_add_(0, code[rows], patch[rows])
-            count[i].index_add_(0, code[rows], torch.ones(int(rows.sum()), 1))
-        pick = (count[1] > 0).float()
-        a['patch'] = ((1 - pick) * total[0] + pick * total[1]) / ((1 - pick) * count[0] + pick * count[1]).clamp(min=1)
-        a['patch'] = a['patch'].view(n_codes, PATCH, N_MEL)
-        quiet = torch.zeros(n_codes).index_add_(0, code, (y == 0).float()) > 0.5 * count[0][:, 0]
-        return cls(a, np.flatnonzero(quiet.numpy()))
+        mine = torch.as_tensor(np.repeat(voice, [len(label) for label in labels]))
+        mean = torch.zeros(n_codes, PATCH * N_MEL)
+        for rows in torch.ones_like(mine), mine:  # the second overwrites the first where that voice has the code
+            count = torch.bincount(code[rows], minlength=n_codes)[:, None]
+            total = torch.zeros_like(mean).index_add_(0, code[rows], mel.view(-1, PATCH * N_MEL)[rows])
+            mean = torch.where(count > 0, total / count.clamp(min=1), mean)
+        mean = mean.view(n_codes, PATCH, N_MEL)
+        patch = mean.clone().requires_grad_()
+        optimiser = torch.optim.Adam([patch], lr=0.1)
+        for _ in range(30):  # nudge what a code sounds like until it is heard as that code, in that voice's sentences
+            distance = torch.cdist(self.embed(patch[code[mine]].flatten(0, 1)), a['centre']) ** 2
+            loss = F.cross_entropy(-2 * distance, code[mine]) + 0.1 * F.mse_loss(patch, mean)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        a['patch'] = patch.detach()
+        count = torch.bincount(code, minlength=n_codes)
+        quiet = torch.zeros(n_codes).index_add_(0, code, (y == 0).float()) > 0.5 * count
+        digital_silence = self.encode(np.zeros(self.sample_rate))
+        return cls(a, np.union1d(np.flatnonzero(quiet.numpy()), digital_silence))
 
     def save(self, folder):
         os.makedirs(folder, exist_ok=True)

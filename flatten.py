@@ -91,7 +91,7 @@ class Layout:
 
     @property
     def chunk(self):
-        return self.slots['assistant']
+        return self.slots['assistant'] if self.order == 'chunks' else []
 
     @property
     def period(self):
@@ -103,26 +103,29 @@ class Layout:
 
 
 def get_layout(name, speech_chunk=None, text_chunk=None, learn_user_text=True):
-    """The layout of that name. Chunk sizes are in tokens, None leaves the layout's own. Whether the 4-stream stage
-    learns the user's text (its recognition target) is not said in the paper: yes, unless learn_user_text is False.
-    Raises ValueError for an unknown name, and for a chunk size under 1."""
+    """The layout of that name; 'asr.user' or 'tts.assistant' takes the turns of one role only. Chunk sizes are in tokens,
+    None leaves the layout's own. Whether the 4-stream stage learns the user's text (its recognition target) is not said in
+    the paper: yes, unless learn_user_text is False. Raises ValueError for an unknown name, and for a chunk size under 1."""
+    name, _, only_role = name.partition('.')
     if name not in LAYOUTS:
         near = difflib.get_close_matches(name, LAYOUTS, 1, 0)[0]
         raise ValueError(f'no layout {name!r}; did you mean {near!r}? (known: {", ".join(LAYOUTS)})')
+    if only_role and (only_role not in ROLES or LAYOUTS[name][0] != 'turn'):
+        raise ValueError(f'no layout {name}.{only_role}: a role, {" or ".join(ROLES)}, goes with asr and tts')
     sizes = {'speech': speech_chunk, 'text': text_chunk}
     for kind, n in sizes.items():
         if n is not None and n < 1:
             raise ValueError(f'{kind}_chunk is {n}: a chunk holds at least one {kind} token')
     order, streams = LAYOUTS[name]
     slots = {}
-    for role in ROLES:
+    for role in [only_role] if only_role else ROLES:
         text = streams if isinstance(streams, str) else streams[role]
         slots[role] = [Slot(what, int(n or 0), not mark) for mark, what, n in re.findall(r'(~?)([^\s,~]+)(?: (\d+))?', text)]
         if order == 'chunks':
             slots[role] = [slot._replace(n=sizes[slot.kind] or slot.n) for slot in slots[role]]
         elif role == 'user' and not learn_user_text:
             slots[role] = [slot._replace(learned=slot.learned and slot.kind != 'text') for slot in slots[role]]
-    return Layout(name, order, slots)
+    return Layout(name + ('.' + only_role if only_role else ''), order, slots)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,7 +177,7 @@ def flatten(dialogue, layout, vocab):
         if len(dialogue['user']) != len(dialogue['assistant']):
             raise ValueError(f'dialogue {dialogue["id"]!r} has one channel only, {layout.name} needs both')
         return [lay_chunks(dialogue, layout, vocab)]
-    turns = sorted(dialogue['turns'], key=lambda turn: turn['start'])
+    turns = sorted((turn for turn in dialogue['turns'] if turn['role'] in layout.slots), key=lambda turn: turn['start'])
     parts = [lay_turn(dialogue, turn, layout.slots[turn['role']], vocab) for turn in turns]
     if layout.order == 'turns' and parts:
         parts = [Document(np.concatenate([p.ids for p in parts]), np.concatenate([p.learned for p in parts]), 0)]
@@ -254,7 +257,7 @@ def unflatten(ids, layout, vocab, silence_code=0, id=''):
         return dict(id=id, **read_chunks(ids, layout, vocab, silence_code))
     channels, turns, at, n_frame = {role: [] for role in ROLES}, [], 0, 0
     while at < len(ids):
-        fitting = [role for role in ROLES if ids[at] == vocab.control[layout.slots[role][0].what]]
+        fitting = [role for role in layout.slots if ids[at] == vocab.control[layout.slots[role][0].what]]
         role = 'assistant' if layout.name == 'tts' else fitting[0] if fitting else None
         if not fitting:
             raise ValueError(f'{layout.name} document {id!r}: token {at} is {ids[at]}, where a turn has to start')

@@ -197,12 +197,17 @@ class Qwen2(nn.Module):
         ))
         is_tied = config.tie_embeddings
         self.lm_head = None if is_tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # 1 / sqrt(n_embd) lets a branch keep the size of what it reads; 0.02, as for GPT-2's width, makes the demo learn
+        # half as fast. 2 * n_layer branches add up, so each starts that much smaller
+        std = config.n_embd ** -0.5
         for name, p in self.named_parameters():
             if name.endswith('bias'):
                 nn.init.zeros_(p)
             elif name.endswith(('o_proj.weight', 'down_proj.weight')):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer)) # so many add up (GPT-2)
-            elif p.dim() == 2: # all but the norms, which start as ones
+                nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer))
+            elif name.endswith('proj.weight'):
+                nn.init.normal_(p, std=std)
+            elif p.dim() == 2: # embedding and head: logits start small
                 nn.init.normal_(p, std=0.02)
 
     def forward(self, idx, pos=None, doc=None, learn=None, targets=None, kv_cache=None, ids=None):

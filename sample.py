@@ -21,7 +21,7 @@ import torch
 import config
 from codec import Vocabulary, load_codec, read_audio, write_audio
 from data.loader import Dialogues
-from flatten import get_layout, unflatten
+from flatten import ROLES, get_layout, unflatten
 from model import KVCache, Qwen2
 
 
@@ -141,7 +141,9 @@ def converse(model, vocab, layout, users, silence_code, **settings):
     ids = torch.cat(duplex.ids, dim=1).cpu().numpy()        # (n_row, N chunks * K)
     dialogues = []
     for row, codes in zip(ids, users):
-        dialogues.append(unflatten(row[:-(-len(codes) // n) * layout.period], layout, vocab, silence_code))
+        dialogue, n_frame = unflatten(row, layout, vocab, silence_code), len(codes)
+        turns = [dict(turn, end=min(turn['end'], n_frame)) for turn in dialogue['turns'] if turn['start'] < n_frame]
+        dialogues.append(dict(dialogue, turns=turns, **{role: dialogue[role][:n_frame] for role in ROLES}))
     return dialogues, chunk_sec
 
 

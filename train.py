@@ -36,7 +36,7 @@ from model import ModelConfig, Qwen2
 class Config:
     # what is learned
     data: str = 'data/demo'             # a folder with train.arrow, val.arrow, tokenizer/ and codec/
-    stages: str = 'duplex3:1000'        # layouts and steps, one stage after the other: 'asr+tts:400, duplex3:600'
+    stages: str = 'duplex3:1000'        # layouts and steps, one stage after the other: 'asr.user+tts:400, duplex3:600'
     speech_chunk: int | None = None     # frames a chunk; None: the layout's own, 10
     text_chunk: int | None = None       # text tokens a chunk; None: the layout's own, 2
     learn_user_text: bool = True        # half_duplex: is the user's text a target; the paper does not say
@@ -51,6 +51,8 @@ class Config:
     # the batch
     batch_size: int = 4                 # rows a micro-step on each device: as many as its memory takes
     batch_tokens: int = 4096            # tokens an optimiser step over all devices; micro-steps follow from it
+    user_noise: float = 0.0             # share of the user's codes replaced at random in training: unknown voices differ, too
+    text_weight: float = 1.0            # of a text token in the loss: there are few, and all else follows from them
     # AdamW
     learning_rate: float = 1e-3
     min_learning_rate: float = 0.0      # where the cosine ends
@@ -228,9 +230,11 @@ def main(cfg):
     others = [p for p in model.parameters() if p.dim() < 2]     # biases and norms: no pull towards zero
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=others, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=device.type in ('cuda', 'cpu'))
-    state = dict(step=0, loader=None, best=None, sec_heard=0.0, train_sec=0.0)
+    state = dict(step=0, loader=None, best=None, best_step=None, sec_heard=0.0, train_sec=0.0)
     if is_resumed:
         state = load_state(start_from, model, optimizer)
+        if is_main and state['best_step'] == state['step']:
+            publish(start_from, cfg.out_dir)    # it may have been killed right before
     elif is_main and glob(os.path.join(cfg.out_dir, '*')):
         say(f'{cfg.out_dir} held another run, moved to {move_aside(cfg.out_dir)} (--resume=true would have continued it)')
     if is_main:
@@ -278,7 +282,7 @@ def main(cfg):
             first = last
             continue
         name = '+'.join(layout.name for layout in layouts)
-        loader = Loader(train_data, layouts, vocab, cfg.block_size, cfg.batch_size, cfg.seed, rank, world_size)
+        loader = Loader(train_data, layouts, vocab, cfg.block_size, cfg.batch_size, cfg.seed, rank, world_size, cfg.user_noise)
         val_loader = Loader(val_data, layouts, vocab, cfg.block_size, cfg.batch_size, cfg.seed, rank, world_size)
         c = loader.counts
         say(f'stage {name}, steps {first} to {last}: {c["dialogues"]} of {len(train_data)} dialogues read, {c["documents"]} documents, '
@@ -286,7 +290,7 @@ def main(cfg):
             f'{1 - c["tokens"] / (c["rows"] * cfg.block_size + c["documents"]):.1%} padding, {c["too_long"]} documents too long, '
             f'{c["text_dropped"]} text tokens dropped')
         if step == first:
-            state = dict(state, best=None)      # another layout: its losses do not compare with the last one's
+            state = dict(state, best=None, best_step=None)      # another layout: its losses do not compare with the last one's
         else:
             loader.state = state['loader']
         about = dict(layout=layouts[-1].name, speech_chunk=layouts[-1].speech_chunk, text_chunk=cfg.text_chunk,
@@ -297,24 +301,25 @@ def main(cfg):
             lr = get_lr(step, n_step, cfg)
             for group in optimizer.param_groups:
                 group['lr'] = lr
-            n_learned = 0
+            n_learned, total_weight = 0, torch.zeros((), device=device)
             for micro_step in range(n_micro):
                 batch = loader.next_batch().to(device)
                 if world_size > 1:      # gradients are summed over the ranks once, after the last micro-step
                     model.require_backward_grad_sync = micro_step == n_micro - 1
                 with autocast:
                     losses = model(batch.idx, batch.pos, batch.doc, batch.learn, batch.targets)     # (N)
-                losses.sum().backward()
+                weights = torch.where(batch.stream == STREAMS.index('text'), cfg.text_weight, 1.0)
+                (losses * weights).sum().backward()
                 n_learned += len(losses)
+                total_weight += weights.sum()
                 sums += stream_sums(losses, batch, device)
                 sec += batch.sec
             # rows hold unequal numbers of learned tokens, so a mean of means would weigh them unequally: the gradient
-            # so far is of a sum, and is divided once by the count over all ranks (DDP has divided by world_size)
-            n_learned = torch.tensor(float(n_learned), device=device)
+            # so far is of a sum, and is divided once by the weight (without text_weight, the count) over all ranks (DDP has divided by world_size)
             if world_size > 1:
-                dist.all_reduce(n_learned)
+                dist.all_reduce(total_weight)
             for p in raw_model.parameters():
-                p.grad.mul_(world_size / n_learned)
+                p.grad.mul_(world_size / total_weight)
             grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -334,7 +339,7 @@ def main(cfg):
                 mfu = None
                 if peak_flops:
                     mean_keys = float((batch.pos + 1).double().mean())
-                    flops = raw_model.flops_per_token(float(n_learned) / cfg.batch_tokens, mean_keys)
+                    flops = raw_model.flops_per_token(n_learned * world_size / cfg.batch_tokens, mean_keys)
                     mfu = tokens_per_sec * flops / (peak_flops * world_size)
                 streams = ' '.join(f'{key} {seen[key]:6.3f}' if key in seen else f'{key}    -  ' for key in STREAMS)
                 say(f'step {step:>6}/{n_step} | loss {seen["loss"]:6.3f} {streams} | {seen["bits_per_sec"]:7.1f} b/s | lr {lr:.1e} | '
@@ -348,7 +353,7 @@ def main(cfg):
             if step % cfg.eval_interval == 0 or step == last:
                 metrics = evaluate(val_loader)
                 is_best = state['best'] is None or metrics['loss'] < state['best']
-                state.update(best=metrics['loss'] if is_best else state['best'], loader=loader.state)
+                state.update(loader=loader.state, **(dict(best=metrics['loss'], best_step=step) if is_best else {}))
                 streams = ' '.join(f'{key} {metrics[key]:6.3f}' if key in metrics else f'{key}    -  ' for key in STREAMS)
                 say(f'val  {step:>6}/{n_step} | loss {metrics["loss"]:6.3f} {streams} | {metrics["bits_per_sec"]:7.1f} b/s | '
                     + ('best so far' if is_best else f'best was {state["best"]:.3f}'), flush=True)
@@ -386,7 +391,7 @@ def open_log(cfg, step):
     lines = []
     if os.path.exists(path):
         with open(path) as file:
-            lines = [line for line in file if json.loads(line)['step'] <= step]
+            lines = [line for line in file if line.endswith('\n') and json.loads(line)['step'] <= step]   # the last may be half a line
     with open(path + '.part', 'w') as file:
         file.writelines(lines)
     os.replace(path + '.part', path)

@@ -138,8 +138,8 @@ class Loader:
     that, assigned again, continues at the same row. Raises ValueError, with the file, for data that doesn't fit."""
     window = 4096       # dialogues shuffled and packed together: 0.3-0.5 % of the rows stays padding
 
-    def __init__(self, dialogues, layouts, vocab, block_size, batch_size, seed=0, rank=0, world_size=1):
-        self.dialogues, self.layouts, self.vocab = dialogues, layouts, vocab
+    def __init__(self, dialogues, layouts, vocab, block_size, batch_size, seed=0, rank=0, world_size=1, user_noise=0.0):
+        self.dialogues, self.layouts, self.vocab, self.user_noise = dialogues, layouts, vocab, user_noise
         self.block_size, self.batch_size, self.seed, self.rank, self.world_size = block_size, batch_size, seed, rank, world_size
         self.n_window = -(-len(dialogues) // self.window)
         self.state = dict(epoch=0, window=0, row=0)
@@ -206,14 +206,24 @@ class Loader:
             if self.loaded != (at['epoch'], at['window']):
                 self.rows, self.loaded = self.read_window(at['epoch'], at['window']), (at['epoch'], at['window'])
             n_wanted = self.batch_size * self.world_size - len(rows)
-            rows += self.rows[at['row']:at['row'] + n_wanted]
+            rows += [(row, (at['epoch'], at['window'], at['row'] + i)) for i, row in enumerate(self.rows[at['row']:at['row'] + n_wanted])]
             at['row'] += n_wanted
             if at['row'] >= len(self.rows):
                 at = dict(epoch=at['epoch'], window=at['window'] + 1, row=0)
                 if at['window'] == self.n_window:
                     at = dict(epoch=at['epoch'] + 1, window=0, row=0)
         self.state = at
-        return self.batch(rows[self.rank::self.world_size])
+        return self.batch([self.garble(row, place) if self.user_noise else row for row, place in rows[self.rank::self.world_size]])
+
+    def garble(self, row, place):
+        """A row in which that share of the codes that are fed but not learned is any other code. It depends on the row's
+        place in the order alone, not on the rank that reads it."""
+        rng, garbled = np.random.default_rng([self.seed, *place]), []
+        for ids, learned, channels in row:
+            hit = ~learned & (ids >= self.vocab.code_start) & (rng.random(len(ids)) < self.user_noise)
+            codes = self.vocab.code_start + rng.integers(self.vocab.n_codes, size=len(ids), dtype=np.int32)
+            garbled.append((np.where(hit, codes, ids), learned, channels))
+        return garbled
 
     def epoch(self):
         """Every document once, in file order of windows: this rank's share of the batches. For evaluation."""

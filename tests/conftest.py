@@ -79,3 +79,40 @@ def small_data(tmp_path_factory, small_tokenizer):
     for split, n in (('train', 60), ('val', 10), ('test', 10)):
         save_dialogues(str(folder / f'{split}.arrow'), make_dialogues(n, seed=len(split)), CODEC)
     return folder
+
+
+def hum(pitch_hz, n_sec, rate=16000, seed=0):
+    """A vowel of sorts: ten harmonics that swell and fade, over a little noise."""
+    t = np.arange(int(n_sec * rate)) / rate
+    tone = sum(np.sin(2 * np.pi * pitch_hz * k * t) / k for k in range(1, 11)) * np.sin(np.pi * np.linspace(0, 1, len(t)))
+    return (0.1 * tone + 1e-3 * np.random.default_rng(seed).standard_normal(len(t))).astype(np.float32)
+
+
+@pytest.fixture(scope='session')
+def small_codec():
+    """A MelCodec of 32 codes that tells six hums from silence."""
+    from codec import MelCodec
+    waves, labels = [], []
+    for i in range(24):
+        waves.append(np.concatenate([1e-3 * np.random.default_rng(i).standard_normal(8000), hum(100 + 40 * (i % 6), 1.0, seed=i)]).astype(np.float32))
+        labels.append(np.repeat([0, 1 + i % 6], [12, 26]))
+    return MelCodec.fit(waves, labels, np.ones(24, bool), n_codes=32, width=32, n_dim=8)
+
+
+@pytest.fixture(scope='session')
+def small_run(tmp_path_factory, small_tokenizer, small_codec):
+    """(data folder, checkpoint folder): a model of a few seconds' training, with its codec, as a user would have it."""
+    import shutil
+
+    import train
+    from data.loader import save_dialogues
+    data = tmp_path_factory.mktemp('spoken')
+    shutil.copytree(small_tokenizer, data / 'tokenizer')
+    small_codec.save(data / 'codec')
+    for split, n in (('train', 40), ('val', 5), ('test', 5)):
+        save_dialogues(str(data / f'{split}.arrow'), make_dialogues(n, seed=len(split)), small_codec.about())
+    out = tmp_path_factory.mktemp('run') / 'run'
+    train.main(train.Config(data=str(data), out_dir=str(out), stages='duplex3:30', n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_inner=64,
+                            block_size=256, batch_size=4, batch_tokens=1024, eval_interval=30, learning_rate=3e-3, warmup_steps=5,
+                            device='cpu', dtype='float32', tensorboard=False))
+    return data, out

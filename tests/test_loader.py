@@ -89,6 +89,24 @@ def test_position_comes_back(small_data, n_before):
         assert all(torch.equal(a, b) for a, b in zip(batch[:6], resumed.next_batch()[:6]))
 
 
+def test_noise_touches_what_is_heard_only(small_data):
+    """A tenth of the user's codes become any other; what is learned stays, and ranks see what one process sees."""
+    clean, noisy = make_loader(small_data, batch_size=4), make_loader(small_data, batch_size=4, user_noise=0.1)
+    ranks = [make_loader(small_data, batch_size=2, rank=r, world_size=2, user_noise=0.1) for r in range(2)]
+    n_changed = n_heard = 0
+    for _ in range(20):
+        a, b, halves = clean.next_batch(), noisy.next_batch(), [loader.next_batch() for loader in ranks]
+        assert torch.equal(a.targets, b.targets) and torch.equal(a.learn, b.learn)
+        assert torch.equal(b.idx[0::2], halves[0].idx) and torch.equal(b.idx[1::2], halves[1].idx)
+        heard = torch.ones(a.idx.numel(), dtype=bool)
+        heard[a.learn + 1 - (a.learn + 1 == len(heard)).int()] = False      # an id that was a target is not a user's
+        heard &= a.idx.flatten() >= clean.vocab.code_start
+        changed = (a.idx != b.idx).flatten()
+        assert not (changed & ~heard).any() and (b.idx.flatten()[heard] >= clean.vocab.code_start).all()
+        n_changed, n_heard = n_changed + changed.sum().item(), n_heard + heard.sum().item()
+    assert 0.08 < n_changed / n_heard < 0.11      # one in 32 is replaced by itself
+
+
 def test_long_dialogues_are_cut_at_chunk_borders(small_data):
     loader = make_loader(small_data, block_size=64)      # 65 ids hold 2 chunks of 22
     for batch in loader.epoch():

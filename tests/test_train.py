@@ -67,7 +67,7 @@ def test_killed_and_resumed_equals_uninterrupted(toy, stages, tmp_path, monkeypa
 def test_ranks_and_micro_steps_give_the_gradient_of_one_big_batch(toy, tmp_path, run):
     """One step of SGD-like AdamW on 4 rows: in one piece, in 2 micro-steps, and on 2 ranks x 2 micro-steps of 1 row. Rows
     hold unequal numbers of learned tokens, so a mean of means would differ in the third digit."""
-    one = replace(toy, stages='duplex3:1', batch_size=4, out_dir=str(tmp_path / 'one'), grad_clip=0.0)
+    one = replace(toy, stages='duplex3:1', batch_size=4, out_dir=str(tmp_path / 'one'), grad_clip=0.0, text_weight=3.0, user_noise=0.1)
     two = replace(one, batch_size=2, out_dir=str(tmp_path / 'two'))
     four = replace(one, batch_size=1, out_dir=str(tmp_path / 'four'))
     train.main(one)

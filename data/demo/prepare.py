@@ -2,13 +2,13 @@
 Spoken questions and answers to learn from, made on the spot: espeak-ng reads them in some eighty voices, a codec learns to write
 down what they say, and out come dialogues on two channels.
 
-    user       ░░░ What is two plus three? ░░░░░░░░░░░░░░░░░░░░░ Tell me the capital of Peru. ░░░░░░░░░░░░
-    assistant  ........................... That makes five. ........................... The capital is Lima.
+    user       ░░ What is two plus three? ░░                               ░░ Tell me the capital of Peru. ░░
+    assistant                               ▓▓ Two plus three is five. ▓▓                                     ▓▓ The capital …
 
 The user has one voice a dialogue, over noise; the assistant always the same one, and it answers at once. In some dialogues the user
 barges in, and the assistant stops. The voices of test.arrow and val.arrow are heard nowhere else: not by the codec, nor in training.
 
-    python data/demo/prepare.py                                               writes into its own folder, in less than a minute
+    python data/demo/prepare.py                                               writes into its own folder, in a minute on two cores
     python data/demo/prepare.py --say='What is the capital of France?' --wav=question.wav --voice=linda
 """
 import argparse
@@ -35,43 +35,46 @@ from codec import QWEN2_PATTERN, MelCodec, write_audio  # noqa: E402
 from data.loader import save_dialogues  # noqa: E402
 
 SEED = 1
-N_DIALOGUE = {'train': 2000, 'val': 40, 'test': 60}
-N_UTTERANCE = 4000        # one-sided, for alignment alone
+N_DIALOGUE = 3000         # to train on; how many the other splits have:
+N_HELD_OUT = {'val': 40, 'test': 80}
+N_UTTERANCE = 4000        # one-sided, to train on in the alignment stage alone
 N_CLIP = 1200             # that the codec is fitted on
 N_CODES = 512
+REACTION = 2              # frames of silence after which the assistant knows that the user has ended: 80 ms
 N_WORKER = 2              # part of the recipe: espeak-ng repeats itself only in the same order in a fresh process
 SAMPLE_RATE, FRAME = 16000, 640
-MAX_FRAME = 460           # 18.4 s: 1,012 tokens of duplex3
+MAX_FRAME = 340           # 13.6 s: 34 chunks, 748 tokens of duplex3
 
 CAPITALS = {
     'France': 'Paris', 'Germany': 'Berlin', 'Spain': 'Madrid', 'Italy': 'Rome', 'Portugal': 'Lisbon', 'Austria': 'Vienna',
-    'Poland': 'Warsaw', 'Greece': 'Athens', 'Norway': 'Oslo', 'Sweden': 'Stockholm', 'Ireland': 'Dublin', 'Hungary': 'Budapest',
-    'Egypt': 'Cairo', 'Japan': 'Tokyo', 'China': 'Beijing', 'India': 'Delhi', 'Cuba': 'Havana', 'Canada': 'Ottawa',
-    'Kenya': 'Nairobi', 'Russia': 'Moscow', 'Turkey': 'Ankara', 'Ukraine': 'Kiev', 'Denmark': 'Copenhagen', 'Peru': 'Lima',
+    'Poland': 'Warsaw', 'Greece': 'Athens', 'Norway': 'Oslo', 'Sweden': 'Stockholm', 'Egypt': 'Cairo', 'Japan': 'Tokyo',
+    'China': 'Beijing', 'Cuba': 'Havana', 'Canada': 'Ottawa', 'Kenya': 'Nairobi', 'Russia': 'Moscow', 'Denmark': 'Copenhagen',
+    'Peru': 'Lima', 'Hungary': 'Budapest',
 }
-NUMBERS = 'zero one two three four five six seven eight nine ten eleven twelve'.split()
+NUMBERS = 'zero one two three four five six'.split()
 SMALL_TALK = {
     'Hello there.': 'Hello, nice to meet you.',
     'How are you today?': 'I am fine, thank you.',
     'What is your name?': 'My name is Duplex.',
     'Can you hear me?': 'Yes, I hear you well.',
-    'Who made you?': 'You trained me yourself.',
     'Tell me a joke.': 'I only know boring ones.',
-    'Do you sleep at night?': 'No, I never sleep.',
-    'What can you do?': 'I listen and talk at once.',
     'Thank you very much.': 'You are welcome.',
-    'Goodbye for now.': 'See you soon.',
 }
-ANSWERS = {}  # question -> answer
-for country, city in CAPITALS.items():
-    for question in 'What is the capital of {}?', 'Tell me the capital of {}.', 'Which city is the capital of {}?':
-        ANSWERS[question.format(country)] = f'The capital is {city}.'
-for one in range(1, 7):
-    for other in range(1, 7):
-        for question in 'What is {} plus {}?', 'How much is {} and {}?':
-            ANSWERS[question.format(NUMBERS[one], NUMBERS[other])] = f'That makes {NUMBERS[one + other]}.'
-ANSWERS |= SMALL_TALK
+TOPICS = [  # question -> answer; a dialogue takes each question from one of the three by chance
+    {question.format(country): f'The capital of {country} is {city}.' for country, city in CAPITALS.items()
+     for question in ('What is the capital of {}?', 'Tell me the capital of {}.')},
+    {f'What is {NUMBERS[one]} plus {NUMBERS[other]}?': f'{NUMBERS[one].capitalize()} plus {NUMBERS[other]} is {NUMBERS[one + other]}.'
+     for one in range(1, 4) for other in range(1, 4)},
+    SMALL_TALK]
+TOPIC_SHARE = [0.5, 0.3, 0.2]
+ANSWERS = {question: answer for topic in TOPICS for question, answer in topic.items()}
 QUESTIONS = list(ANSWERS)
+
+
+def pick_question(rng):
+    topic = list(TOPICS[rng.choice(len(TOPICS), p=TOPIC_SHARE)])
+    return topic[rng.integers(len(topic))]
+
 
 # espeak-ng's variants of its voice. Several are near copies of each other (steph2, steph3): held out together or not at all.
 ASSISTANT = 'f1'
@@ -127,14 +130,15 @@ class Espeak:
         loud = np.flatnonzero(np.abs(wave) > 0.02 * np.abs(wave).max())
         first, last = loud[0], loud[-1] + 1
         at = [max(0, round(sample * SAMPLE_RATE / self.rate_hz / size) - first) for _, sample, *_ in self.events]
-        words = [(text[e[2] - 1:e[2] - 1 + e[3]], start) for e, start in zip(self.events, at) if e[0] == 1]
+        words = [(e[2] - 1, start) for e, start in zip(self.events, at) if e[0] == 1]
+        words = [(text[a:b].strip(), start) for (a, start), (b, _) in zip(words, words[1:] + [(len(text), 0)])]
         phonemes = [(e[4].strip("',").rstrip('#'), start) for e, start in zip(self.events, at) if e[0] == 7]  # no stress marks
         return wave[first:last], words, phonemes
 
 
 def user_style(rng, vary_size=True):
     return dict(rate=int(rng.integers(130, 211)), pitch=int(rng.integers(30, 71)), pitch_range=int(rng.integers(20, 81)),
-                size=float(rng.uniform(0.88, 1.14)) if vary_size else 1.0)
+                size=float(rng.uniform(0.84, 1.18)) if vary_size else 1.0)
 
 
 @functools.cache
@@ -161,10 +165,10 @@ def word_list(words, first_frame, end_frame):
     return [dict(text=text, start=a, end=max(a, b)) for (text, _), a, b in zip(words, starts, starts[1:])]
 
 
-def codec_clips(espeak, rng):
+def codec_clips(espeak, rng, n_clip):
     """-> waves, their phonemes as integers (a 40 ms each, 0 is silence), whether it is the assistant who speaks"""
     sentences = QUESTIONS + sorted(set(ANSWERS.values()))
-    jobs = [(TRAIN_VOICES[i % len(TRAIN_VOICES)], sentences[rng.integers(len(sentences))]) for i in range(N_CLIP)]
+    jobs = [(TRAIN_VOICES[i % len(TRAIN_VOICES)], sentences[rng.integers(len(sentences))]) for i in range(n_clip)]
     jobs += [(ASSISTANT, text) for text in sentences]
     number = {'_': 0, '_:': 0}
     waves, labels = [], []
@@ -198,13 +202,13 @@ def render_answers(espeak, codec):
 
 def make_dialogue(espeak, codec, answers, silence, rng, voice, vary_size):
     """One user, two to five questions, as many as fit."""
-    speech, start = [], int(max(0.1, rng.normal(0.7, 0.2)) * SAMPLE_RATE)  # where each question begins, in samples
+    speech, start = [], int(max(0.1, rng.normal(0.5, 0.15)) * SAMPLE_RATE)  # where each question begins, in samples
     turns, barge_in = [], rng.integers(1, 3) if rng.random() < 0.25 else None  # the question that comes too early
     style = user_style(rng, vary_size)
     assistant = np.full(MAX_FRAME, silence, dtype=np.uint16)
     n_frame = 0
     while True:
-        question = QUESTIONS[rng.integers(len(QUESTIONS))]
+        question = pick_question(rng)
         wave, words, _ = espeak.say(question, voice, **style)
         if rng.random() < 0.1:  # hesitates before a word
             cut, pause = words[rng.integers(1, len(words))][1], int(rng.uniform(0.2, 0.5) * SAMPLE_RATE)
@@ -213,26 +217,26 @@ def make_dialogue(espeak, codec, answers, silence, rng, voice, vary_size):
         answer = ANSWERS[question]
         codes, answer_words = answers[answer]
         first, end = start // FRAME, -(-(start + len(wave)) // FRAME)
-        answer_end = end + len(codes)
+        answer_start, answer_end = end + REACTION, end + REACTION + len(codes)
         if answer_end + 5 > MAX_FRAME:
             break
         if turns and turns[-1]['end'] > first:  # the user has barged in, the assistant notices
             said = turns[-1]
             stop = min(said['end'], first + int(rng.uniform(0.2, 0.4) * 25))
             said['words'] = [word | {'end': min(word['end'], stop)} for word in said['words'] if word['start'] < stop]
-            said['text'] = ' '.join(word['text'] for word in said['words']) if stop < said['end'] else said['text']
+            said['text'] = ' '.join(word['text'] for word in said['words'])
             said['end'] = stop
             assistant[stop:] = silence
         speech.append((start, wave))
         turns.append(dict(role='user', start=first, end=end, text=question, words=word_list(words, first, end)))
-        turns.append(dict(role='assistant', start=end, end=answer_end, text=answer, words=word_list(answer_words, end, answer_end)))
-        assistant[end:answer_end] = codes
+        turns.append(dict(role='assistant', start=answer_start, end=answer_end, text=answer, words=word_list(answer_words, answer_start, answer_end)))
+        assistant[answer_start:answer_end] = codes
         n_frame = answer_end
         if len(speech) == barge_in:
-            start = int((end + rng.uniform(0.3, 0.8) * len(codes)) * FRAME)
+            start = int((answer_start + rng.uniform(0.3, 0.8) * len(codes)) * FRAME)
         else:
-            start = answer_end * FRAME + int(max(0.1, rng.normal(0.8, 0.3)) * SAMPLE_RATE)
-    n_frame = min(MAX_FRAME, n_frame + int(rng.uniform(0.2, 1.5) * 25))
+            start = answer_end * FRAME + int(max(0.1, rng.normal(0.7, 0.25)) * SAMPLE_RATE)
+    n_frame = min(MAX_FRAME, n_frame + int(rng.uniform(0.4, 1.5) * 25))
     wave = np.zeros(n_frame * FRAME, dtype=np.float32)
     for at, said in speech:
         wave[at:at + len(said)] += said
@@ -241,7 +245,7 @@ def make_dialogue(espeak, codec, answers, silence, rng, voice, vary_size):
 
 
 def make_utterance(espeak, codec, rng, voice):
-    text = QUESTIONS[rng.integers(len(QUESTIONS))]
+    text = pick_question(rng)
     speech, words, _ = espeak.say(text, voice, **user_style(rng))
     before = int(rng.uniform(0.1, 0.5) * SAMPLE_RATE)
     wave = np.pad(speech, (before, SAMPLE_RATE // 5))
@@ -251,18 +255,18 @@ def make_utterance(espeak, codec, rng, voice):
     return dict(user=codes, assistant=np.zeros(0, dtype=np.uint16), turns=[turn])
 
 
-def work(number, folder, results):
+def work(number, folder, n_dialogue, n_utterance, results):
     """One process: every N_WORKER-th record of every split, in a fixed order."""
     torch.set_num_threads(1)
-    espeak, codec = Espeak(), MelCodec.load(folder)
+    espeak, codec = Espeak(), MelCodec.load(os.path.join(folder, 'codec'))
     answers = render_answers(espeak, codec)
     silence = codec.encode(np.zeros(FRAME))[0]
     for split, voices in ('test', TEST_VOICES), ('val', VAL_VOICES), ('train', TRAIN_VOICES):
-        n_record = N_DIALOGUE[split] + (N_UTTERANCE if split == 'train' else 0)
+        n_record = n_dialogue[split] + (n_utterance if split == 'train' else 0)
         for i in range(number, n_record, N_WORKER):
             rng = np.random.default_rng([SEED, *split.encode(), i])
             voice = voices[i % len(voices)]
-            if i < N_DIALOGUE[split]:
+            if i < n_dialogue[split]:
                 record = make_dialogue(espeak, codec, answers, silence, rng, voice, vary_size=split == 'train')
             else:
                 record = make_utterance(espeak, codec, rng, voice)
@@ -290,7 +294,7 @@ def round_trip(espeak, codec):
     """What becomes of the answers on their way through the codec."""
     same, contour, longer = [], [], []
     for text in sorted(set(ANSWERS.values())):
-        wave = espeak.say(text, ASSISTANT)[0]
+        wave = np.pad(espeak.say(text, ASSISTANT)[0], SAMPLE_RATE // 5)
         codes = codec.encode(wave)
         heard = codec.decode(codes)
         wave = np.pad(wave, (0, len(codes) * FRAME - len(wave)))
@@ -301,33 +305,34 @@ def round_trip(espeak, codec):
     return dict(same_codes=np.mean(np.concatenate(same)), loudness_correlation=np.mean(contour), duration_error=max(longer))
 
 
-def prepare(out):
-    """Fits the codec and the BPE, then writes the three splits."""
-    digest = hashlib.sha256()
+def prepare(out, n_train_dialogue, n_utterance, n_clip):
+    """Fits the codec and the BPE, then writes the three splits, and last of all prepared.json, which says so."""
+    digest = hashlib.sha256(json.dumps([n_train_dialogue, n_utterance, n_clip]).encode())
     for path in os.path.abspath(__file__), codec_module.__file__:
         with open(path, 'rb') as f:
             digest.update(f.read())
-    marker = os.path.join(out, 'prepared.json')
+    recipe, marker = digest.hexdigest()[:16], os.path.join(out, 'prepared.json')
     if os.path.exists(marker):
         with open(marker) as f:
-            done = json.load(f)
-        if done['recipe'] == digest.hexdigest()[:16]:
-            return print(f'{out} is prepared already')
+            if json.load(f)['recipe'] == recipe:
+                return print(f'{out} is prepared already')
         os.remove(marker)
+    os.makedirs(out, exist_ok=True)
     espeak, rng = Espeak(), np.random.default_rng(SEED)
-    waves, labels, mine = codec_clips(espeak, rng)
-    print(f'fitting the codec to {sum(map(len, waves)) / SAMPLE_RATE / 60:.0f} minutes')
+    waves, labels, mine = codec_clips(espeak, rng, n_clip)
+    print(f'fitting the codec to {sum(map(len, waves)) / SAMPLE_RATE / 60:.0f} minutes of speech')
     codec = MelCodec.fit(waves, labels, mine, n_codes=N_CODES)
     codec.save(os.path.join(out, 'codec'))
     n_bpe = train_bpe(os.path.join(out, 'tokenizer'))
 
+    n_dialogue = {'train': n_train_dialogue, **N_HELD_OUT}
     context = multiprocessing.get_context('spawn')
     results = context.Queue()
-    workers = [context.Process(target=work, args=(i, os.path.join(out, 'codec'), results), daemon=True) for i in range(N_WORKER)]
+    workers = [context.Process(target=work, args=(i, out, n_dialogue, n_utterance, results), daemon=True) for i in range(N_WORKER)]
     for worker in workers:
         worker.start()
-    found = {split: {} for split in N_DIALOGUE}
-    for _ in tqdm(range(sum(N_DIALOGUE.values()) + N_UTTERANCE), desc='dialogues', unit='record', mininterval=1):
+    found = {split: {} for split in n_dialogue}
+    for _ in tqdm(range(sum(n_dialogue.values()) + n_utterance), desc='dialogues', unit='record', mininterval=1):
         while True:
             try:
                 split, i, record = results.get(timeout=5)
@@ -336,24 +341,27 @@ def prepare(out):
                 if any(worker.exitcode for worker in workers):
                     raise SystemExit('a worker process died; its message is above') from None
         found[split][i] = record
-    statistics = {'recipe': digest.hexdigest()[:16], 'n_bpe': n_bpe, **round_trip(espeak, codec)}
+    statistics = {'recipe': recipe, 'n_bpe': n_bpe, **round_trip(espeak, codec)}
     for split, records in found.items():
         records = [records[i] for i in sorted(records)]
         save_dialogues(os.path.join(out, f'{split}.arrow'), records, codec.about())
         statistics[split] = dict(
-            n_dialogue=N_DIALOGUE[split], n_record=len(records), n_voice=len({r['id'].split('-')[2] for r in records}),
-            hours=round(sum(len(r['user']) for r in records) / 25 / 3600, 2),
-            n_question=sum(turn['role'] == 'user' for r in records for turn in r['turns']))
+            n_dialogue=n_dialogue[split], n_record=len(records), n_voice=len({record['id'].split('-')[2] for record in records}),
+            hours=round(sum(len(record['user']) for record in records) * FRAME / SAMPLE_RATE / 3600, 2),
+            n_question=sum(turn['role'] == 'user' for record in records for turn in record['turns']))
     for key, value in statistics.items():
         print(f'{key:20} {value if not isinstance(value, float) else round(value, 4)}')
-    with open(marker + '.new', 'w') as f:
+    with open(marker + '.part', 'w') as f:
         json.dump(statistics, f, indent=1)
-    os.replace(marker + '.new', marker)
+    os.replace(marker + '.part', marker)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', default=HERE, help='folder to write into')
+    parser.add_argument('--n_dialogue', type=int, default=N_DIALOGUE, help='dialogues to train on')
+    parser.add_argument('--n_utterance', type=int, default=N_UTTERANCE, help='one-sided utterances to train on')
+    parser.add_argument('--n_clip', type=int, default=N_CLIP, help='clips that the codec is fitted on')
     parser.add_argument('--say', help='instead: read this aloud into a wav')
     parser.add_argument('--wav', default='question.wav')
     parser.add_argument('--voice', default=TEST_VOICES[0])
@@ -363,9 +371,9 @@ def main():
     parser.add_argument('--snr_db', type=float, default=25.0, help='of the noise under it')
     args = parser.parse_args()
     if args.say is None:
-        return prepare(args.out)
+        return prepare(args.out, args.n_dialogue, args.n_utterance, args.n_clip)
     speech = Espeak().say(args.say, args.voice, args.rate, args.pitch)[0]
-    wave = np.pad(speech, (SAMPLE_RATE // 2, 3 * SAMPLE_RATE))  # leaves time for the answer
+    wave = np.pad(speech, SAMPLE_RATE // 2)
     wave = add_noise(wave, np.random.default_rng(SEED), args.snr_db, np.mean(speech ** 2))
     write_audio(args.wav, soxr.resample(0.5 * wave / np.abs(wave).max(), SAMPLE_RATE, args.sample_rate), args.sample_rate)
 
@@ -374,4 +382,4 @@ if __name__ == '__main__':
     try:
         main()
     except ValueError as error:
-        raise SystemExit(f'error: {error}') from None
+        raise SystemExit(str(error)) from None

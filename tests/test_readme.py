@@ -1,0 +1,53 @@
+"""The README is true: its commands parse, its table of files is the tree, its layouts are those of flatten.py."""
+import pathlib
+import re
+import shlex
+
+import pytest
+
+import config
+import evaluate
+import sample
+import train
+from flatten import LAYOUTS
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
+COMMANDS = re.findall(r'python3? ((?:train|sample|evaluate)\.py [^`#\n]*)', README + ''.join(
+    path.read_text() for path in [ROOT / 'Makefile', *sorted((ROOT / 'config').glob('*.py'))]))
+SCRIPTS = {'train.py': train, 'sample.py': sample, 'evaluate.py': evaluate}
+
+
+@pytest.mark.parametrize('command', sorted(set(COMMANDS)))
+def test_commands_parse(command, monkeypatch):
+    """Each train, sample and evaluate line of README, Makefile and configs: files exist, settings are known and typed."""
+    monkeypatch.chdir(ROOT)
+    script, *arguments = shlex.split(command.split('&&')[0])
+    if '--help' not in arguments:
+        config.load(SCRIPTS[script].Config, arguments)
+
+
+def test_there_are_commands():
+    assert len(set(COMMANDS)) >= 8
+
+
+def test_table_of_files(regen):
+    """Line counts are those of wc -l; pytest --regen writes them."""
+    path, readme = ROOT / 'README.md', README
+    rows = re.findall(r'^\| `([\w/.]+\.py)` \| +(\d+) \|', readme, re.M)
+    assert {name for name, _ in rows} >= {path.name for path in ROOT.glob('*.py')}
+    for name, n in rows:
+        n_line = len((ROOT / name).read_text(encoding='utf-8').splitlines())
+        if regen:
+            readme = re.sub(rf'^\| `{name}` \| +\d+ \|', f'| `{name}` | {n_line} |', readme, flags=re.M)
+        else:
+            assert int(n) == n_line, f'{name} has {n_line} lines, the README says {n}: pytest --regen tests/test_readme.py'
+    if regen:
+        path.write_text(readme, encoding='utf-8')
+
+
+def test_layouts():
+    text = ' '.join(README.split())
+    for order, streams in LAYOUTS.values():
+        for stream in [streams] if isinstance(streams, str) else streams.values():
+            assert ' '.join(stream.split()) in text

@@ -1,0 +1,180 @@
+"""Listening and talking at once: what streams equals what is computed whole, and only what a slot allows is said."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import CODEC, hum, make_dialogues
+from safetensors.torch import load_file, save_file
+
+from codec import write_audio
+from data.loader import Dialogues, save_dialogues
+from flatten import get_layout, unflatten
+from sample import Duplex, converse, load_checkpoint
+
+
+@pytest.fixture(scope='module')
+def loaded(small_run):
+    data, checkpoint = small_run
+    return *load_checkpoint(str(checkpoint)), Dialogues(str(data), 'test')
+
+
+def talk(loaded, users, n_chunk=4, layout=None, **settings):
+    """[text], [codes] of each chunk, and all ids, for users int [n_row, n_chunk * 10]."""
+    model, vocab, trained, _, _ = loaded
+    duplex = Duplex(model, vocab, layout or trained, len(users), **settings)
+    steps = [duplex.step(users[:, c * 10:c * 10 + 10]) for c in range(n_chunk)]
+    return steps, torch.cat(duplex.ids, 1)
+
+
+@pytest.fixture
+def users():
+    return np.random.default_rng(0).integers(0, 32, (3, 60))
+
+
+def test_streaming_equals_whole(loaded, users):
+    """12 cached passes a chunk say what one forward over the whole conversation says at the same places."""
+    model, vocab, layout, _, _ = loaded
+    steps, ids = talk(loaded, users)
+    with torch.no_grad():
+        logits = model(ids)     # (3, 88, V)
+    at, kinds = 0, [slot.kind if slot.learned else None for slot in layout.chunk for _ in range(slot.n)] * 4
+    allowed = dict(text=[*range(vocab.n_text), vocab.control['<|silent_text|>']],
+                   speech=[vocab.control['<|silent_speech|>'], *range(vocab.code_start, vocab.code_start + vocab.n_codes)])
+    for at, kind in enumerate(kinds):
+        if kind:
+            rows = torch.tensor(allowed[kind])
+            assert torch.equal(rows[logits[:, at - 1, rows].argmax(-1)], ids[:, at])
+
+
+def test_the_past_does_not_know_the_future(loaded, users):
+    changed = users.copy()
+    changed[:, 20:] = (users[:, 20:] + 7) % 32
+    before, after = talk(loaded, users)[1], talk(loaded, changed)[1]
+    assert torch.equal(before[:, :44], after[:, :44]) and not torch.equal(before, after)
+
+
+def test_users_side_by_side_do_not_hear_each_other(loaded, users):
+    together = talk(loaded, users)[1]
+    for row in range(3):
+        assert torch.equal(talk(loaded, users[row:row + 1])[1][0], together[row])
+
+
+@pytest.mark.parametrize('settings', [dict(), dict(text_temperature=2.0, speech_temperature=2.0), dict(speech_temperature=5.0, speech_top_k=2)])
+def test_only_allowed_ids_are_said(loaded, users, settings):
+    model, vocab, layout, _, _ = loaded
+    steps, ids = talk(loaded, users, 6, **settings)
+    for row in ids.numpy():
+        unflatten(row, layout, vocab)       # raises for an id in the wrong slot
+    for text, codes in steps:
+        assert text.shape == (3, 2) and codes.shape == (3, 10) and codes.min() >= -1 and codes.max() < vocab.n_codes
+
+
+def test_sampling(loaded, users):
+    warm = dict(text_temperature=1.0, speech_temperature=1.0)
+    assert torch.equal(talk(loaded, users, seed=1, **warm)[1], talk(loaded, users, seed=1, **warm)[1])
+    assert not torch.equal(talk(loaded, users, seed=1, **warm)[1], talk(loaded, users, seed=2, **warm)[1])
+    assert torch.equal(talk(loaded, users, speech_top_k=1, text_top_k=1, **warm)[1], talk(loaded, users)[1])    # the likeliest
+    assert all((codes == -1).all() for _, codes in talk(loaded, users, silence_bias=1e6)[0])
+    assert all((codes >= 0).all() for _, codes in talk(loaded, users, silence_bias=-1e6)[0])
+
+
+def test_past_the_context_the_oldest_chunks_leave(loaded, users):
+    """60 frames are 132 tokens; with room for 3 chunks the first 3 are as ever, and what left is forgotten for good."""
+    whole, short = talk(loaded, users, 6)[1], talk(loaded, users, 6, max_context=66)[1]
+    assert short.shape == whole.shape and torch.equal(short[:, :66], whole[:, :66])
+    duplex = Duplex(loaded[0], loaded[1], loaded[2], 3, max_context=66)
+    for c in range(6):
+        duplex.step(users[:, c * 10:c * 10 + 10])
+        assert duplex.cache.len <= 66
+    assert duplex.cache.next_pos == 131     # all but the last token, which rides with the next chunk
+
+
+def test_duplex2_speaks_without_text(loaded, users):
+    steps, ids = talk(loaded, users, layout=get_layout('duplex2'))
+    assert ids.shape == (3, 80) and all(text.shape == (3, 0) for text, _ in steps)
+
+
+def test_refused(loaded, users):
+    model, vocab, layout, _, _ = loaded
+    duplex = Duplex(model, vocab, layout, 3)
+    for chunk in (users[:, :9], users[:, :10] + 32, users[:, :10] - 40):
+        with pytest.raises(ValueError, match='a chunk is 10 codes from 0 to 31 for each of 3 users'):
+            duplex.step(chunk)
+    with pytest.raises(ValueError, match='layout asr has no chunks'):
+        Duplex(model, vocab, get_layout('asr'))
+    with pytest.raises(ValueError, match='max_context 30'):
+        Duplex(model, vocab, layout, max_context=30)
+
+
+def test_conversations_of_unequal_length(loaded):
+    model, vocab, layout, codec, dialogues = loaded
+    users = [dialogues[i]['user'] for i in range(3)]
+    together, chunk_sec = converse(model, vocab, layout, users, 0)
+    for codes, dialogue in zip(users, together):
+        assert dialogue == converse(model, vocab, layout, [codes], 0)[0][0]
+        assert dialogue['user'] == codes.tolist()       # up to the last frame, and no further
+    assert len(chunk_sec) == max(-(-len(codes) // 10) for codes in users)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command
+
+def test_a_file_gets_its_answer(small_run, tmp_path, run):
+    """Stereo 44.1 kHz in, user on channel 1; out come a stereo wav, the user left as they were, and a transcript."""
+    wave = np.stack([np.zeros(66150, np.float32), hum(200, 1.5, 44100)], 1)
+    write_audio(str(tmp_path / 'question.wav'), wave, 44100)
+    out = run('sample.py', f'--checkpoint={small_run[1]}', f'--user={tmp_path}/question.wav', '--user_channel=1', f'--out={tmp_path}/out',
+              '--silence_bias=-1e6', '--reply_sec=1').stdout
+    decoded, rate = soundfile.read(tmp_path / 'out' / 'question.wav')
+    assert rate == 16000 and decoded.shape == (63 * 640, 2)     # 2.5 s are 62.5 frames
+    assert np.corrcoef(decoded[:24000, 0], hum(200, 1.5))[0, 1] > 0.98 and np.abs(decoded[:, 1]).max() > 0
+    turns = [json.loads(line) for line in open(tmp_path / 'out' / 'question.jsonl')]
+    assert {turn['role'] for turn in turns} == {'user', 'assistant'} and all(0 <= t['start_sec'] < t['end_sec'] <= 2.52 for t in turns)
+    assert 'real-time factor' in out and 'chunk 400 ms' in out
+
+
+def test_a_split_is_listened_to(small_run, tmp_path, run):
+    data, checkpoint = small_run
+    run('sample.py', f'--checkpoint={checkpoint}', f'--data={data}', '--n_dialogue=3', f'--out={tmp_path}')
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f'd{i}.{kind}' for i in range(3) for kind in ('jsonl', 'wav')]
+
+
+@pytest.fixture
+def broken(small_run, tmp_path):
+    """Copies of the run in which something is wrong, and what is said of it."""
+    data, checkpoint = small_run
+    folders = {name: tmp_path / name for name in ('other_vocabulary', 'other_codec', 'empty', 'foreign')}
+    for name in ('other_vocabulary', 'foreign'):
+        shutil.copytree(checkpoint, folders[name])
+    weights = load_file(folders['other_vocabulary'] / 'model.safetensors')
+    weights['model.embed_tokens.weight'] = weights['model.embed_tokens.weight'][:256].clone()
+    save_file(weights, folders['other_vocabulary'] / 'model.safetensors', {'format': 'pt'})
+    for name, change in (('other_vocabulary', dict(vocab_size=256)), ('foreign', dict(nanoduplex=None))):
+        path = folders[name] / 'config.json'
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    folders['empty'].mkdir()
+    shutil.copytree(data, folders['other_codec'])
+    save_dialogues(str(folders['other_codec'] / 'test.arrow'), make_dialogues(2), CODEC)
+    write_audio(str(tmp_path / 'a.wav'), hum(200, 1), 16000)
+    soundfile.write(tmp_path / 'six.wav', np.zeros((800, 6)), 16000)
+    return folders
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ('--checkpoint={empty} --user={a}', 'is no checkpoint: it has no config.json'),
+    ('--checkpoint={foreign} --user={a}', 'has no entry "nanoduplex"'),
+    ('--checkpoint={other_vocabulary} --user={a}', 'the checkpoint is of another vocabulary'),
+    ('--checkpoint={good} --data={other_codec}', 'was made with codec toy 0123456789abcdef'),
+    ('--checkpoint={good} --data={empty}', 'holds no test.arrow'),
+    ('--checkpoint={good} --data={data} --split=tset', 'holds no tset.arrow'),
+    ('--checkpoint={good} --user={six}', 'has 6 channels'),
+    ('--checkpoint={good}', 'give --user=FILE.wav or --data=FOLDER'),
+    ('--checkpoint={good} --user={a} --temprature=1', "no setting 'temprature'"),
+])
+def test_bad_input(broken, small_run, tmp_path, run, arguments, message):
+    names = dict(broken, good=small_run[1], data=small_run[0], a=tmp_path / 'a.wav', six=tmp_path / 'six.wav')
+    result = run('sample.py', *arguments.format(**names).split(), f'--out={tmp_path}/out', fails=True)
+    assert message in result.stderr and result.stderr.count('\n') == 1 and not (tmp_path / 'out').exists()

@@ -15,7 +15,7 @@ install: .venv/installed
 
 demo: install
 	$(BIN)/python data/demo/prepare.py
-	$(BIN)/python train.py config/demo.py --resume=true
+	$(BIN)/python train.py config/demo.py --batch_size=4 --resume=true
 	$(BIN)/python data/demo/prepare.py --say='Which city is the capital of Japan?' --wav=out/demo/question.wav
 	$(BIN)/python sample.py --checkpoint=out/demo --user=out/demo/question.wav
 	$(BIN)/python sample.py --checkpoint=out/demo --data=data/demo --n_dialogue=4

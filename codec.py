@@ -14,11 +14,11 @@ sample_rate, n_codes, fingerprint, silence_codes, encode and decode can take the
     python codec.py encode question.wav --codec=data/demo/codec           # [17, 17, 203, …], 25 a second
     python codec.py encode question.wav --codec=data/demo/codec | python codec.py decode - --codec=data/demo/codec --out=back.wav
 """
-import argparse
 import hashlib
 import json
 import os
 import re
+import signal
 import sys
 import unicodedata
 from itertools import count, zip_longest
@@ -27,10 +27,11 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from flatten import CONTROL
+from flatten import CONTROL, Parser
 
 # how Qwen2 cuts text into pieces before BPE: tokenizer.json says it, vocab.json and merges.txt do not
 QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -92,8 +93,8 @@ class Vocabulary:
                 raise ValueError(f'no tokenizer here: neither tokenizer.json nor {" and ".join(missing)} found')
             added_ids = {entry['id'] for entry in added} # GPT-2 and others list theirs among the text tokens
             tokens = in_merge_order({token: i for token, i in vocab.items() if i not in added_ids}, merges)
-            ours = config.get('nanoduplex', {})
-            return cls(tokens, merges, pattern, added, settings, config.get('vocab_size', 0),
+            ours = config.get('nanoduplex') or {}
+            return cls(tokens, merges, pattern, added, settings, config.get('vocab_size') or 0,
                        ours.get('code_start'), ours.get('n_codes', n_codes))
         except ValueError as error:
             raise ValueError(f'{folder}: {error}') from None
@@ -160,9 +161,12 @@ class Vocabulary:
 
 def read_json(path):
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
+        content = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as error: # among them broken UTF-8
         raise ValueError(f'{path.name} is no JSON ({error})') from None
+    if not isinstance(content, dict):
+        raise ValueError(f'{path.name} holds no JSON object')
+    return content
 
 
 def parse_tokenizer(tokenizer):
@@ -207,8 +211,8 @@ def read_audio(path, sample_rate, channel=None):
         raise ValueError(f'no file {path}')
     try:
         wave, rate = soundfile.read(path, dtype='float32', always_2d=True)     # (n_sample, n_channel)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f'{path} is not audio that can be read ({error.error_string})') from None
+    except (soundfile.SoundFileError, TypeError) as error:     # TypeError: a .raw file, whose rate nobody knows
+        raise ValueError(f'{path} is not audio that can be read ({error})') from None
     n_sample, n_channel = wave.shape
     if channel is None and n_channel > 1:
         raise ValueError(f'{path} has {n_channel} channels: say which is the user\'s, 0 to {n_channel - 1}, with --user_channel '
@@ -227,6 +231,8 @@ def read_audio(path, sample_rate, channel=None):
 def write_audio(path, wave, sample_rate):
     """float32 [n_sample] or [n_sample, n_channel] -> a wav of 16 bits, which appears whole or not at all."""
     import soundfile
+    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or '.'):
+        raise ValueError(f'cannot write {path}: ' + ('it is a folder' if os.path.isdir(path) else 'its folder does not exist'))
     soundfile.write(path + '.part', np.clip(wave, -1, 1), sample_rate, format='WAV', subtype='PCM_16')
     os.replace(path + '.part', path)
 
@@ -435,7 +441,10 @@ def load_codec(folder):
             name = read_json(Path(path)).get('name')
             if name not in CODECS:
                 raise ValueError(f'{path} is of codec {name!r}; known are {", ".join(CODECS)}')
-            return CODECS[name].load(place)
+            try:
+                return CODECS[name].load(place)
+            except (OSError, KeyError, SafetensorError) as error:
+                raise ValueError(f'{place} holds no complete codec ({error}); prepare the data again')
     raise ValueError(f'no codec in {folder}: it has no codec.json, nor has {os.path.join(folder, "codec")}')
 
 
@@ -467,7 +476,7 @@ def read_codes(path, n_codes):
 
 
 def main():
-    parser = argparse.ArgumentParser(description='the world to integers and back')
+    parser = Parser(description='the world to integers and back')
     commands = parser.add_subparsers(dest='command', required=True)
     text = commands.add_parser('text', help='a JSON string per line of standard input -> a JSON list of ids')
     text.add_argument('folder', help='tokenizer folder: tokenizer.json, or vocab.json and merges.txt')
@@ -480,6 +489,7 @@ def main():
     for command in (encode, decode):
         command.add_argument('--codec', required=True, help='folder with codec.json: data/demo/codec, a data folder, a checkpoint')
     args = parser.parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # python codec.py … | head
 
     if args.command == 'text':
         vocab = Vocabulary.load(args.folder)

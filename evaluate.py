@@ -14,13 +14,12 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from rapidfuzz.distance import Levenshtein
 
 import config
 from data.loader import Dialogues
 from sample import converse, load_checkpoint
-from train import last_state
+from train import last_state, pick_device
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def plain(text):
 def turn_taking(reference, decoded):
     """
     What the assistant of one decoded dialogue did about each of the reference's user turns: a list of dicts with
-      response    frames from the end of the turn to the assistant's first speech after it, before the next turn; or None
+      response    frames from the end of the turn until the assistant starts to speak, before the next turn; or None
       false_start did the assistant begin to speak inside the turn
       yielded     frames from the start of the turn until the assistant was silent; None where it was not speaking
       answer      what it wrote then; expected: the reference's text, None where the user interrupted that
@@ -61,12 +60,12 @@ def turn_taking(reference, decoded):
     found = []
     for user, following in zip(users, users[1:] + [None]):
         until = following['start'] if following else n_frame
-        after = np.flatnonzero(speaking[user['end']:until])
+        start = min((turn['start'] for turn in theirs if user['end'] <= turn['start'] < until), default=None)
         said = [turn for turn in theirs if user['start'] <= turn['start'] < until]
         expected = next((turn for turn in answers if user['start'] < turn['start'] <= until), None)
         is_whole = expected is not None and expected['end'] <= until
         found.append(dict(
-            response=int(after[0]) if len(after) else None,
+            response=None if start is None else start - user['end'],
             false_start=any(user['start'] < turn['start'] < user['end'] for turn in theirs),
             yielded=int(np.flatnonzero(~speaking[user['start']:])[0]) if speaking[user['start'] - 1] and speaking[user['start']] else None,
             answer=' '.join(turn['text'] for turn in said),
@@ -101,7 +100,9 @@ def summarise(found, rate_hz):
 
 
 def main(cfg):
-    device = torch.device(cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu')
+    if cfg.batch_size < 1 or cfg.n_dialogue < 0:
+        raise ValueError('batch_size has to be at least 1, n_dialogue at least 0')
+    device = pick_device(cfg.device)
     model, vocab, layout, codec = load_checkpoint(cfg.checkpoint, device)
     dialogues = Dialogues(cfg.data, cfg.split)
     if dialogues.codec != codec.about():

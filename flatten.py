@@ -47,6 +47,7 @@ import difflib
 import json
 import os
 import re
+import signal
 import sys
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -143,7 +144,10 @@ def check(dialogue, n_codes):
     for key in ('id', 'user', 'assistant', 'turns'):
         if key not in dialogue:
             raise ValueError(f'{name} has no field {key!r}')
-    channels = {role: np.asarray(dialogue[role]) for role in ROLES}
+    try:
+        channels = {role: np.asarray(dialogue[role]) for role in ROLES}
+    except ValueError:
+        raise ValueError(f'{name}: a channel is a list of lists; each is one list of codes')
     for role, codes in channels.items():
         if codes.ndim != 1 or (len(codes) and codes.dtype.kind not in 'iu'):
             raise ValueError(f'{name}: the {role} channel is not a list of whole numbers')
@@ -154,12 +158,14 @@ def check(dialogue, n_codes):
     if n_user != n_assistant and n_user and n_assistant:
         raise ValueError(f'{name}: channels of unequal length, user {n_user} frames and assistant {n_assistant}; '
                          'cut or pad them to one clock (a one-sided utterance leaves the other empty)')
-    last_end = dict.fromkeys(ROLES, 0)
-    for turn in dialogue['turns']:
+    last_end, turns = dict.fromkeys(ROLES, 0), dialogue['turns']
+    if not isinstance(turns, (list, tuple)) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f'{name}: turns is not a list of objects with role, start, end and text')
+    for turn in turns:
         for key, kind in dict(role=str, start=(int, np.integer), end=(int, np.integer), text=str).items():
             if not isinstance(turn.get(key), kind):
                 raise ValueError(f'{name}: a turn has {key} {turn.get(key)!r}; it needs role, start, end (whole frames) and text')
-    for turn in sorted(dialogue['turns'], key=lambda turn: turn['start']):
+    for turn in sorted(turns, key=lambda turn: turn['start']):
         role, start, end = turn['role'], turn['start'], turn['end']
         if role not in ROLES:
             raise ValueError(f'{name}: a turn has role {role!r}, known are {" and ".join(ROLES)}')
@@ -236,8 +242,8 @@ def lay_text(dialogue, role, n_chunk, text_chunk, speech_chunk, vocab):
         tokens = vocab.encode(turn['text'])
         room = (limit - first) * text_chunk
         kept = tokens[:room]
-        if len(tokens) > room:      # never end inside a character: bytes of a half one could not be read back
-            while kept and vocab.decode(kept).endswith('\ufffd'):
+        if len(tokens) > room:      # what is kept has to read back as itself: no half characters, nor spaces that hang on the next word
+            while kept and vocab.encode(vocab.decode(kept)) != kept:
                 kept = kept[:-1]
         stream[first * text_chunk:first * text_chunk + len(kept)] = kept
         n_dropped += len(tokens) - len(kept)
@@ -249,12 +255,14 @@ def lay_text(dialogue, role, n_chunk, text_chunk, speech_chunk, vocab):
 
 def unflatten(ids, layout, vocab, silence_code=0, id=''):
     """ids [T] of one document -> dialogue. The inverse of flatten for all that the layout carries: flatten gives the
-    same ids again, if assistant turns have silence between them. What it does not carry: the assistant's codes outside
+    same ids again, if assistant turns have silence between them (or their texts have). What it does not carry: the assistant's codes outside
     its turns come back as silence_code, and layouts by turns put one turn after the other. asr gives a user's
     utterance, tts an assistant's. Raises ValueError where the ids do not follow the layout."""
+    if not isinstance(ids, (list, np.ndarray)) or (len(ids) and np.asarray(ids).dtype.kind not in 'iu'):
+        raise ValueError(f'{layout.name} document {id!r}: ids is not a list of whole numbers')
     ids = np.asarray(ids, np.int64)
     if layout.order == 'chunks':
-        return dict(id=id, **read_chunks(ids, layout, vocab, silence_code))
+        return dict(id=id, **read_chunks(ids, layout, vocab, silence_code, f'{layout.name} document {id!r}'))
     channels, turns, at, n_frame = {role: [] for role in ROLES}, [], 0, 0
     while at < len(ids):
         fitting = [role for role in layout.slots if ids[at] == vocab.control[layout.slots[role][0].what]]
@@ -295,9 +303,9 @@ def read_codes(part, vocab, name):
     return codes
 
 
-def read_chunks(ids, layout, vocab, silence_code):
+def read_chunks(ids, layout, vocab, silence_code, name):
     if len(ids) % layout.period:
-        raise ValueError(f'{len(ids)} ids are no whole number of {layout.name} chunks of {layout.period}')
+        raise ValueError(f'{name}: {len(ids)} ids are no whole number of chunks of {layout.period}')
     ids = ids.reshape(-1, layout.period)        # (N chunks, K tokens a chunk)
     streams, at = {}, 0
     for slot in layout.chunk:
@@ -311,25 +319,28 @@ def read_chunks(ids, layout, vocab, silence_code):
     runs = np.flatnonzero(np.diff(speaking, prepend=False, append=False)).reshape(-1, 2).tolist()
     turns = [dict(role='assistant', start=start, end=end, text='') for start, end in runs]
     if 'assistant.text' in streams:
-        text = streams['assistant.text'].reshape(len(ids), -1)      # (N chunks, text tokens a chunk)
+        text = streams['assistant.text'].reshape(len(ids), next(slot.n for slot in layout.chunk if slot.kind == 'text'))
         turns = read_text(runs, text, text != silent_text, layout.speech_chunk, vocab)
     assistant = np.full(n_frame, silence_code)
-    assistant[speaking] = read_codes(said[speaking], vocab, layout.name)
-    return dict(user=read_codes(user[:n_frame], vocab, layout.name).tolist(), assistant=assistant.tolist(), turns=turns)
+    assistant[speaking] = read_codes(said[speaking], vocab, name)
+    return dict(user=read_codes(user[:n_frame], vocab, name).tolist(), assistant=assistant.tolist(), turns=turns)
 
 
 def read_text(runs, text, written, n, vocab):
-    """Each run of speech is a turn and has the text written from its first chunk to the next turn's first. Text that
-    starts anew while the speech goes on is a turn of its own: two turns touched."""
-    fresh = written[1:, 0] & ~written[:-1, -1]      # [N - 1], does text start after silence in chunk c + 1
+    """Each run of speech is a turn and has the text written from its first chunk on, until the next turn's begins. Text that
+    starts anew while the speech goes on is a turn of its own: two turns touched. Text that starts anew one chunk before
+    the speech is that speech's: flatten never writes so, but a model may be early."""
+    fresh = written[:, 0].copy()                    # [N], does text start in this chunk, after silence
+    fresh[1:] &= ~written[:-1, -1]
     spans = []
     for start, end in runs:
-        cuts = [c * n for c in range(start // n + 1, (end - 1) // n + 1) if fresh[c - 1] and written[start // n:c].any()]
+        cuts = [c * n for c in range(start // n + 1, (end - 1) // n + 1) if fresh[c] and written[start // n:c].any()]
         spans += zip([start] + cuts, cuts + [end])
-    firsts = [start // n for start, _ in spans]
+    begins = [start // n for start, _ in spans]
+    begins = [c - 1 if c - 1 > before and fresh[c - 1] else c for before, c in zip([-1] + begins, begins)]
     turns = []
-    for (start, end), first, limit in zip(spans, firsts, firsts[1:] + [len(text)]):
-        tokens = text[first:limit][written[first:limit]]
+    for (start, end), begin, limit in zip(spans, begins, begins[1:] + [len(text)]):
+        tokens = text[begin:limit][written[begin:limit]]
         turns.append(dict(role='assistant', start=start, end=end, text=vocab.decode(tokens.tolist())))
     return turns
 
@@ -365,7 +376,7 @@ def draw(document, layout, vocab):
     if layout.order != 'chunks':
         return ' '.join(words)
     words = np.array(words, object).reshape(-1, layout.period)
-    cell = max(len(word) - word.endswith('+') for word in words.reshape(-1)) + 1      # a token and its + or a space
+    cell = max((len(word) - word.endswith('+') for word in words.reshape(-1)), default=1) + 1      # a token and its + or a space
     wide = max(slot.n for slot in layout.chunk) * (cell + 1) - 1
     margin = max(len(slot.what) for slot in layout.chunk)
     lines = [f'{"chunk":{margin}}' + ''.join(f' | {c:>{wide}}' for c in range(len(words)))]
@@ -384,35 +395,36 @@ def show(dialogue, layout, vocab, rate_hz, columns=110):
     """The dialogue against time, a character a frame: grey is fed, green is learned, yellow is both speaking."""
     document, = flatten(dialogue, layout, vocab)
     n = layout.speech_chunk
-    grid = document.ids.reshape(-1, layout.period)
+    grid = document.ids.reshape(-1, layout.period)      # (N chunks, K tokens a chunk)
     said = {role: np.zeros(len(grid) * n, bool) for role in ROLES}
-    words = {role: [' '] * (len(grid) * n + 1000) for role in ROLES}
+    words = np.full(len(grid) * n, ' ', '<U1')          # what the user said, a letter a frame from where the turn starts
     for turn in dialogue['turns']:
         said[turn['role']][turn['start']:turn['end']] = True
-        for i, letter in enumerate(turn['text']):       # the words that were said, from where the turn starts
-            words[turn['role']][turn['start'] + i] = letter
-    lanes, at = [], 0
+        if turn['role'] == 'user':
+            letters = list(turn['text'])[:len(words) - turn['start']]
+            words[turn['start']:turn['start'] + len(letters)] = letters
+    both, at = said['user'] & said['assistant'], 0
+    rows = [('seconds', '', [f'{c * n / rate_hz:.1f}' for c in range(len(grid))]),
+            ('user words', '', [''.join(row) for row in words.reshape(-1, n)])]
     for slot in layout.chunk:
         role = slot.what.split('.')[0]
         if slot.kind == 'text':
-            cells = [[spell(i, vocab) for i in row[at:at + slot.n]] for row in grid]
-            lane = [f'{"".join(cell):{n}.{n}}' for cell in cells]
+            cells = [''.join(spell(i, vocab) for i in row[at:at + slot.n]) for row in grid]
         else:
-            both = said['user'] & said['assistant']
-            lane = [''.join(f'{YELLOW}█' if both[f] else '█' if said[role][f] else '▁' for f in range(c * n, c * n + n)) for c in range(len(grid))]
-        colour = GREEN if slot.learned else GREY
-        lanes.append((slot.what, [colour + cell.replace(YELLOW + '█', f'{YELLOW}█{colour}') + PLAIN for cell in lane]))
+            cells = [''.join('▒█'[int(both[f])] if said[role][f] else '▁' for f in range(c * n, c * n + n)) for c in range(len(grid))]
+        rows.append((slot.what, GREEN if slot.learned else GREY, cells))
         at += slot.n
-    clock = [f'{c * n / rate_hz:<{n}.1f}' for c in range(len(grid))]
-    user_words = [''.join(words['user'][c * n:c * n + n]) for c in range(len(grid))]
-    rows = [('seconds', clock), ('user words', user_words)] + lanes
-    margin = max(len(name) for name, _ in rows)
-    n_shown = max(1, (columns - margin) // (n + 1))
-    out = [f'{BOLD}{dialogue["id"]}{PLAIN}  {len(grid)} chunks of {n} frames, {document.ids.size} tokens, '
-           f'{document.learned.sum()} learned, {document.n_dropped} text tokens dropped']
+    margin = max(len(name) for name, _, _ in rows)
+    wide = max([n] + [len(cell) for _, _, cells in rows for cell in cells])
+    n_shown = max(1, (columns - margin) // (wide + 1))
+    lines = [f'{BOLD}{dialogue["id"]}{PLAIN}  {len(grid)} chunks of {n} frames, {document.ids.size} tokens, '
+             f'{document.learned.sum()} learned, {document.n_dropped} text tokens dropped']
     for first in range(0, len(grid), n_shown):
-        out += [f'{name:{margin}} ' + f'{GREY}|{PLAIN}'.join(cells[first:first + n_shown]) for name, cells in rows] + ['']
-    return '\n'.join(out)
+        for name, colour, cells in rows:
+            line = f'{GREY}|{PLAIN}{colour}'.join(f'{cell:{wide}}' for cell in cells[first:first + n_shown])
+            lines.append(f'{name:{margin}} {colour}' + re.sub('█+', lambda run: YELLOW + run.group() + PLAIN + colour, line) + PLAIN)   # noqa: B023
+        lines.append('')
+    return '\n'.join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -433,12 +445,17 @@ def read_jsonl(path):
         raise SystemExit(f'{path}: {error.strerror}')
     except UnicodeDecodeError:
         raise SystemExit(f'{path}: not a text file in UTF-8')
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:     # RecursionError: a line of 100,000 brackets
         raise SystemExit(f'{path}:{row}: not JSON ({error})')
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):       # one sentence and code 1, as for any other mistake
+        raise SystemExit(f'{message}; see --help')
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0].strip(), formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split('\n\n')[0].strip(), formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('path', help='JSON lines of dialogues (or, with --inverse, of ids), - for standard input; with --show a data folder')
     parser.add_argument('--layout', default='duplex3', help=', '.join(LAYOUTS))
     parser.add_argument('--tokenizer', help='folder with tokenizer.json, or vocab.json and merges.txt')
@@ -448,14 +465,14 @@ def main():
     parser.add_argument('--index', type=int, default=0, help='with --show: which dialogue')
     parser.add_argument('--speech_chunk', type=int, help="frames a chunk, None: the layout's own")
     parser.add_argument('--text_chunk', type=int, help="text tokens a chunk, None: the layout's own")
-    parser.add_argument('--learn_user_text', type=lambda s: {'true': True, 'false': False}[s.lower()], default=True,
-                        help='half_duplex: is the text of the user a target')
-    parser.add_argument('--n_codes', type=int, default=4096, help="size of the speech codebook (4096: CosyVoice's)")
+    parser.add_argument('--learn_user_text', choices=('true', 'false'), default='true', help='half_duplex: is the text of the user a target')
+    parser.add_argument('--n_codes', type=int, default=4096, help="size of the speech codebook (4096: CosyVoice's), where FOLDER does not name its codes")
     parser.add_argument('--silence_code', type=int, default=0, help='with --inverse: stands where the assistant is silent')
     args = parser.parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # python flatten.py … | head
     from codec import Vocabulary  # tiktoken is not needed for anything above
     try:
-        layout = get_layout(args.layout, args.speech_chunk, args.text_chunk, args.learn_user_text)
+        layout = get_layout(args.layout, args.speech_chunk, args.text_chunk, args.learn_user_text == 'true')
         if args.show:
             from data.loader import Dialogues
             dialogues = Dialogues(args.path, args.split)
@@ -467,7 +484,11 @@ def main():
             return print(show(dialogues[args.index], layout, vocab, dialogues.codec['rate_hz'], os.get_terminal_size().columns if sys.stdout.isatty() else 110))
         if not args.tokenizer:
             raise ValueError('--tokenizer=FOLDER is needed, a folder with tokenizer.json or vocab.json and merges.txt')
+        if args.n_codes < 1:
+            raise ValueError(f'--n_codes={args.n_codes}: a codebook has at least one code')
         vocab = Vocabulary.load(args.tokenizer, args.n_codes)
+        if not 0 <= args.silence_code < vocab.n_codes:
+            raise ValueError(f'--silence_code={args.silence_code} is out of range, the codec has 0 to {vocab.n_codes - 1}')
     except ValueError as error:
         raise SystemExit(str(error))
     n_dropped = 0

@@ -11,6 +11,7 @@ Each dialogue becomes a stereo wav (user left, assistant right) and a transcript
 """
 import json
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from codec import Vocabulary, load_codec, read_audio, write_audio
 from data.loader import Dialogues
 from flatten import ROLES, get_layout, unflatten
 from model import KVCache, Qwen2
+from train import pick_device
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class Config:
     def __post_init__(self):
         if (self.user is None) == (self.data is None):
             raise ValueError('give --user=FILE.wav or --data=FOLDER, one of them')
+        for name in ('n_dialogue', 'reply_sec', 'text_temperature', 'speech_temperature', 'text_top_k', 'speech_top_k'):
+            if getattr(self, name) < 0:
+                raise ValueError(f'{name} is {getattr(self, name)}, it cannot be negative')
 
 
 class Duplex:
@@ -202,15 +207,16 @@ def write_transcript(path, dialogue, rate_hz):
 
 
 def reply_frames(dialogue):
-    """Frames from the end of each user turn to the assistant's first speech after it; None where it says nothing more."""
+    """Frames from the end of each user turn to the assistant's first speech after it, None if the user speaks first."""
     starts = sorted(turn['start'] for turn in dialogue['turns'] if turn['role'] == 'assistant')
-    ends = [turn['end'] for turn in dialogue['turns'] if turn['role'] == 'user']
-    return [next((start - end for start in starts if start >= end), None) for end in ends]
+    users = sorted((turn['start'], turn['end']) for turn in dialogue['turns'] if turn['role'] == 'user')
+    nexts = [start for start, _ in users[1:]] + [len(dialogue['user'])]
+    return [next((start - end for start in starts if end <= start < following), None) for (_, end), following in zip(users, nexts)]
 
 
 def main(cfg):
     """Decodes what cfg names and writes it. Returns the dialogues."""
-    device = torch.device(cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu')
+    device = pick_device(cfg.device)
     model, vocab, layout, codec = load_checkpoint(cfg.checkpoint, device)
     silence_code, waves = int(codec.silence_codes[0]), None
     start = time.perf_counter()
@@ -244,7 +250,7 @@ def main(cfg):
         start = time.perf_counter()
         wave = render(dialogue, codec, waves[i] if waves else None)
         codec_sec += time.perf_counter() - start
-        path = os.path.join(out, name)
+        path = os.path.join(out, re.sub(r'[^\w.-]', '_', name))     # an id may hold a slash
         write_audio(path + '.wav', wave, codec.sample_rate)
         write_transcript(path + '.jsonl', dialogue, codec.rate_hz)
         replies += reply_frames(dialogue)

@@ -3,7 +3,7 @@ Trains a Qwen2 on flattened dialogues, on one device or on many.
 
     python train.py config/demo.py --batch_size=4                           a laptop
     python train.py config/demo.py --resume=true                            go on where it was killed
-    torchrun --standalone --nproc_per_node=8 train.py config/demo.py        eight GPUs; processes on a CPU work too
+    torchrun --standalone --nproc_per_node=2 train.py config/demo.py        two GPUs, or two processes on a CPU
 
     for each stage of the curriculum: rows of packed dialogues ─► loss on learned tokens ─► AdamW ─► now and then: val, save
 
@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob
 
 import torch
@@ -78,6 +78,11 @@ class Config:
                 raise ValueError(f'{name} is {getattr(self, name)}, it has to be at least 1')
         if self.dtype not in ('auto', 'float32', 'bfloat16'):
             raise ValueError(f"dtype is {self.dtype!r}, known are 'auto', 'float32' and 'bfloat16'")
+        if not 0 <= self.user_noise <= 1 or self.text_weight <= 0 or self.grad_clip < 0 or self.warmup_steps < 0:
+            raise ValueError('user_noise has to lie between 0 and 1, text_weight above 0, grad_clip and warmup_steps not below 0')
+        if not self.out_dir.strip('/.'):
+            raise ValueError(f'out_dir is {self.out_dir!r}; it has to name a folder for the run')
+        object.__setattr__(self, 'out_dir', os.path.normpath(self.out_dir))
         self.curriculum()
 
     def curriculum(self):
@@ -101,6 +106,15 @@ def get_lr(step, n_step, cfg):
         return cfg.learning_rate * (step + 1) / cfg.warmup_steps
     share = (step - cfg.warmup_steps) / max(1, n_step - cfg.warmup_steps)
     return cfg.min_learning_rate + 0.5 * (1 + math.cos(math.pi * share)) * (cfg.learning_rate - cfg.min_learning_rate)
+
+
+def pick_device(name):
+    """'auto' is a GPU if there is one. Raises ValueError for what this machine does not have."""
+    kind = name if name != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    try:
+        return torch.empty(0, device=kind).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f'device {name!r} cannot be used here: ' + str(error).split('\n')[0])
 
 
 def pick_dtype(name, device):
@@ -159,7 +173,7 @@ def save_state(cfg, step, model, optimizer, vocab, about, state):
 def load_state(folder, model, optimizer):
     tensors = load_file(os.path.join(folder, 'optimizer.safetensors'))
     for name, p in model.named_parameters():
-        optimizer.state[p] = {key: tensors[f'{name}.{key}'].to(p.device if key != 'step' else 'cpu') for key in ('step', 'exp_avg', 'exp_avg_sq')}
+        optimizer.state[p] = {key: tensors[f'{name}.{key}'].to(p.device) for key in ('step', 'exp_avg', 'exp_avg_sq')}
     torch.set_rng_state(tensors['rng'])
     with open(os.path.join(folder, 'state.json')) as file:
         return json.load(file)
@@ -194,9 +208,9 @@ def main(cfg):
     """Trains as cfg says, returns the metrics of the last evaluation. Raises ValueError where cfg and files don't agree."""
     # where we run: alone, or one of the processes that torchrun started
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    kind = cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
-    device = torch.device(kind, int(os.environ.get('LOCAL_RANK', 0))) if kind == 'cuda' else torch.device(kind)
+    device = pick_device(cfg.device)
     if device.type == 'cuda':
+        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
     if world_size > 1 and not dist.is_initialized():
@@ -222,9 +236,15 @@ def main(cfg):
     if start_from:
         model = Qwen2.from_pretrained(start_from)
         check_checkpoint(start_from, model, vocab, train_data)
+        model.config = replace(model.config, block_size=cfg.block_size)     # the context it will know
+        sizes = {name: getattr(model.config, name) for name in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner')}
+        cfg = replace(cfg, **sizes)                                         # what config.py will say
     else:
         model = Qwen2(ModelConfig(vocab.size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.n_embd, cfg.n_inner))
     model.to(device)
+    stages = cfg.curriculum()
+    place = (vocab, cfg.block_size, cfg.batch_size, cfg.seed, rank, world_size)
+    loaders = [(Loader(train_data, layouts, *place, cfg.user_noise), Loader(val_data, layouts, *place)) for layouts, _ in stages]
 
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]     # biases and norms: no pull towards zero
@@ -235,8 +255,12 @@ def main(cfg):
         state = load_state(start_from, model, optimizer)
         if is_main and state['best_step'] == state['step']:
             publish(start_from, cfg.out_dir)    # it may have been killed right before
-    elif is_main and glob(os.path.join(cfg.out_dir, '*')):
-        say(f'{cfg.out_dir} held another run, moved to {move_aside(cfg.out_dir)} (--resume=true would have continued it)')
+    elif glob(os.path.join(cfg.out_dir, '*')) and not os.path.exists(os.path.join(cfg.out_dir, 'log.jsonl')):
+        raise ValueError(f'{cfg.out_dir} holds files that are no run of train.py: choose another --out_dir')
+    if world_size > 1:
+        dist.barrier()      # all have read what they start from, which may be what is moved now
+    if not is_resumed and is_main and os.path.exists(os.path.join(cfg.out_dir, 'log.jsonl')):
+        say(f'{cfg.out_dir} held another run, moved to {move_aside(cfg.out_dir)}')
     if is_main:
         os.makedirs(cfg.out_dir, exist_ok=True)
         config.save(cfg, os.path.join(cfg.out_dir, 'config.py'))
@@ -248,7 +272,6 @@ def main(cfg):
     if world_size > 1:
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
 
-    stages = cfg.curriculum()
     n_step = sum(n for _, n in stages)
     say(f'{raw_model.n_param() / 1e6:.1f} M parameters, {vocab.size} ids, {device}, {str(dtype).removeprefix("torch.")}, {world_size} process(es); '
         f'{n_micro} micro-steps of {cfg.batch_size} x {cfg.block_size} x {world_size} = {cfg.batch_tokens} tokens a step, {n_step} steps')
@@ -276,14 +299,12 @@ def main(cfg):
 
     # training: one stage after the other, in one run with one schedule
     metrics, step, first = {}, state['step'], 0
-    for layouts, n_stage_step in stages:
+    for (layouts, n_stage_step), (loader, val_loader) in zip(stages, loaders):
         last = first + n_stage_step
         if step >= last:                # done before the run was resumed
             first = last
             continue
         name = '+'.join(layout.name for layout in layouts)
-        loader = Loader(train_data, layouts, vocab, cfg.block_size, cfg.batch_size, cfg.seed, rank, world_size, cfg.user_noise)
-        val_loader = Loader(val_data, layouts, vocab, cfg.block_size, cfg.batch_size, cfg.seed, rank, world_size)
         c = loader.counts
         say(f'stage {name}, steps {first} to {last}: {c["dialogues"]} of {len(train_data)} dialogues read, {c["documents"]} documents, '
             f'{c["tokens"]} tokens, {c["learned"] / c["tokens"]:.0%} learned, {c["sec"] / 3600:.2f} h, '
@@ -391,7 +412,8 @@ def open_log(cfg, step):
     lines = []
     if os.path.exists(path):
         with open(path) as file:
-            lines = [line for line in file if line.endswith('\n') and json.loads(line)['step'] <= step]   # the last may be half a line
+            lines = [line for line in file if line.startswith('{') and line.endswith('}\n')]      # the last may be half a line
+        lines = [line for line in lines if json.loads(line)['step'] <= step]
     with open(path + '.part', 'w') as file:
         file.writelines(lines)
     os.replace(path + '.part', path)

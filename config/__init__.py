@@ -46,6 +46,8 @@ def read_file(path):
         raise SystemExit(f'no config file {path}; settings are given as --key=value')
     except SyntaxError as error:
         raise SystemExit(f'{path}:{error.lineno}: {error.msg}')
+    except Exception as error:      # whatever a line of the user's file can raise is the user's to mend
+        raise SystemExit(f'{path}: {type(error).__name__}: {error}')
     return {key: value for key, value in names.items() if not key.startswith('_') and not inspect.ismodule(value)}
 
 
@@ -90,7 +92,7 @@ def help_text(Config):
 
 
 def save(cfg, path):
-    """The finished settings as a config file, which runs again: python train.py out/demo/config.py"""
+    """The finished settings as a config file, which runs again."""
     with open(path, 'w', encoding='utf-8') as file:
         for field in fields(cfg):
             file.write(f'{field.name} = {getattr(cfg, field.name)!r}\n')

@@ -61,12 +61,13 @@ class Dialogues:
             try:
                 table = pa.ipc.open_file(pa.memory_map(path)).read_all()
                 codec = json.loads(table.schema.metadata[b'nanoduplex'])['codec']
-            except (pa.ArrowInvalid, TypeError, KeyError) as error:
+                columns = [Columns(batch) for batch in table.to_batches() if batch.num_rows]
+            except (pa.ArrowInvalid, TypeError, KeyError, ValueError) as error:
                 raise ValueError(f'{path} is not a file of dialogues ({error}); prepare it again')
             if self.codec and codec != self.codec:
                 raise ValueError(f'{path} was made with codec {codec}, {paths[0]} with {self.codec}')
             self.codec = codec
-            self.parts += [columns for batch in table.to_batches() if len(columns := Columns(batch))]
+            self.parts += columns
         self.firsts = np.cumsum([0] + [len(part) for part in self.parts])
 
     def __len__(self):
@@ -143,12 +144,12 @@ class Loader:
         self.block_size, self.batch_size, self.seed, self.rank, self.world_size = block_size, batch_size, seed, rank, world_size
         self.n_window = -(-len(dialogues) // self.window)
         self.state = dict(epoch=0, window=0, row=0)
-        self.loaded = self.rows = None
         self.counts = {}
         for layout in layouts:
             if layout.period > block_size + 1:
                 raise ValueError(f'a chunk of {layout.name} has {layout.period} tokens, more than block_size {block_size}')
-        if not self.read_window(0, 0):
+        self.rows, self.loaded = self.read_window(0, 0), (0, 0)
+        if not self.rows:
             raise ValueError(f'{dialogues.folder}: nothing in {dialogues.split} fits layout '
                              f'{"+".join(layout.name for layout in layouts)} and block_size {block_size} ({self.counts})')
 
@@ -156,7 +157,7 @@ class Loader:
         """Packed rows [[(ids, learned, channels)]] of a window of dialogues. Each epoch has its own order."""
         order = np.arange(len(self.dialogues))
         if shuffle:
-            np.random.default_rng([self.seed, epoch]).shuffle(order)
+            np.random.default_rng([0, self.seed, epoch]).shuffle(order)
         documents, counts = [], dict(dialogues=0, one_sided=0, too_long=0, documents=0, tokens=0, learned=0, text_dropped=0, sec=0.)
         for i in order[window * self.window:(window + 1) * self.window]:
             dialogue = self.dialogues[i]
@@ -177,7 +178,7 @@ class Loader:
             counts['dialogues'] += 1
         rows = [[documents[i] for i in members] for members in pack([len(ids) - 1 for ids, _, _ in documents], self.block_size)]
         if shuffle:
-            np.random.default_rng([self.seed, epoch, window]).shuffle(rows)
+            np.random.default_rng([1, self.seed, epoch, window]).shuffle(rows)
         counts['documents'] = len(documents)
         counts['tokens'] = sum(len(ids) for ids, _, _ in documents)
         counts['learned'] = sum(int(learned[1:].sum()) for _, learned, _ in documents)
@@ -218,7 +219,7 @@ class Loader:
     def garble(self, row, place):
         """A row in which that share of the codes that are fed but not learned is any other code. It depends on the row's
         place in the order alone, not on the rank that reads it."""
-        rng, garbled = np.random.default_rng([self.seed, *place]), []
+        rng, garbled = np.random.default_rng([2, self.seed, *place]), []
         for ids, learned, channels in row:
             hit = ~learned & (ids >= self.vocab.code_start) & (rng.random(len(ids)) < self.user_noise)
             codes = self.vocab.code_start + rng.integers(self.vocab.n_codes, size=len(ids), dtype=np.int32)

@@ -52,6 +52,11 @@ def test_a_babbling_assistant():
     assert m['false_start_rate'] == 1.0 and m['answer_accuracy'] == 0.0
 
 
+def test_who_never_stops_never_takes_the_turn():
+    m = measure(turn('assistant', 0, 70, 'bla'))
+    assert (m['assistant_acc_by_25'], m['response_ms'], m['user_acc_by_25']) == (0.0, None, 0.0)
+
+
 def test_a_stubborn_assistant():
     """It talks on through the barge-ins at 20 and 42 until frame 50: yields after 30 and 8 frames, 760 ms on the average, once
     within 25; and that speech, begun before, is no false start."""

@@ -128,6 +128,14 @@ def test_touching_turns_come_back_where_their_texts_do_not_touch():
     assert flatten(back, layout, VOCAB)[0].ids.tolist() == document.ids.tolist()
 
 
+def test_text_a_model_writes_one_chunk_early_is_that_of_the_speech_to_come():
+    layout, silent = get_layout('duplex3', 4), VOCAB.control['<|silent_text|>']
+    document, = flatten(dialogue(40, turn('assistant', 4, 10, 'ab'), turn('assistant', 24, 32, 'xyz')), layout, VOCAB)
+    grid = document.ids.reshape(-1, layout.period)      # chunks 6 and 7 hold xy and z: now a chunk earlier
+    grid[5:8, 4:6] = [[ord('x'), ord('y')], [ord('z'), silent], [silent, silent]]
+    assert [t['text'] for t in unflatten(grid.reshape(-1), layout, VOCAB)['turns']] == ['ab', 'xyz']
+
+
 @given(dialogues(), st.integers(1, 12), st.integers(0, 59))
 @settings(max_examples=200, deadline=None)
 def test_the_present_does_not_depend_on_the_future(d, speech_chunk, frame):
@@ -151,6 +159,29 @@ def test_text_is_never_cut_inside_a_character():
     document, = flatten(d, get_layout('duplex3', 8, 3), Bytes())
     assert unflatten(document.ids, get_layout('duplex3', 8, 3), Bytes())['turns'][0]['text'] == 'a'
     assert document.n_dropped == 4
+
+
+def test_a_cut_text_reads_back_as_itself():
+    """Two spaces are one token at the end of a text, and two before a word, as Qwen2 cuts them: they go together."""
+    class Spaces(Letters):
+        def encode(self, text):
+            stripped = text.rstrip(' ')
+            return [*map(ord, stripped)] + ([ord('_')] if len(text) > len(stripped) else [])
+
+        def decode(self, ids):
+            return ''.join(map(chr, ids)).replace('_', '  ')
+
+    layout = get_layout('duplex3', 8, 3)
+    document, = flatten(dialogue(8, turn('assistant', 0, 8, 'a  b')), layout, Spaces())
+    assert unflatten(document.ids, layout, Spaces())['turns'][0]['text'] == 'a' and document.n_dropped == 3
+
+
+def test_an_empty_dialogue():
+    d = dict(id='e', user=[], assistant=[], turns=[])
+    for name in ('duplex3', 'duplex2'):
+        document, = flatten(d, get_layout(name), VOCAB)
+        assert len(document.ids) == 0 and unflatten(document.ids, get_layout(name), VOCAB, id='e') == d
+        assert 'user.speech' in draw(document, get_layout(name), VOCAB)
 
 
 def test_a_listeners_mhm_does_not_cost_text_that_fits():
@@ -177,6 +208,7 @@ def test_options():
     (dict(turns=[turn('robot', 0, 2, '')]), "a turn has role 'robot'"),
     (dict(turns=[dict(role='user', start=0, end=2)]), 'a turn has text None'),
     (dict(turns=[turn('user', 0.0, 2, '')]), 'a turn has start 0.0'),
+    (dict(turns=[1]), 'turns is not a list of objects'), (dict(turns=None), 'turns is not a list'), (dict(user=[[1], [1, 2]]), 'a list of lists'),
 ])
 def test_refused(change, message):
     d = dict(dialogue(3), **change)
@@ -188,7 +220,7 @@ def test_refused(change, message):
 def test_refused_layouts():
     for call, message in ((lambda: get_layout('duplex4'), "did you mean 'duplex3'"), (lambda: get_layout('duplex3', 0), 'speech_chunk is 0'),
                           (lambda: flatten(dict(dialogue(3), assistant=[]), get_layout('duplex3'), VOCAB), 'one channel only'),
-                          (lambda: unflatten([1] * 23, get_layout('duplex3'), VOCAB), '23 ids are no whole number of duplex3 chunks of 22'),
+                          (lambda: unflatten([1] * 23, get_layout('duplex3'), VOCAB), '23 ids are no whole number of chunks of 22'),
                           (lambda: unflatten([1], get_layout('asr'), VOCAB), 'where a turn has to start')):
         with pytest.raises(ValueError) as error:
             call()

@@ -237,12 +237,12 @@ def test_compiles_without_a_graph_break():
 
 
 def test_start_from_nothing():
-    """N(0, 0.02), over sqrt(2 * 3 layers) where the residual stream is written; first loss ln(256) = 5.55."""
+    """N(0, 1 / sqrt(256) = 0.0625), over sqrt(2 * 3 layers) where the residual stream is written; first loss ln(256) = 5.55."""
     torch.manual_seed(0)
     model = Qwen2(replace(TINY, n_embd=256, n_inner=512))
     block = model.model.layers[1]
-    assert block.self_attn.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert block.mlp.down_proj.weight.std().item() == pytest.approx(0.02 / 6 ** 0.5, rel=0.05)
+    assert block.self_attn.q_proj.weight.std().item() == pytest.approx(0.0625, rel=0.05)
+    assert block.mlp.down_proj.weight.std().item() == pytest.approx(0.0625 / 6 ** 0.5, rel=0.05)
     assert block.self_attn.q_proj.bias.abs().sum() == 0
     loss = model(tokens(2, 24), learn=torch.arange(48), targets=tokens(48, seed=1)).mean().item()
     assert loss == pytest.approx(5.55, rel=0.05)

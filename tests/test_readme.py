@@ -27,6 +27,13 @@ def test_commands_parse(command, monkeypatch):
         config.load(SCRIPTS[script].Config, arguments)
 
 
+@pytest.mark.parametrize('batch_size, n_rank', [(None, 1), (4, 1), (None, 2)])
+def test_the_demos_batches_divide(batch_size, n_rank):
+    """Alone, with --batch_size=4, and under torchrun on two."""
+    cfg = config.load(train.Config, [str(ROOT / 'config/demo.py')] + ([f'--batch_size={batch_size}'] if batch_size else []))
+    assert cfg.batch_tokens % (cfg.batch_size * cfg.block_size * n_rank) == 0
+
+
 def test_there_are_commands():
     assert len(set(COMMANDS)) >= 8
 
@@ -48,6 +55,6 @@ def test_table_of_files(regen):
 
 def test_layouts():
     text = ' '.join(README.split())
-    for order, streams in LAYOUTS.values():
+    for _, streams in LAYOUTS.values():
         for stream in [streams] if isinstance(streams, str) else streams.values():
             assert ' '.join(stream.split()) in text

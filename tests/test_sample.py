@@ -9,6 +9,8 @@ import torch
 from conftest import CODEC, hum, make_dialogues
 from safetensors.torch import load_file, save_file
 
+import config
+import sample
 from codec import write_audio
 from data.loader import Dialogues, save_dialogues
 from flatten import get_layout, unflatten
@@ -174,7 +176,13 @@ def broken(small_run, tmp_path):
     ('--checkpoint={good}', 'give --user=FILE.wav or --data=FOLDER'),
     ('--checkpoint={good} --user={a} --temprature=1', "no setting 'temprature'"),
 ])
-def test_bad_input(broken, small_run, tmp_path, run, arguments, message):
+def test_bad_input(broken, small_run, tmp_path, arguments, message):
     names = dict(broken, good=small_run[1], data=small_run[0], a=tmp_path / 'a.wav', six=tmp_path / 'six.wav')
-    result = run('sample.py', *arguments.format(**names).split(), f'--out={tmp_path}/out', fails=True)
-    assert message in result.stderr and result.stderr.count('\n') == 1 and not (tmp_path / 'out').exists()
+    with pytest.raises((ValueError, SystemExit)) as error:
+        sample.main(config.load(sample.Config, [*arguments.format(**names).split(), f'--out={tmp_path}/out']))
+    assert message in str(error.value) and '\n' not in str(error.value) and not (tmp_path / 'out').exists()
+
+
+def test_bad_input_in_the_shell(broken, run):
+    result = run('sample.py', f'--checkpoint={broken["empty"]}', '--user=a.wav', fails=True)
+    assert result.stderr.count('\n') == 1 and 'is no checkpoint' in result.stderr

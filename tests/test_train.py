@@ -36,8 +36,8 @@ def equal(a, b):
 
 def test_it_learns(toy):
     """60 dialogues whose answer follows from the question's codes: far below the 5.8 nats of guessing among ~330 ids."""
-    metrics = train.main(replace(toy, stages='duplex3:60', eval_interval=60))
-    assert metrics['step'] == 60 and metrics['val_loss'] < 1.5
+    metrics = train.main(replace(toy, stages='duplex3:200', eval_interval=200))
+    assert metrics['step'] == 200 and metrics['val_loss'] < 0.5
     assert set(metrics) >= {'val_text', 'val_speech', 'val_silence', 'val_bits_per_sec', 'train_sec', 'best_val_loss'}
 
 
@@ -138,12 +138,26 @@ def test_opens_in_transformers(toy):
     (dict(data='nowhere'), 'no data folder nowhere'),
     (dict(batch_tokens=500), 'batch_tokens 500 is no multiple of batch_size 2 x block_size 128 x 1 processes = 256'),
     (dict(init_from='nowhere'), 'nowhere'),
+    (dict(device='foo'), "device 'foo' cannot be used here"),
+    (dict(block_size=16, batch_tokens=64), 'a chunk of duplex3 has 22 tokens'),
+    (dict(stages='duplex3:5, half_duplex:5', block_size=30, batch_tokens=60), 'nothing in train fits layout half_duplex'),
 ])
 def test_refused(toy, change, message):
+    """One sentence, and the run that was there before stays where it was."""
+    train.main(replace(toy, stages='duplex3:1'))
+    before = sorted(os.listdir(toy.out_dir))
     with pytest.raises(ValueError) as error:
         train.main(replace(toy, **change))
     assert message in str(error.value) and '\n' not in str(error.value)
-    assert not os.path.exists(toy.out_dir)
+    assert sorted(os.listdir(toy.out_dir)) == before and not os.path.exists(toy.out_dir + '.1')
+
+
+def test_only_runs_are_moved_aside(toy):
+    os.makedirs(toy.out_dir)
+    (Path(toy.out_dir) / 'notes.txt').write_text('precious')
+    with pytest.raises(ValueError, match='holds files that are no run of train.py'):
+        train.main(toy)
+    assert (Path(toy.out_dir) / 'notes.txt').exists()
 
 
 @pytest.mark.parametrize('setting, message', [

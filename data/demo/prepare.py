@@ -15,6 +15,7 @@ import argparse
 import ctypes
 import functools
 import hashlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -30,26 +31,23 @@ from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
-import codec as codec_module  # noqa: E402
 from codec import QWEN2_PATTERN, MelCodec, write_audio  # noqa: E402
 from data.loader import save_dialogues  # noqa: E402
 
 SEED = 1
-N_DIALOGUE = 3000         # to train on; how many the other splits have:
-N_HELD_OUT = {'val': 40, 'test': 80}
+N_DIALOGUE = 4000         # to train on; how many the other splits have:
+N_HELD_OUT = {'val': 40, 'test': 100}
 N_UTTERANCE = 4000        # one-sided, to train on in the alignment stage alone
-N_CLIP = 1200             # that the codec is fitted on
+N_CLIP = 1600             # that the codec is fitted on
 N_CODES = 512
-REACTION = 2              # frames of silence after which the assistant knows that the user has ended: 80 ms
+REACTION = 3              # frames of silence after which the assistant knows that the user has ended: 120 ms
 N_WORKER = 2              # part of the recipe: espeak-ng repeats itself only in the same order in a fresh process
 SAMPLE_RATE, FRAME = 16000, 640
-MAX_FRAME = 340           # 13.6 s: 34 chunks, 748 tokens of duplex3
+MAX_FRAME = 230           # 9.2 s: 23 chunks, 506 tokens of duplex3
 
 CAPITALS = {
-    'France': 'Paris', 'Germany': 'Berlin', 'Spain': 'Madrid', 'Italy': 'Rome', 'Portugal': 'Lisbon', 'Austria': 'Vienna',
-    'Poland': 'Warsaw', 'Greece': 'Athens', 'Norway': 'Oslo', 'Sweden': 'Stockholm', 'Egypt': 'Cairo', 'Japan': 'Tokyo',
-    'China': 'Beijing', 'Cuba': 'Havana', 'Canada': 'Ottawa', 'Kenya': 'Nairobi', 'Russia': 'Moscow', 'Denmark': 'Copenhagen',
-    'Peru': 'Lima', 'Hungary': 'Budapest',
+    'France': 'Paris', 'Germany': 'Berlin', 'Portugal': 'Lisbon', 'Hungary': 'Budapest', 'Russia': 'Moscow', 'Egypt': 'Cairo',
+    'Kenya': 'Nairobi', 'Japan': 'Tokyo', 'Canada': 'Ottawa', 'Peru': 'Lima',
 }
 NUMBERS = 'zero one two three four five six'.split()
 SMALL_TALK = {
@@ -77,7 +75,7 @@ def pick_question(rng):
 
 
 # espeak-ng's variants of its voice. Several are near copies of each other (steph2, steph3): held out together or not at all.
-ASSISTANT = 'f1'
+ASSISTANT, ASSISTANT_RATE = 'f1', 200
 TEST_VOICES = ('Alicia Andy Gene Gene2 Mike mike2 belinda david edward edward2 f2 f5 linda m3 m7 pablo '
                'steph steph2 steph3 zac').split()
 VAL_VOICES = 'aunty boris Lee m5 sandro victor'.split()
@@ -124,7 +122,7 @@ class Espeak:
         self.pcm.clear(), self.events.clear()
         data = text.encode()
         self.lib.espeak_Synth(data, len(data) + 1, 0, 1, 0, 1, None, None)
-        if not self.pcm:
+        if not np.any(np.concatenate([[0], *self.pcm])):
             raise ValueError(f'espeak-ng makes no sound of {text!r}')
         wave = soxr.resample(np.concatenate(self.pcm).astype(np.float32) / 32768, self.rate_hz * size, SAMPLE_RATE, quality='LQ')
         loud = np.flatnonzero(np.abs(wave) > 0.02 * np.abs(wave).max())
@@ -137,8 +135,8 @@ class Espeak:
 
 
 def user_style(rng, vary_size=True):
-    return dict(rate=int(rng.integers(130, 211)), pitch=int(rng.integers(30, 71)), pitch_range=int(rng.integers(20, 81)),
-                size=float(rng.uniform(0.84, 1.18)) if vary_size else 1.0)
+    return dict(rate=int(rng.integers(150, 221)), pitch=int(rng.integers(30, 71)), pitch_range=int(rng.integers(20, 81)),
+                size=float(np.exp(rng.uniform(np.log(0.84), np.log(1.4)))) if vary_size else 1.0)
 
 
 @functools.cache
@@ -156,6 +154,8 @@ def noises():
 def add_noise(wave, rng, snr_db, level):
     """level: the mean square of the speech."""
     noise = noises()[rng.integers(8)]
+    if len(wave) >= len(noise):
+        raise ValueError(f'{len(wave) / SAMPLE_RATE:.0f} s of speech, {len(noise) / SAMPLE_RATE:.0f} s is the longest there is noise for')
     at = rng.integers(len(noise) - len(wave))
     return wave + noise[at:at + len(wave)] * np.float32(np.sqrt(level / 10 ** (snr_db / 10)))
 
@@ -174,11 +174,11 @@ def codec_clips(espeak, rng, n_clip):
     waves, labels = [], []
     for voice, text in tqdm(jobs, desc='codec clips', unit='clip', mininterval=1):
         mine = voice == ASSISTANT
-        speech, _, phonemes = espeak.say(text, voice, **({} if mine else user_style(rng)))
+        speech, _, phonemes = espeak.say(text, voice, **({'rate': ASSISTANT_RATE} if mine else user_style(rng)))
         before, after = rng.integers(SAMPLE_RATE // 20, SAMPLE_RATE // 2, 2)
         wave = np.pad(speech, (before, after))
         if not mine:
-            wave = add_noise(wave, rng, rng.uniform(15, 30), np.mean(speech ** 2))
+            wave = add_noise(wave, rng, rng.uniform(15, 50), np.mean(speech ** 2))
         start = np.array([0, *(before + at for _, at in phonemes), before + len(speech)])
         label = np.array([0, *(number.setdefault(name, len(number) - 1) for name, _ in phonemes), 0])
         middle = np.arange(-(-len(wave) // FRAME)) * FRAME + FRAME // 2
@@ -194,16 +194,16 @@ def render_answers(espeak, codec):
     """answer -> its codes and words, in the assistant's voice"""
     answers = {}
     for text in sorted(set(ANSWERS.values())):
-        wave, words, _ = espeak.say(text, ASSISTANT)
+        wave, words, _ = espeak.say(text, ASSISTANT, ASSISTANT_RATE)
         n_frame = -(-len(wave) // FRAME)
         answers[text] = codec.encode(np.pad(wave, (10 * FRAME, 10 * FRAME)))[10:10 + n_frame], words
     return answers
 
 
 def make_dialogue(espeak, codec, answers, silence, rng, voice, vary_size):
-    """One user, two to five questions, as many as fit."""
-    speech, start = [], int(max(0.1, rng.normal(0.5, 0.15)) * SAMPLE_RATE)  # where each question begins, in samples
-    turns, barge_in = [], rng.integers(1, 3) if rng.random() < 0.25 else None  # the question that comes too early
+    """One user, as many questions as fit: two as a rule."""
+    speech, start = [], int(max(0.1, rng.normal(0.35, 0.1)) * SAMPLE_RATE)  # where each question begins, in samples
+    turns, barge_in = [], 1 if rng.random() < 0.25 else None  # the question that comes too early
     style = user_style(rng, vary_size)
     assistant = np.full(MAX_FRAME, silence, dtype=np.uint16)
     n_frame = 0
@@ -235,13 +235,13 @@ def make_dialogue(espeak, codec, answers, silence, rng, voice, vary_size):
         if len(speech) == barge_in:
             start = int((answer_start + rng.uniform(0.3, 0.8) * len(codes)) * FRAME)
         else:
-            start = answer_end * FRAME + int(max(0.1, rng.normal(0.7, 0.25)) * SAMPLE_RATE)
-    n_frame = min(MAX_FRAME, n_frame + int(rng.uniform(0.4, 1.5) * 25))
+            start = answer_end * FRAME + int(max(0.1, rng.normal(0.5, 0.15)) * SAMPLE_RATE)
+    n_frame = min(MAX_FRAME, n_frame + int(rng.uniform(0.3, 1.0) * 25))
     wave = np.zeros(n_frame * FRAME, dtype=np.float32)
     for at, said in speech:
         wave[at:at + len(said)] += said
     level = np.mean(np.concatenate([said for _, said in speech]) ** 2)
-    return dict(user=codec.encode(add_noise(wave, rng, rng.uniform(15, 30), level)), assistant=assistant[:n_frame], turns=turns)
+    return dict(user=codec.encode(add_noise(wave, rng, rng.uniform(15, 50), level)), assistant=assistant[:n_frame], turns=turns)
 
 
 def make_utterance(espeak, codec, rng, voice):
@@ -251,7 +251,7 @@ def make_utterance(espeak, codec, rng, voice):
     wave = np.pad(speech, (before, SAMPLE_RATE // 5))
     first, end = before // FRAME, -(-(before + len(speech)) // FRAME)
     turn = dict(role='user', start=first, end=end, text=text, words=word_list(words, first, end))
-    codes = codec.encode(add_noise(wave, rng, rng.uniform(15, 30), np.mean(speech ** 2)))
+    codes = codec.encode(add_noise(wave, rng, rng.uniform(15, 50), np.mean(speech ** 2)))
     return dict(user=codes, assistant=np.zeros(0, dtype=np.uint16), turns=[turn])
 
 
@@ -294,7 +294,7 @@ def round_trip(espeak, codec):
     """What becomes of the answers on their way through the codec."""
     same, contour, longer = [], [], []
     for text in sorted(set(ANSWERS.values())):
-        wave = np.pad(espeak.say(text, ASSISTANT)[0], SAMPLE_RATE // 5)
+        wave = np.pad(espeak.say(text, ASSISTANT, ASSISTANT_RATE)[0], SAMPLE_RATE // 5)
         codes = codec.encode(wave)
         heard = codec.decode(codes)
         wave = np.pad(wave, (0, len(codes) * FRAME - len(wave)))
@@ -307,17 +307,17 @@ def round_trip(espeak, codec):
 
 def prepare(out, n_train_dialogue, n_utterance, n_clip):
     """Fits the codec and the BPE, then writes the three splits, and last of all prepared.json, which says so."""
-    digest = hashlib.sha256(json.dumps([n_train_dialogue, n_utterance, n_clip]).encode())
-    for path in os.path.abspath(__file__), codec_module.__file__:
-        with open(path, 'rb') as f:
-            digest.update(f.read())
-    recipe, marker = digest.hexdigest()[:16], os.path.join(out, 'prepared.json')
-    if os.path.exists(marker):
+    what = json.dumps([n_train_dialogue, n_utterance, n_clip]) + inspect.getsource(sys.modules[__name__]) + inspect.getsource(MelCodec)
+    recipe, marker = hashlib.sha256(what.encode()).hexdigest()[:16], os.path.join(out, 'prepared.json')
+    if min(n_train_dialogue, n_clip) < N_CODES // 10 or n_utterance < 0:
+        raise ValueError(f'--n_dialogue and --n_clip have to be {N_CODES // 10} at least, --n_utterance not below 0')
+    if os.path.exists(marker) and all(os.path.exists(os.path.join(out, f'{split}.arrow')) for split in ('train', *N_HELD_OUT)):
         with open(marker) as f:
             if json.load(f)['recipe'] == recipe:
                 return print(f'{out} is prepared already')
-        os.remove(marker)
     os.makedirs(out, exist_ok=True)
+    if os.path.exists(marker):
+        os.remove(marker)
     espeak, rng = Espeak(), np.random.default_rng(SEED)
     waves, labels, mine = codec_clips(espeak, rng, n_clip)
     print(f'fitting the codec to {sum(map(len, waves)) / SAMPLE_RATE / 60:.0f} minutes of speech')

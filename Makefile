@@ -16,7 +16,7 @@ install: .venv/installed
 demo: install
 	$(BIN)/python data/demo/prepare.py
 	$(BIN)/python train.py config/demo.py --batch_size=4 --resume=true
-	$(BIN)/python data/demo/prepare.py --say='Which city is the capital of Japan?' --wav=out/demo/question.wav
+	$(BIN)/python data/demo/prepare.py --say='What is the capital of Japan?' --voice=linda --wav=out/demo/question.wav
 	$(BIN)/python sample.py --checkpoint=out/demo --user=out/demo/question.wav
 	$(BIN)/python sample.py --checkpoint=out/demo --data=data/demo --n_dialogue=4
 	$(BIN)/python evaluate.py --checkpoint=out/demo --data=data/demo

@@ -46,6 +46,7 @@ def turn_taking(reference, decoded):
     What the assistant of one decoded dialogue did about each of the reference's user turns: a list of dicts with
       response    frames from the end of the turn until the assistant starts to speak, before the next turn; or None
       false_start did the assistant begin to speak inside the turn
+      unprompted  did it, after the turn, begin to speak a second time although nobody had said more
       yielded     frames from the start of the turn until the assistant was silent; None where it was not speaking
       answer      what it wrote then; expected: the reference's text, None where the user interrupted that
       codes, expected_codes   what it said then, likewise
@@ -66,6 +67,7 @@ def turn_taking(reference, decoded):
         is_whole = expected is not None and expected['end'] <= until
         found.append(dict(
             response=None if start is None else start - user['end'],
+            unprompted=sum(user['end'] <= turn['start'] < until for turn in theirs) > 1,
             false_start=any(user['start'] < turn['start'] < user['end'] for turn in theirs),
             yielded=int(np.flatnonzero(~speaking[user['start']:])[0]) if speaking[user['start'] - 1] and speaking[user['start']] else None,
             answer=' '.join(turn['text'] for turn in said),
@@ -92,6 +94,7 @@ def summarise(found, rate_hz):
         **{f'assistant_acc_by_{k}': share(turn['response'] is not None and turn['response'] < k for turn in found) for k in (1, 5, 10, 25)},
         response_ms=1e3 * share(responses) / rate_hz if responses else None,
         false_start_rate=share(turn['false_start'] for turn in found),
+        unprompted_rate=share(turn['unprompted'] for turn in found),
         **{f'user_acc_by_{k}': share(frames < k for frames in interrupted) for k in (10, 25)},
         yield_ms=1e3 * share(interrupted) / rate_hz if interrupted else None,
         code_error_rate=share(Levenshtein.normalized_distance(turn['codes'], turn['expected_codes']) for turn in whole),

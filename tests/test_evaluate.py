@@ -1,6 +1,8 @@
 """The measures are right: each figure is derived by hand beside it."""
 import json
 
+import pytest
+
 from evaluate import plain, summarise, turn_taking
 
 
@@ -29,7 +31,7 @@ def test_a_perfect_assistant():
     frames, 160 ms. Two of three answers are whole, both are right, and the codes are those of the reference."""
     m = measure(*ANSWERS)
     assert m == dict(m, n_question=3, n_answer=2, n_interruption=1, answer_accuracy=1.0, assistant_acc_by_1=1.0, assistant_acc_by_25=1.0,
-                     response_ms=0.0, false_start_rate=0.0, user_acc_by_10=1.0, user_acc_by_25=1.0, yield_ms=160.0, code_error_rate=0.0)
+                     response_ms=0.0, false_start_rate=0.0, unprompted_rate=0.0, user_acc_by_10=1.0, user_acc_by_25=1.0, yield_ms=160.0, code_error_rate=0.0)
     assert m['code_error_rate_of_another_answer'] == 1.0
 
 
@@ -50,6 +52,11 @@ def test_a_babbling_assistant():
     """It speaks all the time in turns of 5 frames with a frame between: into every question it starts anew."""
     m = measure(*[turn('assistant', at, at + 5, 'bla') for at in range(1, 64, 6)])
     assert m['false_start_rate'] == 1.0 and m['answer_accuracy'] == 0.0
+
+
+def test_who_cannot_wait():
+    """After the answer to c? at 48 to 60 it adds a remark at 64: after one of three user turns."""
+    assert measure(*ANSWERS, turn('assistant', 64, 68, 'oh'))['unprompted_rate'] == pytest.approx(1 / 3)
 
 
 def test_who_never_stops_never_takes_the_turn():

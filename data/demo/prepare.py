@@ -201,9 +201,11 @@ def render_answers(espeak, codec):
 
 
 def make_dialogue(espeak, codec, answers, silence, rng, voice, vary_size):
-    """One user, as many questions as fit: two as a rule."""
-    speech, start = [], int(max(0.1, rng.normal(0.35, 0.1)) * SAMPLE_RATE)  # where each question begins, in samples
-    turns, barge_in = [], 1 if rng.random() < 0.25 else None  # the question that comes too early
+    """One user, as many questions as fit: two as a rule; or one somewhere in a long silence, in which nobody may speak."""
+    is_quiet = rng.random() < 0.12
+    start_sec = rng.uniform(0.1, 5) if is_quiet else max(0.1, rng.normal(0.35, 0.1))
+    speech, start = [], int(start_sec * SAMPLE_RATE)  # where each question begins, in samples
+    turns, barge_in = [], 1 if rng.random() < 0.25 else None  # the answer that the next question does not wait for
     style = user_style(rng, vary_size)
     assistant = np.full(MAX_FRAME, silence, dtype=np.uint16)
     n_frame = 0
@@ -218,7 +220,7 @@ def make_dialogue(espeak, codec, answers, silence, rng, voice, vary_size):
         codes, answer_words = answers[answer]
         first, end = start // FRAME, -(-(start + len(wave)) // FRAME)
         answer_start, answer_end = end + REACTION, end + REACTION + len(codes)
-        if answer_end + 5 > MAX_FRAME:
+        if answer_end + 5 > MAX_FRAME or (is_quiet and turns):
             break
         if turns and turns[-1]['end'] > first:  # the user has barged in, the assistant notices
             said = turns[-1]
@@ -236,7 +238,7 @@ def make_dialogue(espeak, codec, answers, silence, rng, voice, vary_size):
             start = int((answer_start + rng.uniform(0.3, 0.8) * len(codes)) * FRAME)
         else:
             start = answer_end * FRAME + int(max(0.1, rng.normal(0.5, 0.15)) * SAMPLE_RATE)
-    n_frame = min(MAX_FRAME, n_frame + int(rng.uniform(0.3, 1.0) * 25))
+    n_frame = MAX_FRAME if is_quiet else min(MAX_FRAME, n_frame + int(rng.uniform(0.3, 1.0) * 25))
     wave = np.zeros(n_frame * FRAME, dtype=np.float32)
     for at, said in speech:
         wave[at:at + len(said)] += said

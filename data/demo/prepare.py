@@ -203,7 +203,7 @@ def render_answers(espeak, codec):
 def make_dialogue(espeak, codec, answers, silence, rng, voice, vary_size):
     """One user, as many questions as fit: two as a rule; or one somewhere in a long silence, in which nobody may speak."""
     is_quiet = rng.random() < 0.12
-    start_sec = rng.uniform(0.1, 5) if is_quiet else max(0.1, rng.normal(0.35, 0.1))
+    start_sec = rng.uniform(0.1, 3.5) if is_quiet else max(0.1, rng.normal(0.35, 0.1))
     speech, start = [], int(start_sec * SAMPLE_RATE)  # where each question begins, in samples
     turns, barge_in = [], 1 if rng.random() < 0.25 else None  # the answer that the next question does not wait for
     style = user_style(rng, vary_size)
@@ -238,6 +238,7 @@ def make_dialogue(espeak, codec, answers, silence, rng, voice, vary_size):
             start = int((answer_start + rng.uniform(0.3, 0.8) * len(codes)) * FRAME)
         else:
             start = answer_end * FRAME + int(max(0.1, rng.normal(0.5, 0.15)) * SAMPLE_RATE)
+    assert turns, f'a question of {len(wave) / SAMPLE_RATE:.1f} s and its answer do not fit'
     n_frame = MAX_FRAME if is_quiet else min(MAX_FRAME, n_frame + int(rng.uniform(0.3, 1.0) * 25))
     wave = np.zeros(n_frame * FRAME, dtype=np.float32)
     for at, said in speech:

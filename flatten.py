@@ -411,7 +411,7 @@ def show(dialogue, layout, vocab, rate_hz, columns=110):
         if slot.kind == 'text':
             cells = [''.join(spell(i, vocab) for i in row[at:at + slot.n]) for row in grid]
         else:
-            cells = [''.join('▒█'[int(both[f])] if said[role][f] else '▁' for f in range(c * n, c * n + n)) for c in range(len(grid))]
+            cells = [''.join('█▓'[int(both[f])] if said[role][f] else '▁' for f in range(c * n, c * n + n)) for c in range(len(grid))]
         rows.append((slot.what, GREEN if slot.learned else GREY, cells))
         at += slot.n
     margin = max(len(name) for name, _, _ in rows)
@@ -422,7 +422,7 @@ def show(dialogue, layout, vocab, rate_hz, columns=110):
     for first in range(0, len(grid), n_shown):
         for name, colour, cells in rows:
             line = f'{GREY}|{PLAIN}{colour}'.join(f'{cell:{wide}}' for cell in cells[first:first + n_shown])
-            lines.append(f'{name:{margin}} {colour}' + re.sub('█+', lambda run: YELLOW + run.group() + PLAIN + colour, line) + PLAIN)   # noqa: B023
+            lines.append(f'{name:{margin}} {colour}' + re.sub('▓+', lambda run: YELLOW + run.group() + PLAIN + colour, line) + PLAIN)   # noqa: B023
         lines.append('')
     return '\n'.join(lines)
 

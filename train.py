@@ -335,8 +335,8 @@ def main(cfg):
                 total_weight += weights.sum()
                 sums += stream_sums(losses, batch, device)
                 sec += batch.sec
-            # rows hold unequal numbers of learned tokens, so a mean of means would weigh them unequally: the gradient
-            # so far is of a sum, and is divided once by the weight (without text_weight, the count) over all ranks (DDP has divided by world_size)
+            # rows hold unequal numbers of learned tokens, a mean of means would weigh them unequally: so far the gradient is
+            # of a sum; it is divided once, by the weight of all tokens of all ranks (DDP has divided by world_size)
             if world_size > 1:
                 dist.all_reduce(total_weight)
             for p in raw_model.parameters():

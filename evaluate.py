@@ -106,7 +106,7 @@ def main(cfg):
     if cfg.batch_size < 1 or cfg.n_dialogue < 0:
         raise ValueError('batch_size has to be at least 1, n_dialogue at least 0')
     device = pick_device(cfg.device)
-    model, vocab, layout, codec = load_checkpoint(cfg.checkpoint, device)
+    model, vocab, layout, codec, text_weight = load_checkpoint(cfg.checkpoint, device)
     dialogues = Dialogues(cfg.data, cfg.split)
     if dialogues.codec != codec.about():
         raise ValueError(f'{cfg.data} was made with codec {dialogues.codec["name"]} {dialogues.codec["fingerprint"]}, {cfg.checkpoint} was trained '
@@ -118,7 +118,7 @@ def main(cfg):
     found, start, chunk_sec = [], time.perf_counter(), []
     for at in range(0, len(references), cfg.batch_size):
         batch = references[at:at + cfg.batch_size]
-        decoded, sec = converse(model, vocab, layout, [reference['user'] for reference in batch], int(codec.silence_codes[0]), seed=cfg.seed,
+        decoded, sec = converse(model, vocab, layout, [reference['user'] for reference in batch], int(codec.silence_codes[0]), seed=cfg.seed, text_weight=text_weight,
                                 text_temperature=cfg.text_temperature, speech_temperature=cfg.speech_temperature, silence_bias=cfg.silence_bias)
         chunk_sec += sec
         found += [turn for pair in zip(batch, decoded) for turn in turn_taking(*pair)]

@@ -327,9 +327,10 @@ def read_chunks(ids, layout, vocab, silence_code, name):
 
 
 def read_text(runs, text, written, n, vocab):
-    """Each run of speech is a turn and has the text written from its first chunk on, until the next turn's begins. Text that
-    starts anew while the speech goes on is a turn of its own: two turns touched. Text that starts anew one chunk before
-    the speech is that speech's: flatten never writes so, but a model may be early."""
+    """Each run of speech is a turn and has the text written from its first chunk on, as long as it speaks or the text runs on.
+    Text that starts anew while the speech goes on is a turn of its own: two turns touched. Flatten never writes otherwise,
+    but a model may: text one chunk before speech is that speech's; text that starts anew in silence was never said, and is
+    left out."""
     fresh = written[:, 0].copy()                    # [N], does text start in this chunk, after silence
     fresh[1:] &= ~written[:-1, -1]
     spans = []
@@ -340,6 +341,8 @@ def read_text(runs, text, written, n, vocab):
     begins = [c - 1 if c - 1 > before and fresh[c - 1] else c for before, c in zip([-1] + begins, begins)]
     turns = []
     for (start, end), begin, limit in zip(spans, begins, begins[1:] + [len(text)]):
+        spoken = (end - 1) // n + 1
+        limit = next((c for c in range(spoken, limit) if fresh[c] or not written[c, 0]), limit)
         tokens = text[begin:limit][written[begin:limit]]
         turns.append(dict(role='assistant', start=start, end=end, text=vocab.decode(tokens.tolist())))
     return turns

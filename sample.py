@@ -10,6 +10,7 @@ Listens and talks: the user's speech goes in chunk by chunk, the assistant's tex
 Each dialogue becomes a stereo wav (user left, assistant right) and a transcript, a JSON line a turn with its times.
 """
 import json
+import math
 import os
 import re
 import sys
@@ -65,7 +66,7 @@ class Duplex:
     """
 
     def __init__(self, model, vocab, layout, n_row=1, max_context=None, text_temperature=0.0, speech_temperature=0.0,
-                 text_top_k=0, speech_top_k=0, silence_bias=0.0, seed=1337):
+                 text_top_k=0, speech_top_k=0, silence_bias=0.0, text_weight=1.0, seed=1337):
         if layout.order != 'chunks':
             raise ValueError(f'layout {layout.name} has no chunks: it cannot listen and talk at once; sample from a duplex3 or duplex2 checkpoint')
         self.model, self.vocab, self.layout, self.n_row = model, vocab, layout, n_row
@@ -86,7 +87,8 @@ class Duplex:
             self.stretch[kind] = slice(min(first, silent[kind]), max(end, silent[kind] + 1))
             bias = torch.full((self.stretch[kind].stop,), -torch.inf, device=self.device)
             bias[first:end] = 0.0
-            bias[silent[kind]] = silence_bias if kind == 'speech' else 0.0
+            # training that weighs text text_weight times makes writing that much likelier than it is: here it is taken back
+            bias[silent[kind]] = silence_bias if kind == 'speech' else math.log(text_weight)
             self.bias[kind] = bias[self.stretch[kind]]
 
     @torch.inference_mode()
@@ -155,7 +157,7 @@ def converse(model, vocab, layout, users, silence_code, **settings):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def load_checkpoint(folder, device='cpu'):
-    """(model, vocab, layout, codec) of a folder that train.py wrote. Raises ValueError for any other."""
+    """(model, vocab, layout, codec, text_weight) of a folder that train.py wrote. Raises ValueError for any other."""
     path = os.path.join(folder, 'config.json')
     if not os.path.isfile(path):
         raise ValueError(f'{folder} is no checkpoint: it has no config.json (train one: python train.py config/demo.py)')
@@ -171,7 +173,8 @@ def load_checkpoint(folder, device='cpu'):
     codec = load_codec(os.path.join(folder, 'codec'))
     if codec.about() != about['codec']:
         raise ValueError(f'{folder} was trained with codec {about["codec"]}, in its folder lies {codec.about()}')
-    return model, vocab, get_layout(about['layout'], about['speech_chunk'] or None, about['text_chunk']), codec
+    layout = get_layout(about['layout'], about['speech_chunk'] or None, about['text_chunk'])
+    return model, vocab, layout, codec, about['text_weight']
 
 
 def spans(is_speech, rate_hz, gap_sec=0.4):
@@ -217,7 +220,7 @@ def reply_frames(dialogue):
 def main(cfg):
     """Decodes what cfg names and writes it. Returns the dialogues."""
     device = pick_device(cfg.device)
-    model, vocab, layout, codec = load_checkpoint(cfg.checkpoint, device)
+    model, vocab, layout, codec, text_weight = load_checkpoint(cfg.checkpoint, device)
     silence_code, waves = int(codec.silence_codes[0]), None
     start = time.perf_counter()
     if cfg.user:
@@ -239,7 +242,7 @@ def main(cfg):
         names, users = [d['id'] for d in chosen], [d['user'] for d in chosen]
         user_turns = [[turn for turn in d['turns'] if turn['role'] == 'user'] for d in chosen]
     codec_sec = time.perf_counter() - start
-    decoded, chunk_sec = converse(model, vocab, layout, users, silence_code, max_context=cfg.max_context, seed=cfg.seed,
+    decoded, chunk_sec = converse(model, vocab, layout, users, silence_code, max_context=cfg.max_context, seed=cfg.seed, text_weight=text_weight,
                                   text_temperature=cfg.text_temperature, speech_temperature=cfg.speech_temperature,
                                   text_top_k=cfg.text_top_k, speech_top_k=cfg.speech_top_k, silence_bias=cfg.silence_bias)
     out = cfg.out or os.path.join(cfg.checkpoint, 'samples')

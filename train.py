@@ -314,7 +314,7 @@ def main(cfg):
             state = dict(state, best=None, best_step=None)      # another layout: its losses do not compare with the last one's
         else:
             loader.state = state['loader']
-        about = dict(layout=layouts[-1].name, speech_chunk=layouts[-1].speech_chunk, text_chunk=cfg.text_chunk,
+        about = dict(layout=layouts[-1].name, speech_chunk=layouts[-1].speech_chunk, text_chunk=cfg.text_chunk, text_weight=cfg.text_weight,
                      code_start=vocab.code_start, n_codes=vocab.n_codes, codec=train_data.codec)
         sums, sec, timed_from, timed_steps = torch.zeros(2, len(STREAMS), dtype=torch.float64, device=device), 0.0, time.time(), 0
 

@@ -134,6 +134,8 @@ def test_text_a_model_writes_one_chunk_early_is_that_of_the_speech_to_come():
     grid = document.ids.reshape(-1, layout.period)      # chunks 6 and 7 hold xy and z: now a chunk earlier
     grid[5:8, 4:6] = [[ord('x'), ord('y')], [ord('z'), silent], [silent, silent]]
     assert [t['text'] for t in unflatten(grid.reshape(-1), layout, VOCAB)['turns']] == ['ab', 'xyz']
+    grid[3, 4:6] = [ord('?'), ord('?')]                 # and in the silence between nobody says this
+    assert [t['text'] for t in unflatten(grid.reshape(-1), layout, VOCAB)['turns']] == ['ab', 'xyz']
 
 
 @given(dialogues(), st.integers(1, 12), st.integers(0, 59))

@@ -20,7 +20,7 @@ from sample import Duplex, converse, load_checkpoint
 @pytest.fixture(scope='module')
 def loaded(small_run):
     data, checkpoint = small_run
-    return *load_checkpoint(str(checkpoint)), Dialogues(str(data), 'test')
+    return *load_checkpoint(str(checkpoint))[:4], Dialogues(str(data), 'test')
 
 
 def talk(loaded, users, n_chunk=4, layout=None, **settings):
@@ -81,6 +81,8 @@ def test_sampling(loaded, users):
     assert torch.equal(talk(loaded, users, speech_top_k=1, text_top_k=1, **warm)[1], talk(loaded, users)[1])    # the likeliest
     assert all((codes == -1).all() for _, codes in talk(loaded, users, silence_bias=1e6)[0])
     assert all((codes >= 0).all() for _, codes in talk(loaded, users, silence_bias=-1e6)[0])
+    silent = loaded[1].control['<|silent_text|>']
+    assert all((text == silent).all() for text, _ in talk(loaded, users, text_weight=1e300)[0])     # the weight is taken back
 
 
 def test_past_the_context_the_oldest_chunks_leave(loaded, users):

@@ -115,7 +115,8 @@ class Espeak:
     def say(self, text, voice, rate=170, pitch=50, pitch_range=50, size=1.0):
         """-> wave at 16 kHz without silence around it, words and phonemes as lists of (text, start sample). rate: words a minute;
         size: of the speaker, as a factor on all frequencies, at the same speed."""
-        if self.lib.espeak_SetVoiceByName(f'en-us+{voice}'.encode()) != 0:  # else it would go on in the voice before
+        # a name that it doesn't know leaves the voice before; a variant that it doesn't know is left out in silence
+        if voice not in os.listdir(VARIANTS) or self.lib.espeak_SetVoiceByName(f'en-us+{voice}'.encode()) != 0:
             raise ValueError(f'espeak-ng has no voice {voice!r}; there are {", ".join(sorted(os.listdir(VARIANTS)))}')
         for parameter, value in (1, rate / size), (2, 100), (3, pitch), (4, pitch_range):
             self.lib.espeak_SetParameter(parameter, int(value), 0)

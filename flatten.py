@@ -334,8 +334,9 @@ def read_text(runs, text, written, n, vocab):
     fresh = written[:, 0].copy()                    # [N], does text start in this chunk, after silence
     fresh[1:] &= ~written[:-1, -1]
     spans = []
-    for start, end in runs:
-        cuts = [c * n for c in range(start // n + 1, (end - 1) // n + 1) if fresh[c] and written[start // n:c].any()]
+    for (start, end), following in zip(runs, runs[1:] + [None]):
+        cuts = [c * n for c in range(start // n + 1, (end - 1) // n + 1) if fresh[c] and written[start // n:c].any()
+                and not (following and following[0] // n == c)]     # the next turn's text may start in this one's last chunk
         spans += zip([start] + cuts, cuts + [end])
     begins = [start // n for start, _ in spans]
     begins = [c - 1 if c - 1 > before and fresh[c - 1] else c for before, c in zip([-1] + begins, begins)]

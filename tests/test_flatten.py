@@ -119,6 +119,13 @@ def test_turns_come_back(d, name):
         assert [t['role'] for b in backs for t in b['turns']] == [t['role'] for t in turns]
 
 
+def test_two_turns_in_one_chunk_stay_two():
+    d = dialogue(36, turn('assistant', 0, 28, 'a'), turn('assistant', 29, 30, 'b'))
+    layout = get_layout('duplex3', speech_chunk=9)
+    back = unflatten(flatten(d, layout, VOCAB)[0].ids, layout, VOCAB)
+    assert [(t['start'], t['end'], t['text']) for t in back['turns']] == [(0, 28, 'a'), (29, 30, 'b')]
+
+
 def test_touching_turns_come_back_where_their_texts_do_not_touch():
     d = dialogue(24, turn('assistant', 2, 14, 'a'), turn('assistant', 14, 22, 'bc'))
     layout = get_layout('duplex3', speech_chunk=4)

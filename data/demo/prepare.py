@@ -41,7 +41,7 @@ N_UTTERANCE = 4000        # one-sided, to train on in the alignment stage alone
 N_CLIP = 1600             # that the codec is fitted on
 N_CODES = 512
 REACTION = 3              # frames of silence after which the assistant knows that the user has ended: 120 ms
-N_WORKER = 2              # part of the recipe: espeak-ng repeats itself only in the same order in a fresh process
+N_WORKER = 2              # part of the recipe: espeak-ng repeats itself, its noises aside, in the same order in a fresh process
 SAMPLE_RATE, FRAME = 16000, 640
 MAX_FRAME = 230           # 9.2 s: 23 chunks, 506 tokens of duplex3
 

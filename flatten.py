@@ -54,7 +54,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-CONTROL = ('<|asr|>', '<|tts|>', '<|sos|>', '<|eos|>', '<|sot|>', '<|eot|>', '<|silent_text|>', '<|silent_speech|>')
+CONTROL = {     # name: words that describe it, from which its embedding can start (train.py --new_rows=words)
+    '<|asr|>': 'transcribe the speech', '<|tts|>': 'read the text aloud',
+    '<|sos|>': 'start of speech', '<|eos|>': 'end of speech', '<|sot|>': 'start of text', '<|eot|>': 'end of text',
+    '<|silent_text|>': 'silent text', '<|silent_speech|>': 'silent speech',
+}
 ROLES = ('user', 'assistant')
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ Its state dict carries Hugging Face's own names, so a checkpoint folder opens in
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -248,6 +248,35 @@ class Qwen2(nn.Module):
     def n_param(self):
         return sum(p.numel() for p in self.parameters()) # a tied head counts once
 
+    @torch.no_grad()
+    def grow(self, vocab_size, new, n_text, how='spread', scale=0.5, words=None, seed=0):
+        """
+        Makes the vocabulary vocab_size long and gives the rows `new` a start, of the embedding and of an untied head
+        alike; all others stay as they are. The paper doesn't say how; transformers' resize_token_embeddings draws
+        with 1e-9 of the old covariance, by which all codes start the same. Here, by `how`:
+            spread  mean of the n_text old rows, plus scale times their standard deviation, drawn for each
+            words   the mean of the rows words[i] (ids that describe i); for those without description, spread
+            normal  N(0, 0.02)
+            zeros
+        """
+        if how not in ('spread', 'words', 'normal', 'zeros'):
+            raise ValueError(f"new rows can start from 'spread', 'words', 'normal' or 'zeros', not {how!r}")
+        untouched = set(range(len(self.model.embed_tokens.weight), vocab_size)) - set(new)
+        assert not untouched, f'rows {sorted(untouched)[:5]} .. would have no start'
+        generator, new = torch.Generator().manual_seed(seed), torch.tensor(new)
+        for owner in [self.model.embed_tokens] + [self.lm_head] * (self.lm_head is not None):
+            old = owner.weight
+            rows = old.new_zeros(vocab_size, old.size(1)) # (V, C)
+            rows[:len(old)] = old
+            mean, std = 0.0, dict(normal=0.02).get(how, 0.0)
+            if how in ('spread', 'words'):
+                mean, std = old[:n_text].mean(0), scale * old[:n_text].std(0)
+            rows[new] = mean + std * torch.randn(len(new), old.size(1), generator=generator)
+            for i, ids in (words.items() if how == 'words' else ()):
+                rows[i] = old[ids].mean(0)
+            owner.weight = nn.Parameter(rows)
+        self.config = replace(self.config, vocab_size=vocab_size)
+
     def flops_per_token(self, learned_share=1.0, mean_keys=0.0):
         """
         Training FLOPs that a token requires: 2 per matmul weight forward, twice that backward; the head for
@@ -280,6 +309,8 @@ class Qwen2(nn.Module):
             shape, asked = tuple(weights[name].shape), tuple(expected[name].shape)
             if shape != asked:
                 raise ValueError(f'{folder}: {name} is {shape}, but {asked} by config.json; correct that')
+            if weights[name].dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(f'{folder}: {name} is {weights[name].dtype}, a quantised export; take the original in bfloat16')
         model.load_state_dict({name: x.float() for name, x in weights.items()}, assign=True)
         return model
 

@@ -13,6 +13,8 @@ out_dir/step-000300 lies the state to continue from, in log.jsonl every line tha
 import json
 import math
 import os
+import re
+import resource
 import shutil
 import sys
 import time
@@ -27,21 +29,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 import config
 from codec import Vocabulary
-from data.loader import STREAMS, Dialogues, Loader
-from flatten import get_layout
+from data.loader import STREAMS, Dialogues, Loader, Mixture
+from flatten import CONTROL, get_layout
 from model import ModelConfig, Qwen2
 
 
 @dataclass(frozen=True)
 class Config:
     # what is learned
-    data: str = 'data/demo'             # a folder with train.arrow, val.arrow, tokenizer/ and codec/
-    stages: str = 'duplex3:1000'        # layouts and steps, one stage after the other: 'asr.user+tts:400, duplex3:600'
+    data: str = 'data/demo'             # a folder with train.arrow, val.arrow, codec/; or several by weight: 'data/a:0.7,data/b:0.3'
+    stages: str = 'duplex3:1000'        # layouts and steps or epochs, one after the other: 'asr.user+tts:400, duplex3:5epochs'
     speech_chunk: int | None = None     # frames a chunk; None: the layout's own, 10
     text_chunk: int | None = None       # text tokens a chunk; None: the layout's own, 2
     learn_user_text: bool = True        # half_duplex: is the user's text a target; the paper does not say
     # the model; with init_from its sizes come from the checkpoint
-    init_from: str | None = None        # a checkpoint folder to start from; None: random weights
+    init_from: str | None = None        # a checkpoint, or a Hugging Face Qwen2, whose vocabulary then grows; None: random weights
+    new_rows: str = 'spread'            # where ids that are new start: spread (mean and spread of the old), words, normal, zeros
+    new_rows_scale: float = 0.5         # of spread, in standard deviations of the old rows
     n_layer: int = 4
     n_head: int = 6
     n_kv_head: int = 2
@@ -84,16 +88,32 @@ class Config:
             raise ValueError(f'out_dir is {self.out_dir!r}; it has to name a folder for the run')
         object.__setattr__(self, 'out_dir', os.path.normpath(self.out_dir))
         self.curriculum()
+        self.mixture()
+
+    def mixture(self):
+        """[(folder, weight)] of the data sets. Raises ValueError for a list that cannot be read."""
+        sets = []
+        for part in self.data.split(','):
+            folder, colon, weight = part.strip().rpartition(':')
+            try:
+                sets.append((folder, float(weight)) if colon else (weight, 1.0))
+            except ValueError:
+                raise ValueError(f'data: {part.strip()!r} is not FOLDER:WEIGHT')
+            if not sets[-1][0] or not 0 < sets[-1][1] < math.inf:
+                raise ValueError(f'data: {part.strip()!r} is not FOLDER or FOLDER:WEIGHT with a weight above 0')
+        return sets
 
     def curriculum(self):
-        """[([Layout], steps)] of the stages. Raises ValueError for a stage that cannot be read."""
+        """[([Layout], steps, epochs)] of the stages, one of the two is None. Raises ValueError for a stage that cannot be read."""
         stages = []
         for part in self.stages.split(','):
-            names, _, n_step = part.strip().partition(':')
-            if not n_step.strip().isdigit() or int(n_step) < 1:
-                raise ValueError(f'stages: {part.strip()!r} is not LAYOUT:STEPS or LAYOUT+LAYOUT:STEPS')
+            names, _, length = part.strip().partition(':')
+            found = re.fullmatch(r'\s*(\d+\.?\d*)\s*(epochs?)?\s*', length)
+            n, unit = found.groups() if found else ('0', None)
+            if not float(n) or not (unit or n.isdigit()):
+                raise ValueError(f'stages: {part.strip()!r} is not LAYOUT:STEPS, LAYOUT:5epochs or LAYOUT+LAYOUT:STEPS')
             layouts = [get_layout(name.strip(), self.speech_chunk, self.text_chunk, self.learn_user_text) for name in names.split('+')]
-            stages.append((layouts, int(n_step)))
+            stages.append((layouts, None, float(n)) if unit else (layouts, int(n), None))
         return stages
 
 
@@ -156,7 +176,7 @@ def save_state(cfg, step, model, optimizer, vocab, about, state):
     """out_dir/step-000300, with all that the run needs to go on as if it had not stopped."""
     folder = os.path.join(cfg.out_dir, f'step-{step:06d}')
     shutil.rmtree(folder + '.part', ignore_errors=True)
-    save_model(folder + '.part', model, vocab, about, cfg.data)
+    save_model(folder + '.part', model, vocab, about, cfg.mixture()[0][0])
     names = {p: name for name, p in model.named_parameters()}
     tensors = {f'{names[p]}.{key}': value for p, entry in optimizer.state.items() for key, value in entry.items()}
     save_file(tensors | {'rng': torch.get_rng_state()}, os.path.join(folder + '.part', 'optimizer.safetensors'))
@@ -223,28 +243,46 @@ def main(cfg):
 
     micro_tokens = cfg.batch_size * cfg.block_size * world_size
     if cfg.batch_tokens % micro_tokens:
-        raise ValueError(f'batch_tokens {cfg.batch_tokens} is no multiple of batch_size {cfg.batch_size} x block_size '
-                         f'{cfg.block_size} x {world_size} processes = {micro_tokens}')
+        raise ValueError(f'batch_tokens {cfg.batch_tokens} is no multiple of batch_size {cfg.batch_size} x block_size {cfg.block_size} x '
+                         f'{world_size} processes = {micro_tokens}; the next is {-(-cfg.batch_tokens // micro_tokens) * micro_tokens}')
     n_micro = cfg.batch_tokens // micro_tokens
 
     # the run goes on, starts from a checkpoint, or starts from nothing
-    train_data, val_data = Dialogues(cfg.data, 'train'), Dialogues(cfg.data, 'val')
+    folders, weights = zip(*cfg.mixture())
+    train_data, val_data = ([Dialogues(folder, split) for folder in folders] for split in ('train', 'val'))
+    codec = train_data[0].codec
+    for dialogues in train_data + val_data:
+        if dialogues.codec != codec:
+            raise ValueError(f'{dialogues.folder} was made with codec {dialogues.codec}, {folders[0]} with {codec}: they cannot be mixed')
     start_from = last_state(cfg.out_dir) if cfg.resume else None
     is_resumed = start_from is not None
     start_from = start_from or cfg.init_from
-    vocab = Vocabulary.load(start_from or os.path.join(cfg.data, 'tokenizer'), train_data.codec['n_codes'])
+    vocab = Vocabulary.load(start_from or os.path.join(folders[0], 'tokenizer'), codec['n_codes'])
     if start_from:
         model = Qwen2.from_pretrained(start_from)
-        check_checkpoint(start_from, model, vocab, train_data)
+        if cfg.block_size > model.config.block_size:
+            say(f'note: block_size={cfg.block_size}, {start_from} has seen contexts of at most {model.config.block_size}')
+        if is_ours(start_from):
+            check_checkpoint(start_from, model, vocab, train_data[0])
+        else:
+            new = vocab.untrained + list(range(model.config.vocab_size, vocab.size))
+            say(f'{start_from}: {len(new)} ids are new of {vocab.size}, their rows start from {cfg.new_rows}')
+            words = {vocab.control[name]: vocab.encode(text) for name, text in CONTROL.items() if vocab.control[name] in vocab.untrained}
+            model.grow(vocab.size, new, vocab.n_text, cfg.new_rows, cfg.new_rows_scale, words, cfg.seed)
         model.config = replace(model.config, block_size=cfg.block_size)     # the context it will know
         sizes = {name: getattr(model.config, name) for name in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner')}
         cfg = replace(cfg, **sizes)                                         # what config.py will say
     else:
         model = Qwen2(ModelConfig(vocab.size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.n_embd, cfg.n_inner))
     model.to(device)
-    stages = cfg.curriculum()
     place = (vocab, cfg.block_size, cfg.batch_size, cfg.seed, rank, world_size)
-    loaders = [(Loader(train_data, layouts, *place, cfg.user_noise), Loader(val_data, layouts, *place)) for layouts, _ in stages]
+    stages = []
+    for layouts, n, epochs in cfg.curriculum():
+        loader = Mixture([Loader(dialogues, layouts, *place, cfg.user_noise) for dialogues in train_data], weights)
+        val_loader = Mixture([Loader(dialogues, layouts, *place) for dialogues in val_data], weights)
+        counts = loader.measure()
+        rows_a_step = cfg.batch_tokens // cfg.block_size
+        stages.append((layouts, n or max(1, round(epochs * counts['rows'] / rows_a_step)), counts['rows'] / rows_a_step, counts, loader, val_loader))
 
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]     # biases and norms: no pull towards zero
@@ -272,7 +310,7 @@ def main(cfg):
     if world_size > 1:
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
 
-    n_step = sum(n for _, n in stages)
+    n_step = sum(n for _, n, *_ in stages)
     say(f'{raw_model.n_param() / 1e6:.1f} M parameters, {vocab.size} ids, {device}, {str(dtype).removeprefix("torch.")}, {world_size} process(es); '
         f'{n_micro} micro-steps of {cfg.batch_size} x {cfg.block_size} x {world_size} = {cfg.batch_tokens} tokens a step, {n_step} steps')
     peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if device.type == 'cuda' and name in torch.cuda.get_device_name(device)), None)
@@ -299,23 +337,24 @@ def main(cfg):
 
     # training: one stage after the other, in one run with one schedule
     metrics, step, first = {}, state['step'], 0
-    for (layouts, n_stage_step), (loader, val_loader) in zip(stages, loaders):
+    for layouts, n_stage_step, steps_an_epoch, c, loader, val_loader in stages:
         last = first + n_stage_step
         if step >= last:                # done before the run was resumed
             first = last
             continue
         name = '+'.join(layout.name for layout in layouts)
-        c = loader.counts
-        say(f'stage {name}, steps {first} to {last}: {c["dialogues"]} of {len(train_data)} dialogues read, {c["documents"]} documents, '
-            f'{c["tokens"]} tokens, {c["learned"] / c["tokens"]:.0%} learned, {c["sec"] / 3600:.2f} h, '
+        say(f'stage {name}, steps {first} to {last}: an epoch has {c["dialogues"]} of {sum(map(len, train_data))} dialogues, {c["documents"]} documents, '
+            f'{c["sec"] / 3600:.2f} h, {c["tokens"]} tokens, {c["learned"] / c["tokens"]:.0%} learned, '
             f'{1 - c["tokens"] / (c["rows"] * cfg.block_size + c["documents"]):.1%} padding, {c["too_long"]} documents too long, '
-            f'{c["text_dropped"]} text tokens dropped')
+            f'{c["text_dropped"]} text tokens dropped; it takes {steps_an_epoch:.1f} steps, the stage {n_stage_step / steps_an_epoch:.1f} epochs')
+        for doubt in doubts(cfg, c, n_stage_step, steps_an_epoch, n_step):
+            say(f'note: {doubt}')
         if step == first:
             state = dict(state, best=None, best_step=None)      # another layout: its losses do not compare with the last one's
         else:
             loader.state = state['loader']
         about = dict(layout=layouts[-1].name, speech_chunk=layouts[-1].speech_chunk, text_chunk=cfg.text_chunk, text_weight=cfg.text_weight,
-                     code_start=vocab.code_start, n_codes=vocab.n_codes, codec=train_data.codec)
+                     code_start=vocab.code_start, n_codes=vocab.n_codes, codec=codec)
         sums, sec, timed_from, timed_steps = torch.zeros(2, len(STREAMS), dtype=torch.float64, device=device), 0.0, time.time(), 0
 
         while step < last:
@@ -387,11 +426,31 @@ def main(cfg):
         first = last
     if not metrics:
         say(f'{cfg.out_dir} had finished its {n_step} steps before')
-    say(f'{cfg.out_dir}: {state["train_sec"]:.0f} s of training, best val loss {state["best"]:.3f}')
+    # ru_maxrss is in KiB on Linux, in bytes on a Mac
+    peak = torch.cuda.max_memory_allocated() if device.type == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    say(f'{cfg.out_dir}: {state["train_sec"]:.0f} s of training, best val loss {state["best"]:.3f}, at most {peak / 1e9:.1f} GB of memory a process')
     if world_size > 1:
         dist.barrier()      # the first to leave would take the others' connections with it while rank 0 still saves
         dist.destroy_process_group()
     return dict(step=step, best_val_loss=state['best'], train_sec=state['train_sec'], **{f'val_{key}': value for key, value in metrics.items()})
+
+
+def doubts(cfg, counts, n_stage_step, steps_an_epoch, n_step):
+    """What a reader of the settings would frown at, a sentence each."""
+    if steps_an_epoch < 10 and n_stage_step < 100:
+        yield (f'{n_stage_step} steps in all, as a step takes {cfg.batch_tokens} of the {counts["tokens"]} tokens of an epoch: a model hardly moves in so few; '
+               f'--batch_tokens={max(1, cfg.batch_tokens // 100)} makes them a hundred times as many')
+    if n_stage_step > 50 * steps_an_epoch:
+        yield f'the stage goes through its data {n_stage_step / steps_an_epoch:.0f} times: it will know it by heart'
+    if cfg.warmup_steps > n_step / 2:
+        yield f'warmup_steps={cfg.warmup_steps} of {n_step} steps: the learning rate hardly gets to {cfg.learning_rate}'
+    if counts['too_long'] > 0.05 * (counts['too_long'] + counts['documents']):
+        yield f'{counts["too_long"]} of {counts["too_long"] + counts["documents"]} documents are longer than block_size={cfg.block_size} and left out: raise it'
+
+
+def is_ours(folder):
+    with open(os.path.join(folder, 'config.json')) as file:
+        return 'nanoduplex' in json.load(file)
 
 
 def check_checkpoint(folder, model, vocab, dialogues):

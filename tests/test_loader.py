@@ -1,5 +1,6 @@
 """Rows of packed dialogues: nothing lost, nothing twice, neighbours unseen, positions that come back."""
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codec import Vocabulary
-from data.loader import STREAMS, Dialogues, Loader, pack, save_dialogues
+from data.loader import STREAMS, Dialogues, Loader, Mixture, pack, save_dialogues
 from flatten import flatten, get_layout
 
 
@@ -184,3 +185,41 @@ def test_refused(tmp_path, small_data):
     save_dialogues(str(tmp_path / 'train.arrow'), [next(make_dialogues(1)), bad], CODEC)
     text = message(lambda: make_loader(tmp_path))
     assert 'train.arrow: record 1' in text and 'user code 40 at frame 0 is out of range' in text
+
+
+def test_a_mixture_holds_its_sets_by_weight(small_data, tmp_path):
+    """Any stretch of rows, on any number of ranks, and again after its position came back. The second set's codes are told by
+    its dialogues' ids, all k = 6 + 1."""
+    shutil.copytree(small_data / 'tokenizer', tmp_path / 'tokenizer')
+    save_dialogues(str(tmp_path / 'train.arrow'), [dict(d, user=[7] * len(d['user'])) for d in make_dialogues(20)], CODEC)
+
+    def mixture(**options):
+        return Mixture([make_loader(small_data, **options), make_loader(tmp_path, **options)], [0.75, 0.25])
+
+    def of_second(batch, vocab):
+        heard = batch.idx.numpy() - vocab.code_start
+        return [bool((row == 7).any()) for row in heard]
+
+    whole = mixture(batch_size=8)
+    vocab, batches = whole.loaders[0].vocab, [whole.next_batch() for _ in range(6)]
+    picks = [pick for batch in batches for pick in of_second(batch, vocab)]
+    for n in range(1, 49):
+        assert abs(sum(picks[:n]) - n / 4) <= 1
+    ranks = [mixture(batch_size=4, rank=rank, world_size=2) for rank in range(2)]
+    for batch in batches[:3]:
+        halves = [rank.next_batch() for rank in ranks]
+        assert torch.equal(torch.stack([half.idx for half in halves], 1).flatten(0, 1), batch.idx)
+    again = mixture(batch_size=8)
+    again.state = json.loads(json.dumps(ranks[0].state))
+    assert torch.equal(again.next_batch().idx, batches[3].idx)
+    assert len(list(whole.epoch())) == sum(len(list(loader.epoch())) for loader in whole.loaders)
+
+
+def test_an_epoch_is_measured(small_data, monkeypatch):
+    """Exact where all windows are read; in proportion where not."""
+    monkeypatch.setattr(Loader, 'window', 8)        # 60 dialogues: 8 windows, the last of 4
+    loader = make_loader(small_data)
+    exact = loader.measure()
+    assert exact['dialogues'] == 60 and exact['rows'] == sum(len(loader.read_window(0, window)) for window in range(8))
+    guess = loader.measure(n_window=3)
+    assert guess['dialogues'] == 60 and abs(guess['tokens'] / exact['tokens'] - 1) < 0.2

@@ -248,6 +248,30 @@ def test_start_from_nothing():
     assert loss == pytest.approx(5.55, rel=0.05)
 
 
+@pytest.mark.parametrize('tie', [True, False])
+@pytest.mark.parametrize('how', ['spread', 'words', 'normal', 'zeros'])
+def test_grown_rows(how, tie):
+    """Ids 250 to 255 were spare, 256 to 4351 are new. Old rows stay, the model says of old ids what it said before."""
+    model = tiny(tie_embeddings=tie)
+    before, idx = {name: x.clone() for name, x in model.state_dict().items()}, tokens(2, 20, vocab_size=250)
+    logits = model(idx).detach()
+    model.grow(4352, list(range(250, 4352)), n_text=240, how=how, scale=0.5, words={250: [3, 5]})
+    assert model.config.vocab_size == 4352 and (model.lm_head is None) == tie
+    torch.testing.assert_close(model(idx)[..., :250], logits[..., :250])
+    for name in ['model.embed_tokens.weight'] + ['lm_head.weight'] * (not tie):
+        rows, old = model.state_dict()[name], before[name]
+        assert torch.equal(rows[:250], old[:250])
+        new, text = rows[256:], old[:240]
+        mean, std = {'normal': (0, 0.02), 'zeros': (0, 0)}.get(how, (text.mean(0), 0.5 * text.std(0)))
+        # 4,096 draws: a mean is good to 1/64 of a standard deviation, 5 of these is never exceeded; a deviation to 1/90
+        assert ((new.mean(0) - mean).abs() <= 5 / 64 * torch.as_tensor(std)).all()
+        torch.testing.assert_close(new.std(0), torch.as_tensor(std).expand(64).float(), rtol=0.06, atol=0)
+        if how == 'words':
+            torch.testing.assert_close(rows[250], (old[3] + old[5]) / 2)
+    with pytest.raises(ValueError, match='not .*middle'):
+        model.grow(4480, list(range(4352, 4480)), 240, how='middle')
+
+
 def test_flops_of_qwen2_half_a_billion():
     """
     24 layers of 14,909,440 weights in matmuls, 156,160 rows of 896. One document of 1,024, all rows learned:
@@ -282,6 +306,9 @@ NORM = 'model.norm.weight'
     (break_config(intermediate_size=97), r'layers\.0\.mlp\.down_proj\.weight is \(64, 96\), but \(64, 97\)'),
     (break_config(num_hidden_layers=2), r'has a tensor model\.layers\.2'),
     (break_weights(lambda weights: weights.pop(NORM)), f'lacks the tensor {NORM}'),
+    (break_weights(lambda weights: weights.update({NORM: weights[NORM].to(torch.int8)})), f'{NORM} is torch.int8, a quantised export'),
+    (lambda folder: (folder / 'model.safetensors.index.json').write_text(
+        json.dumps(dict(weight_map=dict(a='model.safetensors', b='model-00002-of-00002.safetensors')))), 'has no model-00002-of-00002.safetensors; download it'),
     (lambda folder: (folder / 'config.json').unlink(), 'has no config.json'),
     (lambda folder: (folder / 'model.safetensors').unlink(), 'has no model.safetensors'),
     (lambda folder: (folder / 'model.safetensors').write_text('version git-lfs'), 'no complete safetensors'),

@@ -134,6 +134,60 @@ def test_opens_in_transformers(toy):
         torch.testing.assert_close(ours(idx), theirs(idx).logits.float(), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize('tie, sharded', [(True, False), (False, True)])
+def test_starts_from_a_hugging_face_folder(toy, small_tokenizer, tmp_path, capsys, tie, sharded):
+    """A Qwen2 that knows text only, as transformers writes it: its vocabulary grows, what it knew stays, and it learns."""
+    import shutil
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    from codec import Vocabulary
+    base = tmp_path / 'base'
+    n_text = Vocabulary.load(small_tokenizer).n_text
+    torch.manual_seed(0)
+    theirs = Qwen2ForCausalLM(Qwen2Config(vocab_size=n_text + 10, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                                          num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=tie, bos_token_id=None,
+                                          eos_token_id=None)).bfloat16()
+    theirs.save_pretrained(base, **(dict(max_shard_size='20KB') if sharded else {}))
+    shutil.copy(small_tokenizer / 'tokenizer.json', base)
+    train.main(replace(toy, init_from=str(base), stages='duplex3:1', learning_rate=0.0))
+    out = capsys.readouterr().out
+    vocab = Vocabulary.load(toy.out_dir)
+    assert vocab.code_start == n_text + 10 and f'{8 + vocab.size - n_text - 10} ids are new of {vocab.size}' in out     # 8 control tokens in spare rows
+    assert 'has seen contexts of at most 64' in out
+    grown, tokenizer = AutoModelForCausalLM.from_pretrained(toy.out_dir), AutoTokenizer.from_pretrained(toy.out_dir)
+    assert grown.config.tie_word_embeddings == tie and len(tokenizer) == vocab.size == grown.config.vocab_size
+    idx = torch.tensor([vocab.encode('the capital of france')])
+    with torch.no_grad():
+        torch.testing.assert_close(grown(idx).logits[..., :n_text], theirs.float()(idx).logits[..., :n_text], atol=1e-5, rtol=0)
+    metrics = train.main(replace(toy, init_from=str(base), stages='duplex3:60', eval_interval=60))
+    assert metrics['val_loss'] < 2
+
+
+def test_several_data_sets(toy, small_data, tmp_path):
+    import shutil
+    other = tmp_path / 'other'
+    shutil.copytree(small_data, other)
+    metrics = train.main(replace(toy, data=f'{small_data}:0.7,{other}:0.3'))
+    assert metrics['step'] == 10
+    resumed = train.main(replace(toy, data=f'{small_data}:0.7,{other}:0.3', stages='duplex3:12', resume=True))
+    assert resumed['step'] == 12
+
+
+def test_a_stage_of_epochs(toy, capsys):
+    """60 dialogues of some 180 tokens are about 95 rows of 128, 24 steps of 4 rows."""
+    metrics = train.main(replace(toy, stages='duplex3:0.5epochs', eval_interval=100))
+    out = capsys.readouterr().out
+    steps_an_epoch = float(out.split('it takes ')[1].split(' steps')[0])
+    assert metrics['step'] == round(0.5 * steps_an_epoch) and '0.5 epochs' in out
+
+
+def test_a_batch_as_large_as_the_data_is_pointed_out(toy, capsys):
+    """Otherwise the paper's 100 M tokens over 2,000 h of dialogue, 4 steps an epoch, would just not train."""
+    train.main(replace(toy, batch_tokens=128 * 100, stages='duplex3:2epochs', warmup_steps=0))
+    assert 'note: 2 steps in all, as a step takes 12800 of the' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('change, message', [
     (dict(data='nowhere'), 'no data folder nowhere'),
     (dict(batch_tokens=500), 'batch_tokens 500 is no multiple of batch_size 2 x block_size 128 x 1 processes = 256'),
@@ -162,7 +216,8 @@ def test_only_runs_are_moved_aside(toy):
 
 @pytest.mark.parametrize('setting, message', [
     ('--speech_chunk=0', 'speech_chunk is 0'), ('--stages=duplex4:10', "did you mean 'duplex3'"), ('--stages=duplex3', 'LAYOUT:STEPS'),
-    ('--lerning_rate=1', "did you mean 'learning_rate'"), ('--batch_size=0', 'batch_size is 0'), ('--dtype=int8', 'dtype is'),
+    ('--lerning_rate=1', "did you mean 'learning_rate'"), ('--batch_size=0', 'batch_size is 0'), ('--data=a:b', "'a:b' is not FOLDER:WEIGHT"), ('--data=a:1,', 'is not FOLDER'), ('--stages=asr:0epochs', 'LAYOUT:STEPS'),
+    ('--stages=asr:1.5', 'LAYOUT:STEPS'), ('--dtype=int8', 'dtype is'),
 ])
 def test_settings_refused(setting, message):
     with pytest.raises(SystemExit) as error:

@@ -1,0 +1,361 @@
+"""
+Recordings become a data folder. Every data/<corpus>/prepare.py lists its recordings and reads one; the rest is here:
+
+    items ─ parts of 256 ─ claimed by a process ─ read (threads) ─ encode (batches) ─ turns on frames ─► parts/000017.arrow
+    all parts ─ split by a hash of the id ─► train.arrow val.arrow test.arrow, codec/, tokenizer/, skipped.jsonl, prepared.json
+
+One process or a hundred do the same: each takes the next part that nobody holds, so
+
+    python data/manifest/prepare.py corpus.jsonl --codec=codecs/s3 --out=data/corpus
+    torchrun --nproc_per_node=8 data/manifest/prepare.py corpus.jsonl --codec=codecs/s3 --out=data/corpus
+
+write the same files. A part is claimed by a lock that the system frees when its holder dies: the others then finish its
+part. A run that was killed is started again with the same command and goes on with the parts that are missing.
+What cannot be read is left out and listed in skipped.jsonl with the reason, and the run goes on.
+"""
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
+from codec import load_codec  # noqa: E402
+from data.loader import SCHEMA, save_dialogues  # noqa: E402
+from flatten import ROLES, Parser, check  # noqa: E402
+from train import pick_device  # noqa: E402
+
+TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'vocab.json', 'merges.txt', 'config.json')
+
+
+class Recording(NamedTuple):
+    user: np.ndarray | None         # float32 [n_sample] at codec.sample_rate, or codes uint16 [n_frame]; None: no such channel
+    assistant: np.ndarray | None
+    turns: list                     # dict(role, start_sec, end_sec, text) and, where known, words: [dict(text, start_sec, end_sec)]
+
+
+def arguments(doc):
+    """The settings that every prepare.py has."""
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out', required=True, help='data folder to write')
+    parser.add_argument('--codec', required=True, help='folder with codec.json: data/demo, codecs/s3')
+    parser.add_argument('--tokenizer', help='folder of a BPE to put beside the data; only a model trained from nothing needs it there')
+    parser.add_argument('--val_share', type=float, default=0.01, help='of the recordings, by a hash of their id (0.01: as in the paper)')
+    parser.add_argument('--test_share', type=float, default=0.01)
+    parser.add_argument('--part', type=int, default=256, help='recordings a part: what a kill can cost (256)')
+    parser.add_argument('--batch_sec', type=float, default=600.0, help='of audio that are encoded at once (600)')
+    parser.add_argument('--n_thread', type=int, default=4, help='that read files meanwhile (4)')
+    parser.add_argument('--max_mismatch_sec', type=float, default=0.1, help='by which the channels of a recording may differ; more is skipped (0.1)')
+    parser.add_argument('--device', default='auto', help='for the codec')
+    parser.add_argument('--seed', type=int, default=0, help='of the split')
+    return parser
+
+
+def run(items, read, args, recipe):
+    """
+    items: id -> what read takes; read(what, codec) -> Recording. recipe: the settings, as JSON, that change what read gives.
+    Writes args.out. Raises ValueError where it holds another data set, or nothing could be read.
+    read runs in threads; what it raises as ValueError or OSError skips that recording.
+    """
+    if min(args.part, args.n_thread, args.batch_sec) <= 0 or min(args.val_share, args.test_share) < 0 or args.val_share + args.test_share >= 1:
+        raise ValueError('--part, --n_thread and --batch_sec have to be above 0, --val_share and --test_share from 0 to below 1 together')
+    if not items:
+        raise ValueError('there is nothing to prepare: no recordings were found')
+    rank = int(os.environ.get('RANK', 0))
+    codec = load_codec(args.codec)
+    device = pick_device(args.device)
+    codec.device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if device.type == 'cuda' else device
+    ids = list(items)
+    parts = [ids[at:at + args.part] for at in range(0, len(ids), args.part)]
+    about = dict(recipe, codec=codec.about(), part=args.part, seed=args.seed, val_share=args.val_share, test_share=args.test_share,
+                 max_mismatch_sec=args.max_mismatch_sec, n_item=len(ids), ids=hashlib.sha256('\n'.join(ids).encode()).hexdigest()[:16])
+    marker, folder = os.path.join(args.out, 'prepared.json'), os.path.join(args.out, 'parts')
+    if is_prepared(marker, about):
+        return print(f'{args.out} is prepared already')
+    os.makedirs(folder, exist_ok=True)
+    if not is_prepared(os.path.join(folder, 'recipe.json'), about):
+        write_json(os.path.join(folder, 'recipe.json'), dict(recipe=about))
+
+    progress, lock = Progress(len(parts)), open(os.path.join(args.out, '.lock'), 'w')
+    with ThreadPoolExecutor(args.n_thread) as pool:
+        while not os.path.exists(marker):
+            missing = missing_parts(folder, len(parts))
+            if not missing:
+                with Claim(lock, len(parts)) as is_mine:
+                    if is_mine and not os.path.exists(marker):
+                        finish(args, about, codec, ids, len(parts))
+                continue
+            first = rank * len(missing) // int(os.environ.get('WORLD_SIZE', 1))     # each begins elsewhere; what is taken already is passed over
+            n_done = 0
+            for number in missing[first:] + missing[:first]:
+                path = os.path.join(folder, f'{number:06d}.arrow')
+                with Claim(lock, number) as is_mine:
+                    if is_mine and not os.path.exists(path) and not os.path.exists(marker):
+                        sec = make_part(path, parts[number], items, read, codec, args, pool)
+                        n_done += 1
+                        if rank == 0:
+                            progress.show(sec, len(parts) - len(missing_parts(folder, len(parts))))
+            if not n_done:
+                time.sleep(0.5)     # others hold what is left; should one of them die, its lock is free
+
+
+def is_prepared(path, about):
+    if not os.path.exists(path):
+        return False
+    with open(path) as file:
+        before = json.load(file)['recipe']
+    if before != json.loads(json.dumps(about)):
+        changed = ', '.join(key for key in sorted(before.keys() | about.keys()) if before.get(key) != json.loads(json.dumps(about.get(key))))
+        raise ValueError(f'{os.path.dirname(path)} was made from other material or settings ({changed}); choose another --out, or delete it')
+    return True
+
+
+def write_json(path, content):
+    part = f'{path}.{os.getpid()}.part'
+    with open(part, 'w', encoding='utf-8') as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+    os.replace(part, path)
+
+
+class Claim:
+    """A lock on byte `number` of a file, held in a with block: whether it could be had. The system frees it when its
+    process ends, however it ends; POSIX locks work across machines on file systems that support them (NFS 4, Lustre)."""
+
+    def __init__(self, file, number):
+        self.file, self.number = file, number
+
+    def __enter__(self):
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self.number)
+            return True
+        except (BlockingIOError, PermissionError):      # another process has it; which of the two is the system's choice
+            self.file = None
+            return False
+
+    def __exit__(self, *_):
+        if self.file:
+            fcntl.lockf(self.file, fcntl.LOCK_UN, 1, self.number)
+
+
+def missing_parts(folder, n_part):
+    there = {entry.name for entry in os.scandir(folder)} if os.path.isdir(folder) else set()
+    return [number for number in range(n_part) if f'{number:06d}.arrow' not in there]
+
+
+class Progress:
+
+    def __init__(self, n_part):
+        self.n_part, self.start, self.sec, self.n_before = n_part, time.time(), 0.0, None
+
+    def show(self, sec, n_done):
+        self.sec += sec
+        self.n_before = n_done - 1 if self.n_before is None else self.n_before
+        elapsed = time.time() - self.start
+        left_min = elapsed / max(1, n_done - self.n_before) * (self.n_part - n_done) / 60
+        print(f'part {n_done:>6}/{self.n_part} | {self.sec / 3600:8.2f} h by this process, {self.sec / elapsed:6.1f} x real time | '
+              f'{left_min:.0f} min left', flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one part
+
+def make_part(path, ids, items, read, codec, args, pool):
+    """Reads, encodes and writes the recordings of a part. Returns the seconds of them."""
+    def read_one(id):
+        try:
+            return id, fit(read(items[id], codec), codec, args.max_mismatch_sec)
+        except (ValueError, OSError) as error:
+            return id, str(error)
+
+    records, skipped, n_lost, n = [], [], 0, 4 * args.n_thread
+    groups = [ids[at:at + n] for at in range(0, len(ids), n)]       # while one group is encoded, the next is read
+    coming = [pool.submit(read_one, id) for id in groups[0]]
+    for following in groups[1:] + [[]]:
+        found = [future.result() for future in coming]
+        coming = [pool.submit(read_one, id) for id in following]
+        skipped += [dict(id=id, reason=reason) for id, reason in found if isinstance(reason, str)]
+        good = [(id, recording) for id, recording in found if not isinstance(recording, str)]
+        codes = encode([recording for _, recording in good], codec, args.batch_sec)
+        for (id, recording), channels in zip(good, codes):
+            n_frame = max(len(channel) for channel in channels.values())
+            turns, lost = on_frames(recording.turns, n_frame, codec.rate_hz)
+            record = dict(id=id, **channels, turns=turns)
+            check(record, codec.n_codes)
+            records.append(record)
+            n_lost += lost
+    save_dialogues(path, records, codec.about(), skipped=skipped, lost_turns=n_lost)
+    return sum(max(len(record['user']), len(record['assistant'])) for record in records) / codec.rate_hz
+
+
+def fit(recording, codec, max_mismatch_sec):
+    """Both channels on one clock: the shorter is filled up with silence. Raises ValueError where that would be too much."""
+    hop = round(codec.sample_rate / codec.rate_hz)
+    channels = {role: getattr(recording, role) for role in ROLES if getattr(recording, role) is not None}
+    if not channels:
+        raise ValueError('neither channel has audio')
+    for role, channel in channels.items():
+        if channel.ndim != 1 or not len(channel):
+            raise ValueError(f'the {role} channel has shape {channel.shape}, no samples in a row')
+        if channel.dtype.kind == 'f' and not np.isfinite(channel).all():
+            raise ValueError(f'the {role} channel has samples that are no numbers')
+        if channel.dtype.kind != 'f' and not 0 <= channel.min() <= channel.max() < codec.n_codes:
+            raise ValueError(f'the {role} channel has codes {channel.min()} to {channel.max()}, codec {codec.name} has 0 to {codec.n_codes - 1}')
+    n_frames = {role: -(-len(channel) // hop) if channel.dtype.kind == 'f' else len(channel) for role, channel in channels.items()}
+    longest, shortest = max(n_frames.values()), min(n_frames.values())
+    if (longest - shortest) / codec.rate_hz > max_mismatch_sec + 1 / codec.rate_hz:
+        raise ValueError(f'the user channel has {n_frames["user"] / codec.rate_hz:.2f} s and the assistant\'s {n_frames["assistant"] / codec.rate_hz:.2f} s, '
+                         f'more than --max_mismatch_sec={max_mismatch_sec} apart')
+    for turn in recording.turns:
+        if turn['role'] not in channels:
+            raise ValueError(f'a turn of the {turn["role"]} at {turn["start_sec"]:.2f} s, but there is no such channel')
+    for role, channel in channels.items():
+        if channel.dtype.kind == 'f':
+            channels[role] = np.pad(channel.astype(np.float32, copy=False), (0, longest * hop - len(channel)))
+        else:
+            channels[role] = np.pad(channel.astype(np.uint16), (0, longest - len(channel)), constant_values=codec.silence_codes[0])
+    return Recording(channels.get('user'), channels.get('assistant'), recording.turns)
+
+
+def encode(recordings, codec, batch_sec):
+    """[Recording] -> [{role: codes}]; waves of like length are encoded together, as many as make batch_sec with their padding."""
+    codes = [{role: np.empty(0, np.uint16) for role in ROLES} for _ in recordings]
+    waves = []
+    for i, recording in enumerate(recordings):
+        for role in ROLES:
+            channel = getattr(recording, role)
+            if channel is not None and channel.dtype.kind == 'f':
+                waves.append((len(channel), i, role))
+            elif channel is not None:
+                codes[i][role] = channel
+    waves.sort(reverse=True)        # the longest first: it says how many fit beside it
+    while waves:
+        n = max(1, int(batch_sec * codec.sample_rate // waves[0][0]))
+        batch, waves = waves[:n], waves[n:]
+        for (_, i, role), found in zip(batch, codec.encode_many([getattr(recordings[i], role) for _, i, role in batch])):
+            codes[i][role] = found
+    return codes
+
+
+def on_frames(turns, n_frame, rate_hz):
+    """Turns in seconds -> (turns in whole frames, how many were lost). A turn holds every frame that it touches; what lies outside
+    the recording or in the same role's last turn is cut off, and a turn of which nothing is left is lost."""
+    def clip(span, first, last):    # 1e-6: 0.12 s at 25 Hz is frame 3, though 0.12 * 25 is 3.0000000000000004 or 2.9999999999999996
+        start, end = np.floor(span['start_sec'] * rate_hz + 1e-6), np.ceil(span['end_sec'] * rate_hz - 1e-6)
+        return int(np.clip(start, first, last)), int(np.clip(end, first, last))
+
+    framed, last_end, n_lost = [], dict.fromkeys(ROLES, 0), 0
+    for turn in sorted(turns, key=lambda turn: turn['start_sec']):
+        start, end = clip(turn, last_end[turn['role']], n_frame)
+        if start >= end:
+            n_lost += 1
+            continue
+        last_end[turn['role']] = end
+        words = [dict(text=word['text'], **dict(zip(('start', 'end'), clip(word, start, end)))) for word in turn.get('words') or []]
+        framed.append(dict(role=turn['role'], start=start, end=end, text=' '.join(turn['text'].split()), words=words))
+    return framed, n_lost
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# all parts
+
+def split_ids(ids, val_share, test_share, seed):
+    """id -> 'train', 'val' or 'test'. The same whatever the order, and one each at least where a share is asked for."""
+    order = sorted(ids, key=lambda id: hashlib.sha256(f'{seed} {id}'.encode()).digest())
+    n_val, n_test = (max(1, round(share * len(ids))) if share else 0 for share in (val_share, test_share))
+    splits = dict.fromkeys(ids, 'train')
+    return splits | dict.fromkeys(order[:n_val], 'val') | dict.fromkeys(order[n_val:n_val + n_test], 'test')
+
+
+def finish(args, about, codec, ids, n_part):
+    """The parts become the data set, a table of it is printed."""
+    read, skipped, lost_turns = [], [], 0
+    for number in range(n_part):
+        table = pa.ipc.open_file(pa.memory_map(os.path.join(args.out, 'parts', f'{number:06d}.arrow'))).read_all()
+        notes = json.loads(table.schema.metadata[b'nanoduplex'])
+        skipped += notes['skipped']
+        lost_turns += notes['lost_turns']
+        read.append(table)
+    if len(skipped) == len(ids):
+        shutil.rmtree(os.path.join(args.out, 'parts'))      # so that the same command tries again
+        raise ValueError(f'none of the {len(ids)} recordings could be read; the first, {skipped[0]["id"]}: {skipped[0]["reason"]}')
+    unread = {entry['id'] for entry in skipped}
+    splits = split_ids([id for id in ids if id not in unread], args.val_share, args.test_share, args.seed)
+    counts = Statistics(codec.rate_hz)
+    metadata = {'nanoduplex': json.dumps({'codec': codec.about()})}
+    for split in ('train', 'val', 'test'):
+        path = os.path.join(args.out, f'{split}.arrow')
+        with pa.OSFile(path + '.part', 'wb') as sink, pa.ipc.new_file(sink, SCHEMA.with_metadata(metadata)) as writer:
+            for table in read:
+                chosen = table.filter(pa.array([splits[id] == split for id in table['id'].to_pylist()], pa.bool_()))
+                counts.add(split, chosen)
+                writer.write_table(chosen.replace_schema_metadata(metadata))
+    for split in ('train', 'val', 'test'):
+        os.replace(os.path.join(args.out, f'{split}.arrow.part'), os.path.join(args.out, f'{split}.arrow'))
+    with open(os.path.join(args.out, 'skipped.jsonl'), 'w', encoding='utf-8') as file:
+        file.writelines(json.dumps(entry, ensure_ascii=False) + '\n' for entry in skipped)
+    if os.path.realpath(args.codec) != os.path.realpath(args.out):
+        codec.save(os.path.join(args.out, 'codec'))
+    if args.tokenizer:
+        os.makedirs(os.path.join(args.out, 'tokenizer'), exist_ok=True)
+        for name in TOKENIZER_FILES:
+            if os.path.exists(os.path.join(args.tokenizer, name)):
+                shutil.copy(os.path.join(args.tokenizer, name), os.path.join(args.out, 'tokenizer', name))
+    table = counts.table() | dict(skipped=len(skipped), turns_outside_their_recording=lost_turns)
+    for key, value in table.items():
+        print(f'{key:30} {value}')
+    if skipped:
+        print(f'{len(skipped)} recordings were skipped, {os.path.join(args.out, "skipped.jsonl")} says why; the first, {skipped[0]["id"]}: {skipped[0]["reason"]}')
+    write_json(os.path.join(args.out, 'prepared.json'), dict(recipe=about, **table))
+    shutil.rmtree(os.path.join(args.out, 'parts'))
+    os.remove(os.path.join(args.out, '.lock'))
+
+
+class Statistics:
+    """Who speaks when, as Switchboard is described: there both sides speak 0.7 to 8.8 % of the time, and neither 10 to 29 %."""
+
+    def __init__(self, rate_hz):
+        self.rate_hz, self.n, self.n_frame = rate_hz, dict(train=0, val=0, test=0), 0
+        self.n_dialogue = self.dialogue_frame = self.both = self.neither = self.n_change = 0
+        self.n_turn, self.gaps = dict.fromkeys(ROLES, 0), {'user to assistant': [], 'assistant to user': []}
+
+    def add(self, split, table):
+        self.n[split] += len(table)
+        lengths = [pc.list_value_length(table[role]).to_pylist() for role in ROLES]      # the codes themselves are not touched
+        for n_user, n_assistant, turns in zip(*lengths, table['turns'].to_pylist()):
+            n_frame = max(n_user, n_assistant)
+            self.n_frame += n_frame
+            for turn in turns:
+                self.n_turn[turn['role']] += 1
+            if n_user != n_assistant:
+                continue        # one side only
+            speaks = {role: np.zeros(n_frame, bool) for role in ROLES}
+            for turn in turns:
+                speaks[turn['role']][turn['start']:turn['end']] = True
+            self.n_dialogue += 1
+            self.dialogue_frame += n_frame
+            self.both += int((speaks['user'] & speaks['assistant']).sum())
+            self.neither += int((~speaks['user'] & ~speaks['assistant']).sum())
+            for one, other in zip(turns, turns[1:]):        # by start
+                if one['role'] != other['role']:
+                    self.n_change += 1
+                    self.gaps[f'{one["role"]} to {other["role"]}'].append((other['start'] - one['end']) / self.rate_hz)
+
+    def table(self):
+        table = dict(records=', '.join(f'{n} {split}' for split, n in self.n.items()), hours=round(self.n_frame / self.rate_hz / 3600, 4),
+                     turns=', '.join(f'{n} {role}' for role, n in self.n_turn.items()))
+        if self.n_dialogue:
+            minutes = self.dialogue_frame / self.rate_hz / 60
+            table |= dict(dialogues=self.n_dialogue, both_speak=f'{self.both / self.dialogue_frame:.1%}', neither_speaks=f'{self.neither / self.dialogue_frame:.1%}',
+                          floor_changes_a_minute=round(self.n_change / minutes, 1))
+            table |= {f'gap {name}': f'median {np.median(gaps):.2f} s, 10 % below {np.quantile(gaps, 0.1):.2f} s, 90 % below {np.quantile(gaps, 0.9):.2f} s'
+                      for name, gaps in self.gaps.items() if gaps}
+        return table

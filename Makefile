@@ -10,7 +10,8 @@ install: .venv/installed
 	$(PYTHON) -c 'import sys; sys.exit("nanoduplex needs Python 3.10 or newer, $(PYTHON) is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)'
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,s3,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps s3tokenizer==0.3.0
 	touch $@
 
 demo: install

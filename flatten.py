@@ -233,15 +233,15 @@ def lay_chunks(dialogue, layout, vocab):
 def lay_text(dialogue, role, n_chunk, text_chunk, speech_chunk, vocab):
     """A turn's text starts in the chunk in which its speech starts. Text that outlasts the turn runs on into the
     silence after it, until the role's next turn starts or the dialogue ends; when the other side spoke into the turn
-    (a barge-in), what the speech left unsaid is dropped with it. Returns the stream and the count of dropped tokens."""
+    and on when it ended (a barge-in, no "mhm"), what the speech left unsaid is dropped with it. Returns the stream and the count of dropped tokens."""
     stream = np.full(n_chunk * text_chunk, vocab.control['<|silent_text|>'], np.int32)
     turns = sorted((t for t in dialogue['turns'] if t['role'] == role), key=lambda turn: turn['start'])
-    other_starts = [t['start'] for t in dialogue['turns'] if t['role'] != role]
+    others = [(t['start'], t['end']) for t in dialogue['turns'] if t['role'] != role]
     n_dropped = 0
     for turn, following in zip(turns, turns[1:] + [None]):
         first = turn['start'] // speech_chunk
         limit = following['start'] // speech_chunk if following else n_chunk
-        if any(turn['start'] < start < turn['end'] for start in other_starts):
+        if any(turn['start'] < start < turn['end'] <= end for start, end in others):
             limit = min(limit, (turn['end'] - 1) // speech_chunk + 1)
         tokens = vocab.encode(turn['text'])
         room = (limit - first) * text_chunk

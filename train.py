@@ -346,7 +346,7 @@ def main(cfg):
         say(f'stage {name}, steps {first} to {last}: an epoch has {c["dialogues"]} of {sum(map(len, train_data))} dialogues, {c["documents"]} documents, '
             f'{c["sec"] / 3600:.2f} h, {c["tokens"]} tokens, {c["learned"] / c["tokens"]:.0%} learned, '
             f'{1 - c["tokens"] / (c["rows"] * cfg.block_size + c["documents"]):.1%} padding, {c["too_long"]} documents too long, '
-            f'{c["text_dropped"]} text tokens dropped; it takes {steps_an_epoch:.1f} steps, the stage {n_stage_step / steps_an_epoch:.1f} epochs')
+            f'{c["text_dropped"]} text tokens dropped; it takes {steps_an_epoch:.3g} steps, the stage {n_stage_step / steps_an_epoch:.3g} epochs')
         for doubt in doubts(cfg, c, n_stage_step, steps_an_epoch, n_step):
             say(f'note: {doubt}')
         if step == first:
@@ -437,9 +437,9 @@ def main(cfg):
 
 def doubts(cfg, counts, n_stage_step, steps_an_epoch, n_step):
     """What a reader of the settings would frown at, a sentence each."""
-    if steps_an_epoch < 10 and n_stage_step < 100:
-        yield (f'{n_stage_step} steps in all, as a step takes {cfg.batch_tokens} of the {counts["tokens"]} tokens of an epoch: a model hardly moves in so few; '
-               f'--batch_tokens={max(1, cfg.batch_tokens // 100)} makes them a hundred times as many')
+    if n_stage_step < 100 and steps_an_epoch < 10:
+        yield (f'{n_stage_step} steps in all, as a step takes {cfg.batch_tokens} tokens and an epoch has {counts["tokens"]}: a model hardly moves in so few; '
+               f'a --batch_tokens of {counts["tokens"] / 100:.2g} would make 100 an epoch')
     if n_stage_step > 50 * steps_an_epoch:
         yield f'the stage goes through its data {n_stage_step / steps_an_epoch:.0f} times: it will know it by heart'
     if cfg.warmup_steps > n_step / 2:

@@ -216,7 +216,9 @@ def fit(recording, codec, max_mismatch_sec):
                          f'more than --max_mismatch_sec={max_mismatch_sec} apart')
     for turn in recording.turns:
         if turn['role'] not in channels:
-            raise ValueError(f'a turn of the {turn["role"]} at {turn["start_sec"]:.2f} s, but there is no such channel')
+            raise ValueError(f'a turn of the {turn["role"]} at {turn["start_sec"]} s, but there is no such channel')
+        if not all(isinstance(span[key], (int, float)) and np.isfinite(span[key]) for span in [turn, *(turn.get('words') or [])] for key in ('start_sec', 'end_sec')):
+            raise ValueError(f'a turn or a word of the {turn["role"]} has a time that is no number: {turn}')
     for role, channel in channels.items():
         if channel.dtype.kind == 'f':
             channels[role] = np.pad(channel.astype(np.float32, copy=False), (0, longest * hop - len(channel)))
@@ -268,9 +270,10 @@ def on_frames(turns, n_frame, rate_hz):
 # all parts
 
 def split_ids(ids, val_share, test_share, seed):
-    """id -> 'train', 'val' or 'test'. The same whatever the order, and one each at least where a share is asked for."""
+    """id -> 'train', 'val' or 'test'. The same whatever the order, and one each at least where a share is asked for; of two ids one
+    is for training, one for val."""
     order = sorted(ids, key=lambda id: hashlib.sha256(f'{seed} {id}'.encode()).digest())
-    n_val, n_test = (max(1, round(share * len(ids))) if share else 0 for share in (val_share, test_share))
+    n_val, n_test = (max(1, round(share * len(ids))) if share and len(ids) > others else 0 for others, share in ((1, val_share), (2, test_share)))
     splits = dict.fromkeys(ids, 'train')
     return splits | dict.fromkeys(order[:n_val], 'val') | dict.fromkeys(order[n_val:n_val + n_test], 'test')
 

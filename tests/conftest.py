@@ -91,7 +91,7 @@ def hum(pitch_hz, n_sec, rate=16000, seed=0):
 @pytest.fixture(scope='session')
 def small_codec():
     """A MelCodec of 32 codes that tells six hums from silence."""
-    from codec import MelCodec
+    from data.demo.mel import MelCodec
     waves, labels = [], []
     for i in range(24):
         waves.append(np.concatenate([1e-3 * np.random.default_rng(i).standard_normal(8000), hum(100 + 40 * (i % 6), 1.0, seed=i)]).astype(np.float32))

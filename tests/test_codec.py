@@ -6,7 +6,8 @@ import pytest
 import soundfile
 from conftest import hum
 
-from codec import MelCodec, load_codec, read_audio, write_audio
+from codec import load_codec, read_audio, write_audio
+from data.demo.mel import MelCodec
 
 
 def energy_db(wave):

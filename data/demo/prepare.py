@@ -12,8 +12,6 @@ barges in, and the assistant stops. The voices of test.arrow and val.arrow are h
     python data/demo/prepare.py --say='What is the capital of France?' --wav=question.wav --voice=linda
 """
 import argparse
-import ctypes
-import functools
 import hashlib
 import inspect
 import json
@@ -22,7 +20,6 @@ import os
 import queue
 import sys
 
-import espeakng_loader
 import numpy as np
 import soxr
 import tokenizers
@@ -31,8 +28,10 @@ from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
-from codec import QWEN2_PATTERN, MelCodec, write_audio  # noqa: E402
+from codec import QWEN2_PATTERN, write_audio  # noqa: E402
+from data.demo.mel import MelCodec  # noqa: E402
 from data.loader import save_dialogues  # noqa: E402
+from data.tts import SAMPLE_RATE, UNUSED_VOICES, Espeak, espeak_variants, noises  # noqa: E402
 
 SEED = 1
 N_DIALOGUE = 4000         # to train on; how many the other splits have:
@@ -42,7 +41,7 @@ N_CLIP = 1600             # that the codec is fitted on
 N_CODES = 512
 REACTION = 3              # frames of silence after which the assistant knows that the user has ended: 120 ms
 N_WORKER = 2              # part of the recipe: espeak-ng repeats itself, its noises aside, in the same order in a fresh process
-SAMPLE_RATE, FRAME = 16000, 640
+FRAME = 640               # samples
 MAX_FRAME = 230           # 9.2 s: 23 chunks, 506 tokens of duplex3
 
 CAPITALS = {
@@ -79,77 +78,7 @@ ASSISTANT, ASSISTANT_RATE = 'f1', 200
 TEST_VOICES = ('Alicia Andy Gene Gene2 Mike mike2 belinda david edward edward2 f2 f5 linda m3 m7 pablo '
                'steph steph2 steph3 zac').split()
 VAL_VOICES = 'aunty boris Lee m5 sandro victor'.split()
-UNUSED_VOICES = ('AnxiousAndy Demonic Tweaky UniRobot anikaRobot croak robosoft robosoft2 robosoft3 robosoft4 robosoft5 robosoft6 '
-                 'robosoft7 robosoft8 whisper whisperf').split()  # jokes, and voices without a voice
-VARIANTS = os.path.join(espeakng_loader.get_data_path(), 'voices', '!v')
-TRAIN_VOICES = sorted(set(os.listdir(VARIANTS)) - {ASSISTANT, *TEST_VOICES, *VAL_VOICES, *UNUSED_VOICES})
-
-
-class Event(ctypes.Structure):  # espeak_EVENT of speak_lib.h
-    _fields_ = [('type', ctypes.c_int), ('unique_id', ctypes.c_uint), ('text_position', ctypes.c_int), ('length', ctypes.c_int),
-                ('audio_ms', ctypes.c_int), ('sample', ctypes.c_int), ('user_data', ctypes.c_void_p), ('name', ctypes.c_char * 8)]
-
-
-class Espeak:
-    """Reads text aloud; tells when each word and phoneme begins."""
-
-    def __init__(self):
-        self.lib = ctypes.CDLL(espeakng_loader.get_library_path())
-        data = espeakng_loader.get_data_path().encode()
-        self.rate_hz = self.lib.espeak_Initialize(2, 0, data, 0x8001)  # synchronous; phoneme events; no exit() on error
-        assert self.rate_hz == 22050, f'espeak_Initialize answered {self.rate_hz} with {data}'
-        self.pcm, self.events = [], []
-        callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(Event))
-        self.callback = callback(self.receive)  # kept: the library has only a bare pointer to it
-        self.lib.espeak_SetSynthCallback(self.callback)
-
-    def receive(self, pcm, n_sample, event):
-        if n_sample:
-            self.pcm.append(np.ctypeslib.as_array(pcm, (n_sample,)).copy())
-        i = 0
-        while event[i].type:  # 0 ends the list, 1 is a word, 7 a phoneme
-            self.events.append((event[i].type, event[i].sample, event[i].text_position, event[i].length, event[i].name.decode()))
-            i += 1
-        return 0
-
-    def say(self, text, voice, rate=170, pitch=50, pitch_range=50, size=1.0):
-        """-> wave at 16 kHz without silence around it, words and phonemes as lists of (text, start sample). rate: words a minute;
-        size: of the speaker, as a factor on all frequencies, at the same speed."""
-        # a name that it doesn't know leaves the voice before; a variant that it doesn't know is left out in silence
-        if voice not in os.listdir(VARIANTS) or self.lib.espeak_SetVoiceByName(f'en-us+{voice}'.encode()) != 0:
-            raise ValueError(f'espeak-ng has no voice {voice!r}; there are {", ".join(sorted(os.listdir(VARIANTS)))}')
-        for parameter, value in (1, rate / size), (2, 100), (3, pitch), (4, pitch_range):
-            self.lib.espeak_SetParameter(parameter, int(value), 0)
-        self.pcm.clear(), self.events.clear()
-        data = text.encode()
-        self.lib.espeak_Synth(data, len(data) + 1, 0, 1, 0, 1, None, None)
-        if not np.any(np.concatenate([[0], *self.pcm])):
-            raise ValueError(f'espeak-ng makes no sound of {text!r}')
-        wave = soxr.resample(np.concatenate(self.pcm).astype(np.float32) / 32768, self.rate_hz * size, SAMPLE_RATE, quality='LQ')
-        loud = np.flatnonzero(np.abs(wave) > 0.02 * np.abs(wave).max())
-        first, last = loud[0], loud[-1] + 1
-        at = [max(0, round(sample * SAMPLE_RATE / self.rate_hz / size) - first) for _, sample, *_ in self.events]
-        words = [(e[2] - 1, start) for e, start in zip(self.events, at) if e[0] == 1]
-        words = [(text[a:b].strip(), start) for (a, start), (b, _) in zip(words, words[1:] + [(len(text), 0)])]
-        phonemes = [(e[4].strip("',").rstrip('#'), start) for e, start in zip(self.events, at) if e[0] == 7]  # no stress marks
-        return wave[first:last], words, phonemes
-
-
-def user_style(rng, vary_size=True):
-    return dict(rate=int(rng.integers(150, 221)), pitch=int(rng.integers(30, 71)), pitch_range=int(rng.integers(20, 81)),
-                size=float(np.exp(rng.uniform(np.log(0.84), np.log(1.4)))) if vary_size else 1.0)
-
-
-@functools.cache
-def noises():
-    """Eight times half a minute of noise, white to nearly pink, of mean square 1."""
-    rng, n_sample = np.random.default_rng(SEED), 2 ** 19
-    frequency = np.maximum(np.arange(n_sample // 2 + 1), n_sample * 50 / SAMPLE_RATE)  # flat below 50 Hz
-    bank = []
-    for slope in np.linspace(0, 0.9, 8):
-        wave = np.fft.irfft(rng.standard_normal((len(frequency), 2)) @ [1, 1j] * frequency ** -slope)
-        bank.append((wave / np.sqrt(np.mean(wave ** 2))).astype(np.float32))
-    return bank
+TRAIN_VOICES = sorted(set(espeak_variants()) - {ASSISTANT, *TEST_VOICES, *VAL_VOICES, *UNUSED_VOICES})
 
 
 def add_noise(wave, rng, snr_db, level):
@@ -175,7 +104,7 @@ def codec_clips(espeak, rng, n_clip):
     waves, labels = [], []
     for voice, text in tqdm(jobs, desc='codec clips', unit='clip', mininterval=1):
         mine = voice == ASSISTANT
-        speech, _, phonemes = espeak.say(text, voice, **({'rate': ASSISTANT_RATE} if mine else user_style(rng)))
+        speech, _, phonemes = espeak.say(text, voice, **({'rate': ASSISTANT_RATE} if mine else Espeak.style(rng)))
         before, after = rng.integers(SAMPLE_RATE // 20, SAMPLE_RATE // 2, 2)
         wave = np.pad(speech, (before, after))
         if not mine:
@@ -207,7 +136,7 @@ def make_dialogue(espeak, codec, answers, silence, rng, voice, vary_size):
     start_sec = rng.uniform(0.1, 3.5) if is_quiet else max(0.1, rng.normal(0.35, 0.1))
     speech, start = [], int(start_sec * SAMPLE_RATE)  # where each question begins, in samples
     turns, barge_in = [], 1 if rng.random() < 0.2 else None  # the answer that the next question does not wait for
-    style = user_style(rng, vary_size)
+    style = Espeak.style(rng, vary_size)
     assistant = np.full(MAX_FRAME, silence, dtype=np.uint16)
     n_frame = 0
     while True:
@@ -250,7 +179,7 @@ def make_dialogue(espeak, codec, answers, silence, rng, voice, vary_size):
 
 def make_utterance(espeak, codec, rng, voice):
     text = pick_question(rng)
-    speech, words, _ = espeak.say(text, voice, **user_style(rng))
+    speech, words, _ = espeak.say(text, voice, **Espeak.style(rng))
     before = int(rng.uniform(0.1, 0.5) * SAMPLE_RATE)
     wave = np.pad(speech, (before, SAMPLE_RATE // 5))
     first, end = before // FRAME, -(-(before + len(speech)) // FRAME)
@@ -311,7 +240,8 @@ def round_trip(espeak, codec):
 
 def prepare(out, n_train_dialogue, n_utterance, n_clip):
     """Fits the codec and the BPE, then writes the three splits, and last of all prepared.json, which says so."""
-    what = json.dumps([n_train_dialogue, n_utterance, n_clip]) + inspect.getsource(sys.modules[__name__]) + inspect.getsource(MelCodec)
+    what = json.dumps([n_train_dialogue, n_utterance, n_clip])
+    what += ''.join(map(inspect.getsource, (sys.modules[__name__], sys.modules[Espeak.__module__], MelCodec)))
     recipe, marker = hashlib.sha256(what.encode()).hexdigest()[:16], os.path.join(out, 'prepared.json')
     if min(n_train_dialogue, n_clip) < N_CODES // 10 or n_utterance < 0:
         raise ValueError(f'--n_dialogue and --n_clip have to be {N_CODES // 10} at least, --n_utterance not below 0')

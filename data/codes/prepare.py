@@ -1,0 +1,174 @@
+"""
+Ready speech codes become dialogues: rows as SLAM-Omni publishes them (worstchan/…-SLAM-Omni), made with CosyVoice at 50 Hz.
+
+    {"split_name": "identity", "index": 2, "round": 2, "source_text": "USER: … ASSISTANT: … <USER>: Wow, that's a lot!",
+     "source_wav": "audio/audio_2.wav", "target_text": "Yes, it certainly is!", "target_token": [745, 545, 203, …]}
+
+    user       ▓ round 1 ▓                    ▓ round 2 ▓                      where every round of an index has the user's codes or audio:
+    assistant             ▓ target_token ▓ gap            ▓ target_token ▓     a dialogue of two channels
+    assistant  ▓ target_token ▓                                                else a one-sided utterance for each row
+
+    python codec.py s3 --variant=v1_50hz --silence_codes=230,440,491 --out=codecs/s3_50hz          the codes' description, no checkpoint
+    python data/codes/prepare.py rows.jsonl --codec=codecs/s3_50hz --out=data/slam --one_sided
+    python data/codes/prepare.py rows.jsonl --codec=codecs/s3 --audio_dir=. --out=data/slam        the user's audio is encoded, by that codec
+
+Nothing in a row says which codec made it: give the right one. Codes that it doesn't have are refused, but those of another rate look alike.
+"""
+import json
+import os
+import sys
+from functools import partial
+
+import numpy as np
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
+from data import tokenise  # noqa: E402
+from data.manifest.prepare import find_audio, read_piece, read_rows  # noqa: E402
+
+FIELDS = dict(codes='target_token', text='target_text', user_codes='source_token', user_audio='source_wav', user_text='source_text', round='round')
+
+
+def list_items(args):
+    """id -> (places of the rows of a dialogue, whether the user is to be heard). Places, as the codes of a corpus fill the memory."""
+    if args.manifest.endswith('.gz'):
+        raise ValueError(f'{args.manifest}: unpack it first, rows are looked up by their place')
+    audio_dir = args.audio_dir or os.path.dirname(os.path.abspath(args.manifest))
+    dialogues, counts = {}, dict(dialogues=0, rounds=0, one_sided=0)
+    for where, row, offset in read_rows(args.manifest):
+        key = [str((row or {}).get(name, '')) for name in args.dialogue_fields]
+        heard = not args.one_sided and row is not None and has_user(row, args, audio_dir)
+        dialogues.setdefault('-'.join(key) if any(key) else where, []).append((where, offset, heard))
+
+    items = {}
+    for id, rows in dialogues.items():
+        places = [(where, offset) for where, offset, _ in rows]
+        if all(heard for _, _, heard in rows):
+            counts['dialogues'] += 1
+            counts['rounds'] += len(rows)
+            items[id] = (places, True)
+        else:
+            counts['one_sided'] += len(rows)
+            items |= {where: ([(where, offset)], False) for where, offset in places}
+    if int(os.environ.get('RANK', 0)) == 0:
+        print(f'{counts["dialogues"]} dialogues of two channels from {counts["rounds"]} rows; {counts["one_sided"]} rows are one-sided, '
+              + ('as --one_sided asks for' if args.one_sided else f'those whose user has no {args.user_codes} and no file {args.user_audio}'))
+    return items
+
+
+def has_user(row, args, audio_dir):
+    if row.get(args.user_codes):
+        return True
+    try:
+        return bool(find_audio(row.get(args.user_audio), audio_dir))
+    except ValueError:
+        return False
+
+
+def read_row(path, where, offset):
+    with open(path, 'rb') as file:
+        file.seek(offset)
+        try:
+            row = json.loads(file.readline())
+        except (ValueError, RecursionError):
+            row = None
+    if not isinstance(row, dict):
+        raise ValueError(f'{where}, is no JSON object')
+    return row
+
+
+def read(item, codec, args):
+    places, is_dialogue = item
+    rows = [(where, read_row(args.manifest, where, offset)) for where, offset in places]
+    if not is_dialogue:
+        (where, row), = rows
+        codes = take_codes(row, args.codes, codec, where)
+        return tokenise.Recording(None, codes, [turn('assistant', 0, len(codes), take_text(row, args.text, where), codec)])
+
+    rounds = [row.get(args.round, 1) for _, row in rows]
+    if not all(type(number) is int for number in rounds) or sorted(rounds) != list(range(1, len(rows) + 1)):
+        raise ValueError(f'{rows[0][0]}, begins a dialogue of the rounds {rounds}, not 1 to {len(rows)}')
+    rows.sort(key=lambda pair: pair[1].get(args.round, 1))
+    audio_dir = args.audio_dir or os.path.dirname(os.path.abspath(args.manifest))
+    users, answers, turns, at = [], [], [], 0       # at: the frame
+    for where, row in rows:
+        if turns:
+            at += round(args.gap_sec * codec.rate_hz)
+        user, codes = take_user(row, codec, args, audio_dir, where), take_codes(row, args.codes, codec, where)
+        n_user = len(user) if user.dtype.kind != 'f' else -(-len(user) // hop(codec))
+        user_text = take_text(row, args.user_text, where).rsplit('<USER>:', 1)[-1].strip()      # what is before are the earlier rounds
+        turns.append(turn('user', at, at + n_user, user_text, codec))
+        users.append((at, user))
+        at += n_user
+        turns.append(turn('assistant', at, at + len(codes), take_text(row, args.text, where), codec))
+        answers.append((at, codes))
+        at += len(codes)
+    if len({user.dtype.kind for _, user in users}) > 1:
+        raise ValueError(f'{rows[0][0]}, is of a dialogue whose user has codes in some rounds and audio in others')
+    return tokenise.Recording(lay(users, at, codec), lay(answers, at, codec), turns)
+
+
+def hop(codec):
+    return round(codec.sample_rate / codec.rate_hz)
+
+
+def lay(pieces, n_frame, codec):
+    """Pieces on a channel of silence: of samples, or of codes."""
+    if pieces[0][1].dtype.kind == 'f':
+        channel, step = np.zeros(n_frame * hop(codec), np.float32), hop(codec)
+    else:
+        channel, step = np.resize(codec.silence_codes, n_frame).astype(np.uint16), 1
+    for at, piece in pieces:
+        channel[at * step:at * step + len(piece)] = piece
+    return channel
+
+
+def turn(role, start, end, text, codec):
+    return dict(role=role, start_sec=start / codec.rate_hz, end_sec=end / codec.rate_hz, text=text)
+
+
+def take_user(row, codec, args, audio_dir, where):
+    if row.get(args.user_codes):
+        return take_codes(row, args.user_codes, codec, where)
+    path = find_audio(row[args.user_audio], audio_dir)
+    waves = read_piece(path, path, codec.sample_rate)
+    if len(waves) != 1:
+        raise ValueError(f'{path} has {len(waves)} channels, the user is one')
+    return waves[0]
+
+
+def take_text(row, name, where):
+    if not isinstance(row.get(name), str):
+        raise ValueError(f'{where}, has {name} {row.get(name)!r:.80}, no text')
+    return row[name]
+
+
+def take_codes(row, name, codec, where):
+    codes = row.get(name)
+    if not isinstance(codes, list) or not codes or not all(type(code) is int for code in codes):
+        raise ValueError(f'{where}, has {name} {codes!r:.80}, no list of codes')
+    for frame, code in enumerate(codes):
+        if not 0 <= code < codec.n_codes:
+            raise ValueError(f'{where}, has code {code} at frame {frame} of {name}; codec {codec.name} has 0 to {codec.n_codes - 1}')
+    return np.array(codes, np.uint16)
+
+
+def main():
+    parser = tokenise.arguments(__doc__)
+    parser.add_argument('manifest', help='JSON rows, not gzipped')
+    parser.add_argument('--audio_dir', help="where the paths of the user's audio start, or any part of them (the folder of the manifest)")
+    parser.add_argument('--one_sided', action='store_true', help='take the answers only; a codec that is a mere description cannot encode the user')
+    parser.add_argument('--gap_sec', type=float, default=0.5, help='between an answer and the next round; the assistant itself answers at once (0.5)')
+    parser.add_argument('--dialogue_fields', type=lambda names: names.split(','), default='split_name,index',
+                        help='that rounds of a dialogue share (split_name,index)')
+    for key, name in FIELDS.items():
+        parser.add_argument(f'--{key}', metavar='FIELD', default=name, help=f'name of that field ({name})')
+    args = parser.parse_args()
+    settings = ('manifest', 'audio_dir', 'one_sided', 'gap_sec', 'dialogue_fields', *FIELDS)
+    tokenise.run(list_items(args), partial(read, args=args), args, {key: getattr(args, key) for key in settings})
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except ValueError as error:
+        raise SystemExit(str(error)) from None

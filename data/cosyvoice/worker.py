@@ -1,0 +1,88 @@
+"""
+CosyVoice, for s3.py's Worker: codes become audio, text becomes audio. It runs in the environment of a CosyVoice checkout,
+of which nanoduplex needs nothing, nor this file anything of nanoduplex:
+
+    codec.py, data/simulate.py   ─ a line of JSON, stdin ─►   this   ─ CosyVoice ─►   a wav   ─ a line of JSON, stdout ─►
+
+    git clone --recursive https://github.com/FunAudioLLM/CosyVoice /src/CosyVoice             # and install it, as its README says
+    python codec.py s3 --checkpoint=/models/CosyVoice-300M-25Hz/speech_tokenizer_v1.onnx --out=codecs/s3 --vocoder='
+        /envs/cosyvoice/bin/python data/cosyvoice/worker.py --checkout=/src/CosyVoice --model=/models/CosyVoice-300M-25Hz --voice=anna.wav'
+
+    it says  {"ready": true}
+    we say   {"codes": [230, 440], "out": "a.wav"}                      flow matching and HiFi-GAN alone
+    we say   {"text": "Hello.", "voice": "anna.wav", "out": "a.wav"}    its language model, too
+    it says  {"ok": true, "sample_rate": 22050, "n_sample": 22016}  or  {"error": "…"}
+
+A voice is a wav of up to 30 s whose words are in a .txt beside it (for CosyVoice 3 after "You are a helpful
+assistant.<|endofprompt|>"), or a speaker of the model's spk2info.pt. Codes must be those of the model: 25 Hz and 50 Hz, v1
+and v2 differ. Each request begins with the same random state, or that of its "seed".
+
+Written to CosyVoice's code of December 2025 (cosyvoice/cli: cosyvoice.py with AutoModel, frontend.py at 7538c6a, model.py at 9ebcf7b)
+and NEVER RUN WITH ITS WEIGHTS, which could not be had: tests/test_s3.py runs it with a package that only has the same methods.
+"""
+import argparse
+import json
+import os
+import sys
+
+
+def know(cosyvoice, voice):
+    """What the model knows of a voice; a wav is listened to once."""
+    if voice not in cosyvoice.frontend.spk2info:
+        if not os.path.isfile(voice):
+            raise ValueError(f'no voice {voice!r}: it is neither a wav nor one of {", ".join(cosyvoice.list_available_spks()) or "none"}')
+        with open(os.path.splitext(voice)[0] + '.txt', encoding='utf-8') as f:
+            cosyvoice.add_zero_shot_spk(f.read().strip(), voice, voice)
+    return cosyvoice.frontend.spk2info[voice]
+
+
+def speak(cosyvoice, request, voice):
+    """-> the parts of a wave, as inference_vc and inference_zero_shot yield them"""
+    import torch
+    torch.manual_seed(request.get('seed', 0))
+    known = know(cosyvoice, voice)
+    if 'text' in request:
+        if 'embedding' in known:        # a speaker, not a prompt
+            return cosyvoice.inference_sft(request['text'], voice)
+        return cosyvoice.inference_zero_shot(request['text'], '', '', zero_shot_spk_id=voice)
+    prompt = {'flow_embedding': known['embedding']} if 'embedding' in known else {
+        key: known[key] for key in ('flow_embedding', 'flow_prompt_speech_token', 'prompt_speech_feat')}
+    # source_speech_token takes the language model's place, as in voice conversion
+    return cosyvoice.model.tts(source_speech_token=torch.tensor([request['codes']], dtype=torch.int32), **prompt)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', required=True, help='folder of the weights')
+    parser.add_argument('--checkout', required=True, help='folder of the source')
+    parser.add_argument('--voice', help='of requests that name none')
+    args = parser.parse_args()
+    out = os.fdopen(os.dup(1), 'w', encoding='utf-8')
+    os.dup2(2, 1)       # what CosyVoice and all below it print goes to stderr: the protocol stays clean
+    sys.path[:0] = [args.checkout, os.path.join(args.checkout, 'third_party', 'Matcha-TTS')]
+    import soundfile
+    import torch
+    from cosyvoice.cli.cosyvoice import AutoModel
+    from cosyvoice.utils.file_utils import load_wav
+    cosyvoice = AutoModel(model_dir=args.model)
+
+    def speech_feat(wav):
+        # CosyVoice's own reads every prompt at 24 kHz (December 2025), which the 300M models, of 22.05 kHz, take for a voice 8 % lower
+        feat = cosyvoice.frontend.feat_extractor(load_wav(wav, cosyvoice.sample_rate)).squeeze(0).transpose(0, 1)[None].to(cosyvoice.frontend.device)
+        return feat, torch.tensor([feat.shape[1]], dtype=torch.int32, device=feat.device)
+    cosyvoice.frontend._extract_speech_feat = speech_feat
+
+    print(json.dumps({'ready': True}), file=out, flush=True)
+    for line in sys.stdin:
+        try:
+            request = json.loads(line)
+            wave = torch.cat([part['tts_speech'] for part in speak(cosyvoice, request, request.get('voice') or args.voice or '')], 1)[0].cpu().numpy()
+            soundfile.write(request['out'], wave, cosyvoice.sample_rate)
+            answer = {'ok': True, 'sample_rate': cosyvoice.sample_rate, 'n_sample': len(wave)}
+        except (ValueError, KeyError, OSError, AssertionError, RuntimeError) as error:      # of this request; the next may be well
+            answer = {'error': f'{type(error).__name__}: {error}'.replace('\n', ' ')}
+        print(json.dumps(answer), file=out, flush=True)
+
+
+if __name__ == '__main__':
+    main()

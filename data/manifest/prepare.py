@@ -1,0 +1,153 @@
+"""
+Audio with its text, a row each, becomes one-sided utterances: what the alignment stage (ASR, TTS) learns from.
+
+    {"audio": "a/1.wav", "text": "Hello there."}                                         BLSP, and most others ("transcript" too)
+    {"key": "u1", "wav": "a/1.wav", "txt": "Hello there."}                               wenet, its data.list
+    {"audio_filepath": "a/1.wav", "offset": 3.2, "duration": 1.5, "text": "Hello."}      NeMo: a piece of a file; wenet: start, end
+
+    python data/manifest/prepare.py train.jsonl --codec=codecs/s3 --out=data/libri
+    python data/manifest/prepare.py data.list --audio_dir=wavs --role=assistant --codec=codecs/s3 --out=data/voice
+
+An utterance is the user's as a rule (ASR); --role=assistant for a voice that the model is to have (TTS). Rows may be gzipped.
+"""
+import gzip
+import json
+import os
+import sys
+import zlib
+from functools import partial
+
+import numpy as np
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
+from data import tokenise  # noqa: E402
+
+FIELDS = dict(id=('id', 'key'), audio=('audio', 'wav', 'audio_filepath'), text=('text', 'transcript', 'txt'))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# for the neighbours too: what all corpora of rows and files have in common
+
+def read_rows(path):
+    """Yields ('train.jsonl, row 3', the object there or None for anything else, its offset in the file); a row that is no
+    JSON spoils no other."""
+    offset = 0
+    try:
+        with gzip.open(path) if path.endswith('.gz') else open(path, 'rb') as file:
+            for n, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    row = None
+                if line.strip():
+                    yield f'{os.path.basename(path)}, row {n}', row if isinstance(row, dict) else None, offset
+                offset += len(line)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f'{path} cannot be read to its end ({error})')
+
+
+def by_id(pairs):
+    """[(id, what)] -> {id: what}. A second recording of the same id would take the place of the first, unseen."""
+    items = {}
+    for id, what in pairs:
+        if id in items:
+            raise ValueError(f'two recordings have the id {id!r}; every one needs its own')
+        items[id] = what
+    return items
+
+
+def find_audio(path, folder):
+    """Manifests travel, and their paths still start where they were made: an absolute path that exists is taken as it is,
+    of any other the longest end that exists below folder."""
+    if not isinstance(path, str) or '://' in path:
+        raise ValueError(f'{path!r} is no path of a file on this machine')
+    if os.path.isabs(path) and os.path.isfile(path):
+        return path
+    names = [name for name in path.split('/') if name]
+    for at in range(len(names)):
+        found = os.path.join(folder, *names[at:])
+        if os.path.isfile(found):
+            return found
+    raise ValueError(f'no file {path}, nor an end of that path below {folder}; --audio_dir=FOLDER says where the audio is')
+
+
+def read_piece(file, name, sample_rate, start_sec=0.0, end_sec=None, whole_sec=None):
+    """Of a path or bytes -> float32 [n_channel, n_sample] at sample_rate. Only the piece is read: hours of audio may have
+    thousands. whole_sec: how long its manifest thinks the file is; one cut off or replaced has other words than the text."""
+    import soundfile  # pip install soundfile soxr
+    import soxr
+    if isinstance(file, str) and not os.path.isfile(file):
+        raise ValueError(f'no file {name}')
+    try:
+        with soundfile.SoundFile(file) as audio:
+            rate, n_sec = audio.samplerate, audio.frames / audio.samplerate
+            end_sec = n_sec if end_sec is None else end_sec
+            if whole_sec is not None and abs(whole_sec - n_sec) > 0.1:
+                raise ValueError(f'{name} is {n_sec:.2f} s long, but {whole_sec:.2f} s by its manifest; was it cut off, or replaced?')
+            if not 0 <= start_sec < end_sec <= n_sec + 0.1:     # 0.1: manifests round
+                raise ValueError(f'{name} is {n_sec:.2f} s long; there is nothing from {start_sec} s to {end_sec} s')
+            audio.seek(min(round(start_sec * rate), audio.frames))
+            waves = audio.read(round((end_sec - start_sec) * rate), dtype='float32', always_2d=True)
+    except (soundfile.SoundFileError, TypeError) as error:      # TypeError: a .raw file, whose rate nobody knows
+        raise ValueError(f'{name} is not audio that can be read ({error})') from None
+    return np.ascontiguousarray((soxr.resample(waves, rate, sample_rate) if rate != sample_rate else waves).T)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def pick(row, names):
+    return next((row[name] for name in names if name in row), None)
+
+
+def list_items(path):
+    """id -> (where, row). Rows without an id are called after their place, as are those that are no rows."""
+    return by_id((str(pick(row or {}, FIELDS['id']) or where), (where, row)) for where, row, _ in read_rows(path))
+
+
+def read(item, codec, args):
+    where, row = item
+    if row is None:
+        raise ValueError(f'{where}, is no JSON object')
+    names = dict(FIELDS, **{kind: (name,) for kind, name in (('audio', args.audio_field), ('text', args.text_field)) if name})
+    audio, text = (pick(row, names[kind]) for kind in ('audio', 'text'))
+    for kind, value in dict(audio=audio, text=text).items():
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f'{where}, has {kind} {value!r} under {" or ".join(names[kind])}; --{kind}_field=NAME says where it is')
+    path = find_audio(audio, args.audio_dir or os.path.dirname(os.path.abspath(args.manifest)))
+    waves = read_piece(path, path, codec.sample_rate, *piece(row, where))
+    if args.channel is None and len(waves) > 1 or (args.channel or 0) not in range(len(waves)):
+        raise ValueError(f'{path} has {len(waves)} channels, of which --channel={args.channel} is none; give 0 to {len(waves) - 1}')
+    wave = waves[args.channel or 0]
+    turn = dict(role=args.role, start_sec=0.0, end_sec=len(wave) / codec.sample_rate, text=text)
+    return tokenise.Recording(**{'user': None, 'assistant': None, args.role: wave}, turns=[turn])
+
+
+def piece(row, where):
+    """start_sec, end_sec, whole_sec: where in its file a row's audio is, as far as the row says it."""
+    at = {key: row[key] for key in ('offset', 'start', 'end', 'duration') if row.get(key) is not None}
+    if not all(isinstance(sec, (int, float)) for sec in at.values()):
+        raise ValueError(f'{where}, has times that are no numbers: {at}')
+    start_sec = at.get('offset', at.get('start'))
+    if start_sec is None:
+        return 0.0, None, at.get('duration')
+    return start_sec, at.get('end', start_sec + at['duration'] if 'duration' in at else None), None
+
+
+def main():
+    parser = tokenise.arguments(__doc__)
+    parser.add_argument('manifest', help='JSON rows, .gz or not')
+    parser.add_argument('--audio_dir', help='where its paths start, or any part of them (the folder of the manifest)')
+    parser.add_argument('--role', choices=('user', 'assistant'), default='user', help='who speaks (user)')
+    parser.add_argument('--channel', type=int, help='of the files, from 0; needed where they have several')
+    parser.add_argument('--audio_field', help=f'name of the field ({" or ".join(FIELDS["audio"])})')
+    parser.add_argument('--text_field', help=f'name of the field ({" or ".join(FIELDS["text"])})')
+    args = parser.parse_args()
+    recipe = {key: getattr(args, key) for key in ('manifest', 'audio_dir', 'role', 'channel', 'audio_field', 'text_field')}
+    tokenise.run(list_items(args.manifest), partial(read, args=args), args, recipe)
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except ValueError as error:
+        raise SystemExit(str(error)) from None

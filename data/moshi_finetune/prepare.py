@@ -1,0 +1,100 @@
+"""
+Folders as kyutai's moshi-finetune reads them become dialogues of two channels.
+
+    data.jsonl         {"path": "stereo/a.wav", "duration": 24.5}                       paths start at the folder of data.jsonl
+    stereo/a.wav       left: the assistant (Moshi), right: the user
+    stereo/a.json      {"alignments": [["Hello", [0.1, 0.5], "SPEAKER_MAIN"], …]}       the assistant's words, rarely the user's too
+
+    words    Hello there.      Well, yes.
+             ├──────────┤ gap  ├────────┤        a pause longer than --gap_sec ends a turn
+    turns    0            1    2          3 s
+
+    python data/moshi_finetune/prepare.py data.jsonl --codec=codecs/s3 --out=data/talk
+
+Without the user's words the user's channel has its audio but no turns: all that duplex training needs, while the layouts of
+whole turns (asr, half_duplex) see the assistant only.
+"""
+import json
+import math
+import os
+import re
+import sys
+from functools import partial
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
+from data import tokenise  # noqa: E402
+from data.manifest.prepare import by_id, read_piece, read_rows  # noqa: E402
+
+WIDE = '[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]'       # Chinese and Japanese, which have no spaces between words
+
+
+def list_items(path):
+    def pairs():
+        for where, row, _ in read_rows(path):
+            if row is None or not isinstance(row.get('path'), str):
+                yield where, (where, None, None)
+            else:
+                audio = os.path.join(os.path.dirname(os.path.abspath(path)), row['path'])
+                yield os.path.splitext(row['path'])[0], (where, audio, row.get('duration'))
+    return by_id(pairs())
+
+
+def read(item, codec, args):
+    where, path, duration_sec = item
+    if path is None or not isinstance(duration_sec, (int, float, type(None))):
+        raise ValueError(f'{where}, is no object with a path and a duration in seconds')
+    waves = read_piece(path, path, codec.sample_rate, whole_sec=duration_sec)
+    if len(waves) != 2:
+        raise ValueError(f'{path} has {len(waves)} channels, not one for the user and one for the assistant')
+    words = read_words(os.path.splitext(path)[0] + '.json', args.assistant_speakers)
+    return tokenise.Recording(waves[args.user_channel], waves[1 - args.user_channel], turns_of(words, args.gap_sec))
+
+
+def read_words(path, assistant_speakers):
+    """role -> its words in order"""
+    words = dict(user=[], assistant=[])
+    try:
+        with open(path, encoding='utf-8') as file:
+            content = json.load(file)
+        for text, (start_sec, end_sec), speaker in content['alignments']:
+            if not math.isfinite(start_sec + end_sec) or not isinstance(text, str):
+                raise ValueError(f'{path} has the word {text!r} from {start_sec} s to {end_sec} s')
+            words['assistant' if speaker in assistant_speakers else 'user'].append(dict(text=text, start_sec=start_sec, end_sec=end_sec))
+    except json.JSONDecodeError as error:
+        raise ValueError(f'{path} is no JSON ({error})')
+    except (KeyError, TypeError) as error:
+        raise ValueError(f'{path} has no alignments of the form [[word, [start, end], speaker], …] ({error})')
+    return {role: sorted(said, key=lambda word: word['start_sec']) for role, said in words.items()}
+
+
+def turns_of(words, gap_sec):
+    turns = []
+    for role, said in words.items():
+        last_end_sec = -math.inf
+        for word in said:
+            if word['start_sec'] - last_end_sec > gap_sec:
+                turns.append(dict(role=role, start_sec=word['start_sec'], words=[]))
+            turns[-1]['words'].append(word)
+            last_end_sec = turns[-1]['end_sec'] = max(last_end_sec, word['end_sec'])
+    for turn in turns:
+        turn['text'] = re.sub(f'(?<={WIDE}) +(?={WIDE})', '', ' '.join(word['text'].strip() for word in turn['words']))
+    return turns
+
+
+def main():
+    parser = tokenise.arguments(__doc__)
+    parser.add_argument('manifest', help='the data.jsonl')
+    parser.add_argument('--user_channel', type=int, choices=(0, 1), default=1, help='the assistant has the other (1: right)')
+    parser.add_argument('--assistant_speakers', default='SPEAKER_MAIN', type=lambda names: names.split(','),
+                        help='all others are the user (SPEAKER_MAIN)')
+    parser.add_argument('--gap_sec', type=float, default=0.6, help='a longer pause between words ends a turn (0.6)')
+    args = parser.parse_args()
+    recipe = {key: getattr(args, key) for key in ('manifest', 'user_channel', 'assistant_speakers', 'gap_sec')}
+    tokenise.run(list_items(args.manifest), partial(read, args=args), args, recipe)
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except ValueError as error:
+        raise SystemExit(str(error)) from None

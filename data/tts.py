@@ -1,0 +1,143 @@
+"""
+Voices for conversations that nobody had: text to speech, and noise to put under it.
+
+A TTS is anything with
+
+    .voices                         list of names
+    .style(rng) -> dict             how somebody speaks throughout a dialogue, as keywords for say
+    .say(text, voice, **style) -> wave, words, …
+                                    float32 at 16 kHz without silence around it; words as [(text, start sample)], None if unknown
+
+    Espeak()                        some hundred voices at 650 x real time, English and Chinese, robotic; pip install espeakng-loader soxr
+    CosyVoice(COMMAND, voices)      the paper's: a worker in CosyVoice's own environment; a voice is a prompt's wav with its .txt beside it
+"""
+import ctypes
+import functools
+import os
+import re
+import tempfile
+import threading
+
+import numpy as np
+
+SAMPLE_RATE = 16000
+HAN = '\u3400-\u4dbf\u4e00-\u9fff'      # for character classes
+# of espeak-ng's variants: jokes, and voices without a voice
+UNUSED_VOICES = ('AnxiousAndy Demonic Tweaky UniRobot anikaRobot croak robosoft robosoft2 robosoft3 robosoft4 robosoft5 robosoft6 '
+                 'robosoft7 robosoft8 whisper whisperf').split()
+
+
+@functools.cache
+def espeak_variants():
+    """espeak-ng's variants of each of its voices, by name."""
+    import espeakng_loader
+    return sorted(os.listdir(os.path.join(espeakng_loader.get_data_path(), 'voices', '!v')))
+
+
+def trim(wave):
+    """-> first and end sample of what can be heard"""
+    loud = np.flatnonzero(np.abs(wave) > 0.02 * np.abs(wave).max())
+    return loud[0], loud[-1] + 1
+
+
+class Event(ctypes.Structure):  # espeak_EVENT of speak_lib.h
+    _fields_ = [('type', ctypes.c_int), ('unique_id', ctypes.c_uint), ('text_position', ctypes.c_int), ('length', ctypes.c_int),
+                ('audio_ms', ctypes.c_int), ('sample', ctypes.c_int), ('user_data', ctypes.c_void_p), ('name', ctypes.c_char * 8)]
+
+
+class Espeak:
+    """Reads text aloud, Chinese where it has Chinese characters, else English; tells when each word and phoneme begins."""
+    lock = threading.Lock()     # the library is one for the whole process, and does one thing at a time
+
+    def __init__(self):
+        import espeakng_loader
+        self.voices = [voice for voice in espeak_variants() if voice not in UNUSED_VOICES]
+        self.lib = ctypes.CDLL(espeakng_loader.get_library_path())
+        data = espeakng_loader.get_data_path().encode()
+        self.rate_hz = self.lib.espeak_Initialize(2, 0, data, 0x8001)  # synchronous; phoneme events; no exit() on error
+        assert self.rate_hz == 22050, f'espeak_Initialize answered {self.rate_hz} with {data}'
+        self.pcm, self.events = [], []
+        callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(Event))
+        self.callback = callback(self.receive)  # kept: the library has only a bare pointer to it
+
+    def receive(self, pcm, n_sample, event):
+        if n_sample:
+            self.pcm.append(np.ctypeslib.as_array(pcm, (n_sample,)).copy())
+        i = 0
+        while event[i].type:  # 0 ends the list, 1 is a word, 7 a phoneme
+            # only a phoneme has a name; of a sentence these bytes are its number
+            self.events.append((event[i].type, event[i].sample, event[i].text_position, event[i].length, event[i].name.decode(errors='replace')))
+            i += 1
+        return 0
+
+    @staticmethod
+    def style(rng, vary_size=True):
+        return dict(rate=int(rng.integers(150, 221)), pitch=int(rng.integers(30, 71)), pitch_range=int(rng.integers(20, 81)),
+                    size=float(np.exp(rng.uniform(np.log(0.84), np.log(1.4)))) if vary_size else 1.0)
+
+    def say(self, text, voice, rate=170, pitch=50, pitch_range=50, size=1.0):
+        """-> wave at 16 kHz without silence around it, words and phonemes as lists of (text, start sample). rate: words a minute;
+        size: of the speaker, as a factor on all frequencies, at the same speed."""
+        import soxr
+        if voice not in espeak_variants():
+            raise ValueError(f'espeak-ng has no voice {voice!r}; there are {", ".join(espeak_variants())}')
+        language = 'cmn' if re.search(f'[{HAN}]', text) else 'en-us'
+        with self.lock:
+            # a name that it doesn't know leaves the voice before; a variant that it doesn't know is left out in silence
+            if self.lib.espeak_SetVoiceByName(f'{language}+{voice}'.encode()) != 0:
+                raise ValueError(f'espeak-ng has no voice {language}+{voice}')
+            self.lib.espeak_SetSynthCallback(self.callback)
+            for parameter, value in (1, rate / size), (2, 100), (3, pitch), (4, pitch_range):
+                self.lib.espeak_SetParameter(parameter, int(value), 0)
+            self.pcm.clear(), self.events.clear()
+            data = text.encode()
+            self.lib.espeak_Synth(data, len(data) + 1, 0, 1, 0, 1, None, None)
+            pcm, events = np.concatenate([np.zeros(0, np.int16), *self.pcm]), list(self.events)
+        if not np.any(pcm):
+            raise ValueError(f'espeak-ng makes no sound of {text!r}')
+        wave = soxr.resample(pcm.astype(np.float32) / 32768, self.rate_hz * size, SAMPLE_RATE, quality='LQ')
+        first, end = trim(wave)
+        at = [max(0, round(sample * SAMPLE_RATE / self.rate_hz / size) - first) for _, sample, *_ in events]
+        words = [(e[2] - 1, start) for e, start in zip(events, at) if e[0] == 1]
+        words = [(text[a:b].strip(), start) for (a, start), (b, _) in zip(words, words[1:] + [(len(text), 0)])]
+        phonemes = [(e[4].strip("',").rstrip('#'), start) for e, start in zip(events, at) if e[0] == 7]  # no stress marks
+        return wave[first:end], words, phonemes
+
+
+class CosyVoice:
+    """Speaks through a worker (data/cosyvoice/worker.py), one turn at a time."""
+
+    def __init__(self, command, voices):
+        from data.cosyvoice.s3 import Worker
+        self.worker, self.voices = Worker(command), voices
+
+    def style(self, rng):
+        return {}       # the prompt's
+
+    def say(self, text, voice):
+        from codec import read_audio
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, 'said.wav')
+            try:
+                self.worker.ask(text=text, voice=voice, out=path)
+            except ValueError as error:
+                if self.worker.process.poll() is None:
+                    raise       # it cannot say this; the next it can
+                raise SystemExit(f'{error}; what is done is kept, the same command goes on') from None
+            wave = read_audio(path, SAMPLE_RATE)
+        if not np.any(wave):
+            raise ValueError(f'the worker makes no sound of {text!r} in voice {voice}')
+        first, end = trim(wave)
+        return wave[first:end], None
+
+
+@functools.cache
+def noises():
+    """Eight times half a minute of noise, white to nearly pink, of mean square 1; each can be looped."""
+    rng, n_sample = np.random.default_rng(1), 2 ** 19
+    frequency = np.maximum(np.arange(n_sample // 2 + 1), n_sample * 50 / SAMPLE_RATE)  # flat below 50 Hz
+    bank = []
+    for slope in np.linspace(0, 0.9, 8):
+        wave = np.fft.irfft(rng.standard_normal((len(frequency), 2)) @ [1, 1j] * frequency ** -slope)
+        bank.append((wave / np.sqrt(np.mean(wave ** 2))).astype(np.float32))
+    return bank

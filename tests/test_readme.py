@@ -9,6 +9,7 @@ import config
 import evaluate
 import sample
 import train
+from data import simulate
 from flatten import LAYOUTS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -51,6 +52,19 @@ def test_table_of_files(regen):
             assert int(n) == n_line, f'{name} has {n_line} lines, the README says {n}: pytest --regen tests/test_readme.py'
     if regen:
         path.write_text(readme, encoding='utf-8')
+
+
+@pytest.mark.skipif(not (ROOT.parent / 'shared/data/text').is_dir(), reason='no ../shared/data/text')
+def test_table_of_what_can_be_spoken():
+    """The figures are those that data/simulate.py --check prints."""
+    files = ['belle_eval_set.jsonl', 'fastchat_dummy.json', 'lccc_toy.json', 'oasst_en_100_tree.jsonl']
+    args = simulate.arguments().parse_args(['--out=', '--codec=', *(str(ROOT.parent / 'shared/data/text' / name) for name in files)])
+    _, table, _ = simulate.collect(args.files, args)
+    columns = ['dialogues', 'whole', 'part', *simulate.REASONS, 'script', 'symbols', 'long', 'empty']
+    rows = re.findall(r"^\| (?:BELLE's|FastChat's|LCCC's|OASST,|all).*?\|((?: \d+ \|)+)$", README, re.M)
+    rows = [[int(cell) for cell in row.split('|')[:-1]] for row in rows]
+    assert rows[:4] == [[counts[column] for column in columns] for counts in table.values()]
+    assert rows[4] == [sum(column) for column in zip(*rows[:4])]
 
 
 def test_layouts():

@@ -222,6 +222,7 @@ def main(cfg):
     device = pick_device(cfg.device)
     model, vocab, layout, codec, text_weight = load_checkpoint(cfg.checkpoint, device)
     silence_code, waves = int(codec.silence_codes[0]), None
+    codec.decode(np.resize(codec.silence_codes, round(codec.rate_hz)))      # a vocoder that cannot be started is found out now, not at the end
     start = time.perf_counter()
     if cfg.user:
         wave = read_audio(cfg.user, codec.sample_rate, cfg.user_channel)

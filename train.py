@@ -39,7 +39,7 @@ class Config:
     # what is learned
     data: str = 'data/demo'             # a folder with train.arrow, val.arrow, codec/; or several by weight: 'data/a:0.7,data/b:0.3'
     stages: str = 'duplex3:1000'        # layouts and steps or epochs, one after the other: 'asr.user+tts:400, duplex3:5epochs'
-    speech_chunk: int | None = None     # frames a chunk; None: the layout's own, 10
+    speech_chunk: int | None = None     # frames a chunk; None: the layout's own, 10 (400 ms at 25 Hz; with codes of 50 Hz take 20)
     text_chunk: int | None = None       # text tokens a chunk; None: the layout's own, 2
     learn_user_text: bool = True        # half_duplex: is the user's text a target; the paper does not say
     # the model; with init_from its sizes come from the checkpoint
@@ -257,6 +257,8 @@ def main(cfg):
     start_from = last_state(cfg.out_dir) if cfg.resume else None
     is_resumed = start_from is not None
     start_from = start_from or cfg.init_from
+    if start_from and not os.path.isdir(start_from):
+        raise ValueError(f'init_from: no folder {start_from}; download the model, and give the folder with its config.json')
     vocab = Vocabulary.load(start_from or os.path.join(folders[0], 'tokenizer'), codec['n_codes'])
     if start_from:
         model = Qwen2.from_pretrained(start_from)

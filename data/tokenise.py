@@ -154,12 +154,14 @@ def missing_parts(folder, n_part):
 class Progress:
 
     def __init__(self, n_part):
-        self.n_part, self.start, self.sec, self.n_before = n_part, time.time(), 0.0, None
+        self.n_part, self.start, self.sec, self.n_before, self.shown = n_part, time.time(), 0.0, None, 0.0
 
     def show(self, sec, n_done):
         self.sec += sec
         self.n_before = n_done - 1 if self.n_before is None else self.n_before
-        elapsed = time.time() - self.start
+        if time.time() - self.shown < 5 and n_done < self.n_part:
+            return
+        self.shown, elapsed = time.time(), time.time() - self.start
         left_min = elapsed / max(1, n_done - self.n_before) * (self.n_part - n_done) / 60
         print(f'part {n_done:>6}/{self.n_part} | {self.sec / 3600:8.2f} h by this process, {self.sec / elapsed:6.1f} x real time | '
               f'{left_min:.0f} min left', flush=True)

@@ -2,6 +2,7 @@
 import doctest
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -30,6 +31,8 @@ EXAMPLES = {
     'turn_taking': dialogue(14, turn('user', 0, 5, 'hi?'), turn('assistant', 5, 11, 'yes')),
     # the user speaks into the answer at frame 7; the assistant stops at 10, in chunk 2: of 8 letters 3 chunks x 2 are written
     'barge_in': dialogue(24, turn('user', 0, 3, 'q'), turn('assistant', 3, 10, 'abcdefgh'), turn('user', 7, 20, 'stop')),
+    # "mhm" ends while the answer goes on: no barge-in, all 12 letters are written, in the silence after the turn, too
+    'backchannel': dialogue(24, turn('assistant', 3, 13, 'abcdefghijkl'), turn('user', 6, 8, 'mhm')),
     # 12 letters want 6 chunks: the text outlasts its turn by 4, then the next turn, in chunk 5, cuts its last two letters
     'overlong_text': dialogue(32, turn('assistant', 1, 6, 'abcdefghijkl'), turn('assistant', 21, 30, 'xy')),
     # nobody takes the floor: all the model is asked for is silence
@@ -54,6 +57,19 @@ def test_golden(name, regen):
 def test_the_pictures_in_the_docstring():
     result = doctest.testmod(F)
     assert result.failed == 0 and result.attempted == 6
+
+
+def test_shown_against_time():
+    """8 chunks of 3 frames at 25 Hz; without its colours the barge-in reads as: the answer from frame 3, both speaking (▓) from 7 to 10."""
+    shown = F.show(EXAMPLES['barge_in'], get_layout('duplex3', speech_chunk=3), VOCAB, rate_hz=25.0)
+    lines = re.sub('\033\\[\\d*m', '', shown).splitlines()
+    assert lines[0] == 'd  8 chunks of 3 frames, 64 tokens, 40 learned, 2 text tokens dropped'
+    assert lines[1].split() == ['seconds', '|'.join(f'{0.12 * c:.1f}' for c in range(8))]
+    grid = {line[:17].strip(): line[17:].split('|') for line in lines[2:6]}
+    assert ''.join(grid['user words']).startswith('q') and 'stop' in ''.join(grid['user words'])
+    assert ''.join(grid['user.speech']) == '███▁▁▁▁▓▓▓' + '█' * 10 + '▁' * 4
+    assert ''.join(grid['assistant.speech']) == '▁▁▁████▓▓▓' + '▁' * 14
+    assert [cell.strip() for cell in grid['assistant.text']] == ['··', 'ab', 'cd', 'ef', *4 * ['··']]
 
 
 def test_duplex3_by_hand():

@@ -5,16 +5,20 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, hum
+from conftest import ROOT, hum, make_dialogues
 
+import sample
+import train
 from codec import load_codec
 from data.cosyvoice.s3 import VARIANTS, S3Codec, Worker, import_s3tokenizer
+from data.loader import save_dialogues
 
 CLASSES = {'v1': 'S3Tokenizer', 'v2': 'S3TokenizerV2', 'v3': 'S3TokenizerV3'}
 
@@ -328,6 +332,26 @@ def test_decode(tmp_path, stand_in, monkeypatch):
     monkeypatch.setenv('NANODUPLEX_VOCODER', '')
     with pytest.raises(ValueError, match="--vocoder='COMMAND', or NANODUPLEX_VOCODER"):
         S3Codec.create(variant='v1_25hz', silence_codes=[7]).decode([1])
+
+
+def test_from_codes_to_a_conversation(tmp_path, small_tokenizer, stand_in, monkeypatch):
+    """SLAM-Omni's case: codes of 50 Hz and no encoder. They are trained on, chunks of 20 frames are 400 ms, and what the model says
+    to a dialogue's user becomes audio by a vocoder that is given later."""
+    monkeypatch.delenv('NANODUPLEX_VOCODER', raising=False)
+    codec = S3Codec.create(variant='v1_50hz', silence_codes=[230, 440])
+    for split in ('train', 'val', 'test'):
+        save_dialogues(str(tmp_path / f'{split}.arrow'), make_dialogues(8), codec.about())
+    codec.save(tmp_path / 'codec')
+    shutil.copytree(small_tokenizer, tmp_path / 'tokenizer')
+    train.main(train.Config(data=str(tmp_path), out_dir=str(tmp_path / 'run'), stages='duplex3:2', speech_chunk=20, n_layer=1, n_head=2, n_kv_head=1, n_embd=32,
+                            n_inner=64, block_size=256, batch_size=1, batch_tokens=256, device='cpu', dtype='float32', tensorboard=False))
+    cfg = sample.Config(checkpoint=str(tmp_path / 'run'), data=str(tmp_path), n_dialogue=2, device='cpu')
+    with pytest.raises(ValueError, match='nothing is known that turns these codes into audio'):
+        sample.main(cfg)
+    monkeypatch.setenv('NANODUPLEX_VOCODER', stand_in(50))
+    for dialogue in sample.main(cfg):
+        wave, rate = soundfile.read(tmp_path / 'run' / 'samples' / f'{dialogue["id"]}.wav')
+        assert rate == 16000 and wave.shape == (len(dialogue['user']) * 320, 2) and np.abs(wave[:, 0]).max() > 0.1
 
 
 def test_worker(tmp_path, stand_in):

@@ -191,7 +191,7 @@ def test_a_batch_as_large_as_the_data_is_pointed_out(toy, capsys):
 @pytest.mark.parametrize('change, message', [
     (dict(data='nowhere'), 'no data folder nowhere'),
     (dict(batch_tokens=500), 'batch_tokens 500 is no multiple of batch_size 2 x block_size 128 x 1 processes = 256'),
-    (dict(init_from='nowhere'), 'nowhere'),
+    (dict(init_from='nowhere'), 'init_from: no folder nowhere'),
     (dict(device='foo'), "device 'foo' cannot be used here"),
     (dict(block_size=16, batch_tokens=64), 'a chunk of duplex3 has 22 tokens'),
     (dict(stages='duplex3:5, half_duplex:5', block_size=30, batch_tokens=60), 'nothing in train fits layout half_duplex'),

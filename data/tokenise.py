@@ -10,7 +10,8 @@ One process or a hundred do the same: each takes the next part that nobody holds
     torchrun --nproc_per_node=8 data/manifest/prepare.py corpus.jsonl --codec=codecs/s3 --out=data/corpus
 
 write the same files. A part is claimed by a lock that the system frees when its holder dies: the others then finish its
-part. A run that was killed is started again with the same command and goes on with the parts that are missing.
+part. (torchrun itself stops all when one dies; with --max_restarts=2 it starts them again.) A run that was killed is started again
+with the same command and goes on with the parts that are missing.
 What cannot be read is left out and listed in skipped.jsonl with the reason, and the run goes on.
 """
 import argparse

@@ -17,7 +17,7 @@ USER_VOICES=${USER_VOICES:-corpora/voices}                  # prompt wavs of man
 ASSISTANT_VOICE=${ASSISTANT_VOICE:-corpora/assistant.wav}   # one voice
 NOISE=${NOISE:-corpora/musan}
 N_GPU=${N_GPU:-8}
-run() { torchrun --standalone --nproc_per_node="$N_GPU" "$@"; }
+run() { torchrun --standalone --nproc_per_node="$N_GPU" --max_restarts=2 "$@"; }      # a process that dies is started again, and all go on
 say() { echo; echo "== $*"; }
 
 say 'codec: CosyVoice tokens, 4096 codes at 25 Hz'

@@ -50,6 +50,8 @@ import re
 import signal
 import sys
 from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -94,15 +96,19 @@ class Layout:
     order: str
     slots: dict     # role -> [Slot]; a layout in chunks has one list, of both roles, under 'user' and 'assistant' alike
 
-    @property
+    @cached_property
     def chunk(self):
         return self.slots['assistant'] if self.order == 'chunks' else []
 
-    @property
+    @cached_property
     def period(self):
         return sum(slot.n for slot in self.chunk)   # tokens a chunk; 0 for layouts by turns
 
-    @property
+    @cached_property
+    def learned(self):
+        return np.repeat([slot.learned for slot in self.chunk], [slot.n for slot in self.chunk])   # [K], of a chunk
+
+    @cached_property
     def speech_chunk(self):
         return next((slot.n for slot in self.chunk if slot.kind == 'speech'), 0)    # frames a chunk
 
@@ -142,6 +148,10 @@ class Document(NamedTuple):
     n_dropped: int          # text tokens that found no room (see lay_text)
 
 
+TURN = [('role', str), ('start', (int, np.integer)), ('end', (int, np.integer)), ('text', str)]
+START = itemgetter('start')
+
+
 def check(dialogue, n_codes):
     """Raises ValueError, one sentence with the id, unless the dialogue is a record as design.md has it."""
     name = f'dialogue {dialogue.get("id")!r}'
@@ -155,7 +165,7 @@ def check(dialogue, n_codes):
     for role, codes in channels.items():
         if codes.ndim != 1 or (len(codes) and codes.dtype.kind not in 'iu'):
             raise ValueError(f'{name}: the {role} channel is not a list of whole numbers')
-        if len(codes) and not (0 <= codes.min() and codes.max() < n_codes):
+        if len(codes) and not (codes.max() < n_codes and (codes.dtype.kind == 'u' or codes.min() >= 0)):
             at = int(np.argmax((codes < 0) | (codes >= n_codes)))
             raise ValueError(f'{name}: {role} code {codes[at]} at frame {at} is out of range, the codec has 0 to {n_codes - 1}')
     n_user, n_assistant = map(len, channels.values())
@@ -163,13 +173,13 @@ def check(dialogue, n_codes):
         raise ValueError(f'{name}: channels of unequal length, user {n_user} frames and assistant {n_assistant}; '
                          'cut or pad them to one clock (a one-sided utterance leaves the other empty)')
     last_end, turns = dict.fromkeys(ROLES, 0), dialogue['turns']
-    if not isinstance(turns, (list, tuple)) or not all(isinstance(turn, dict) for turn in turns):
+    if not isinstance(turns, (list, tuple)) or not all([isinstance(turn, dict) for turn in turns]):
         raise ValueError(f'{name}: turns is not a list of objects with role, start, end and text')
-    for turn in turns:
-        for key, kind in dict(role=str, start=(int, np.integer), end=(int, np.integer), text=str).items():
+    for key, kind in TURN:
+        for turn in turns:
             if not isinstance(turn.get(key), kind):
                 raise ValueError(f'{name}: a turn has {key} {turn.get(key)!r}; it needs role, start, end (whole frames) and text')
-    for turn in sorted(turns, key=lambda turn: turn['start']):
+    for turn in sorted(turns, key=START):
         role, start, end = turn['role'], turn['start'], turn['end']
         if role not in ROLES:
             raise ValueError(f'{name}: a turn has role {role!r}, known are {" and ".join(ROLES)}')
@@ -195,53 +205,54 @@ def flatten(dialogue, layout, vocab):
 
 
 def lay_turn(dialogue, turn, slots, vocab):
-    parts = []
-    for slot in slots:
-        if slot.kind == 'speech':
-            codes = np.asarray(dialogue[turn['role']][turn['start']:turn['end']], np.int32)
-            parts.append(codes + np.int32(vocab.code_start))
-        elif slot.kind == 'text':
-            parts.append(np.array(vocab.encode(turn['text']), np.int32))
-        else:
-            parts.append(np.array([vocab.control[slot.what]], np.int32))
-    learned = np.repeat([slot.learned for slot in slots], [len(part) for part in parts])
-    return Document(np.concatenate(parts), learned, 0)
+    streams = dict(speech=np.asarray(dialogue[turn['role']][turn['start']:turn['end']], np.int32) + np.int32(vocab.code_start),
+                   text=vocab.encode(turn['text']))
+    parts = [streams[slot.kind] if slot.kind in streams else [vocab.control[slot.what]] for slot in slots]
+    n = sum(map(len, parts))
+    ids, learned, at = np.empty(n, np.int32), np.empty(n, bool), 0
+    for slot, part in zip(slots, parts):
+        ids[at:at + len(part)], learned[at:at + len(part)] = part, slot.learned
+        at += len(part)
+    return Document(ids, learned, 0)
 
 
 def lay_chunks(dialogue, layout, vocab):
     n_frame = len(dialogue['user'])
     n_chunk = -(-n_frame // layout.speech_chunk)
-    ids = np.empty((n_chunk, layout.period), np.int32)      # (N chunks, K tokens a chunk)
+    ids, learned = np.empty((n_chunk, layout.period), np.int32), np.empty((n_chunk, layout.period), bool)   # (N chunks, K tokens a chunk)
+    learned[:] = layout.learned
     n_dropped = at = 0
     for slot in layout.chunk:
         role = slot.what.split('.')[0]
         if slot.kind == 'speech':       # the last chunk is filled up with silence, on both channels
-            stream = np.full(n_chunk * slot.n, vocab.control['<|silent_speech|>'], np.int32)
-            codes = np.asarray(dialogue[role], np.int32)
+            stream = np.empty(n_chunk * slot.n, np.int32)
+            stream.fill(vocab.control['<|silent_speech|>'] - vocab.code_start)
+            codes = np.asarray(dialogue[role])
             # the user's silence is real audio; the assistant's is a token of its own, so that it can be predicted as one
             spans = [(t['start'], t['end']) for t in dialogue['turns'] if t['role'] == role] if role == 'assistant' else [(0, n_frame)]
             for start, end in spans:
-                stream[start:end] = codes[start:end] + np.int32(vocab.code_start)
+                stream[start:end] = codes[start:end]
+            stream += vocab.code_start
         else:
             stream, n_dropped = lay_text(dialogue, role, n_chunk, slot.n, layout.speech_chunk, vocab)
         ids[:, at:at + slot.n] = stream.reshape(n_chunk, slot.n)
         at += slot.n
-    learned = np.tile(np.repeat([s.learned for s in layout.chunk], [s.n for s in layout.chunk]), n_chunk)
-    return Document(ids.reshape(-1), learned, n_dropped)
+    return Document(ids.reshape(-1), learned.reshape(-1), n_dropped)
 
 
 def lay_text(dialogue, role, n_chunk, text_chunk, speech_chunk, vocab):
     """A turn's text starts in the chunk in which its speech starts. Text that outlasts the turn runs on into the
     silence after it, until the role's next turn starts or the dialogue ends; when the other side spoke into the turn
     and on when it ended (a barge-in, no "mhm"), what the speech left unsaid is dropped with it. Returns the stream and the count of dropped tokens."""
-    stream = np.full(n_chunk * text_chunk, vocab.control['<|silent_text|>'], np.int32)
-    turns = sorted((t for t in dialogue['turns'] if t['role'] == role), key=lambda turn: turn['start'])
+    stream = np.empty(n_chunk * text_chunk, np.int32)
+    stream.fill(vocab.control['<|silent_text|>'])
+    turns = sorted([t for t in dialogue['turns'] if t['role'] == role], key=START)
     others = [(t['start'], t['end']) for t in dialogue['turns'] if t['role'] != role]
     n_dropped = 0
     for turn, following in zip(turns, turns[1:] + [None]):
         first = turn['start'] // speech_chunk
         limit = following['start'] // speech_chunk if following else n_chunk
-        if any(turn['start'] < start < turn['end'] <= end for start, end in others):
+        if any([turn['start'] < start < turn['end'] <= end for start, end in others]):
             limit = min(limit, (turn['end'] - 1) // speech_chunk + 1)
         tokens = vocab.encode(turn['text'])
         room = (limit - first) * text_chunk

@@ -19,13 +19,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn as nn
 
 import config
 from codec import Vocabulary, load_codec, read_audio, write_audio
 from data.loader import Dialogues
 from flatten import ROLES, get_layout, unflatten
 from model import KVCache, Qwen2
-from train import pick_device
+from train import pick_device, pick_dtype
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,43 @@ class Config:
     max_context: int | None = None      # tokens remembered, then the oldest chunks leave; None: the model's block_size
     seed: int = 1337
     device: str = 'auto'                # auto: a GPU if there is one
+    dtype: str = 'auto'                 # float32 or bfloat16; auto: bfloat16 where the device multiplies it
+    compile: bool = False               # on a GPU: fuses what lies between the matmuls, for a minute's compiling at the start
 
     def __post_init__(self):
+        if self.compile and pick_device(self.device).type == 'cpu':
+            raise ValueError('compile is for a GPU: on a CPU the packed weights are faster than what is compiled')
         if (self.user is None) == (self.data is None):
             raise ValueError('give --user=FILE.wav or --data=FOLDER, one of them')
         for name in ('n_dialogue', 'reply_sec', 'text_temperature', 'speech_temperature', 'text_top_k', 'speech_top_k'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name} is {getattr(self, name)}, it cannot be negative')
+
+
+class Packed(nn.Module):
+    """
+    A bf16 linear layer on a CPU, its weight stored in the blocks that oneDNN multiplies: F.linear blocks it anew in every
+    call, which for one token takes as long as all else. What torch.compile's freezing does, without a minute of compiling.
+    """
+
+    def __init__(self, weight, bias=None):
+        super().__init__()
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1), bias
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
+
+
+def for_decoding(model, dtype, is_packed):
+    """model in dtype, which shares with the original what need not change, its linear layers packed."""
+    with torch.device('meta'):
+        copy = Qwen2(model.config)
+    copy.load_state_dict({name: x.to(dtype) for name, x in model.state_dict().items()}, assign=True)
+    for module in list(copy.model.layers.modules()) if is_packed else ():
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Packed(child.weight, child.bias))
+    return copy.eval()
 
 
 class Duplex:
@@ -63,89 +94,159 @@ class Duplex:
     Only ids that a slot allows are scored (in a speech slot of the real model 4,097 of 156,032); against sampling from
     all ids this takes the chance of the others away and shares it out. The user's ids are fed together with the
     assistant's last, so a duplex3 chunk takes 12 passes, not 22. Past max_context tokens the oldest chunks leave.
+
+    Between a chunk's first pass and its last nothing is asked of the device. On a GPU the passes of each shape (11 tokens,
+    1 for text, 1 for speech) are captured once as a CUDA graph and replayed.
     """
 
     def __init__(self, model, vocab, layout, n_row=1, max_context=None, text_temperature=0.0, speech_temperature=0.0,
-                 text_top_k=0, speech_top_k=0, silence_bias=0.0, text_weight=1.0, seed=1337):
+                 text_top_k=0, speech_top_k=0, silence_bias=0.0, text_weight=1.0, seed=1337, dtype=None, compile=False):
         if layout.order != 'chunks':
             raise ValueError(f'layout {layout.name} has no chunks: it cannot listen and talk at once; sample from a duplex3 or duplex2 checkpoint')
-        self.model, self.vocab, self.layout, self.n_row = model, vocab, layout, n_row
-        self.device = next(model.parameters()).device
+        weight = model.model.norm.weight
+        self.device, dtype = weight.device, dtype or weight.dtype
+        is_on_cpu = self.device.type == 'cpu'
+        # what is packed cannot be compiled, and on a CPU gains more: compiling there is for tests of what a GPU does
+        is_packed = is_on_cpu and not compile and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.model, self.vocab, self.layout, self.n_row = for_decoding(model, dtype, is_packed), vocab, layout, n_row
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.temperature = dict(text=text_temperature, speech=speech_temperature)
         self.top_k = dict(text=text_top_k, speech=speech_top_k)
         max_context = max_context or model.config.block_size
         if max_context < 2 * layout.period:
             raise ValueError(f'max_context {max_context} holds no two chunks of {layout.period} tokens')
-        self.cache = KVCache(model, n_row, max_context)
+        self.cache = KVCache(self.model, n_row, max_context, bucket=256 if is_on_cpu else 1024)
         self.unfed = torch.empty(n_row, 0, dtype=torch.int64, device=self.device)   # said, but not yet read by the model
         self.ids = []                   # [n_row, tokens] of the whole conversation, in pieces
+        self.graphs = {}                # shape of a pass -> what was captured; only on a GPU
+        self.read_one = self.model.read_on
         # a slot's ids lie in one stretch of the head (no row is copied), in which the others' logits are lowered to -inf
         silent = dict(text=vocab.control['<|silent_text|>'], speech=vocab.control['<|silent_speech|>'])
-        self.stretch, self.bias = {}, {}
+        head = (self.model.lm_head or self.model.model.embed_tokens).weight
+        self.start, self.head, self.bias = {}, {}, {}
         for kind, (first, end) in dict(text=(0, vocab.n_text), speech=(vocab.code_start, vocab.code_start + vocab.n_codes)).items():
-            self.stretch[kind] = slice(min(first, silent[kind]), max(end, silent[kind] + 1))
-            bias = torch.full((self.stretch[kind].stop,), -torch.inf, device=self.device)
+            stretch = slice(min(first, silent[kind]), max(end, silent[kind] + 1))
+            bias = torch.full((stretch.stop,), -torch.inf, device=self.device)
             bias[first:end] = 0.0
             # training that weighs text text_weight times makes writing that much likelier than it is: here it is taken back
             bias[silent[kind]] = silence_bias if kind == 'speech' else math.log(text_weight)
-            self.bias[kind] = bias[self.stretch[kind]]
+            self.start[kind], self.bias[kind] = stretch.start, bias[stretch]
+            self.head[kind] = nn.Linear(head.shape[1], len(self.bias[kind]), bias=False, device='meta')
+            self.head[kind].weight = nn.Parameter(head[stretch], requires_grad=False)
+            if is_packed:
+                self.head[kind] = Packed(head[stretch])
+        self.compile = compile
+        if compile:
+            self.compile_pass()
+
+    @torch.inference_mode()
+    def compile_pass(self):
+        """Compiles the passes of one token, 11 of 12, now rather than in the conversation."""
+        self.read_one = torch.compile(self.model.read_on, dynamic=True, fullgraph=True)     # one graph for all buckets of the cache
+        self.sample('speech', self.unfed.new_zeros(self.n_row, 1))
+        self.cache.len = self.cache.next_pos = 0
 
     @torch.inference_mode()
     def step(self, user_codes):
         layout, vocab = self.layout, self.vocab
-        user_codes = torch.as_tensor(np.asarray(user_codes, np.int64), device=self.device).view(self.n_row, -1)
+        user_codes = np.asarray(user_codes, np.int64).reshape(self.n_row, -1)
         if user_codes.shape[1] != layout.speech_chunk or user_codes.min() < 0 or user_codes.max() >= vocab.n_codes:
             raise ValueError(f'a chunk is {layout.speech_chunk} codes from 0 to {vocab.n_codes - 1} for each of {self.n_row} users')
+        heard = torch.as_tensor(user_codes + vocab.code_start).to(self.device)
         said = dict(text=[], speech=[])
         while self.cache.len + self.unfed.shape[1] + layout.period > self.cache.max_len:
             self.cache.drop(layout.period)
         for slot in layout.chunk:
             if not slot.learned:
-                self.feed(user_codes + vocab.code_start)
+                self.feed(heard)
                 continue
             for _ in range(slot.n):
-                token = self.sample(slot.kind)          # (n_row, 1)
+                ids, self.unfed = self.unfed, self.unfed[:, :0]
+                token = self.sample(slot.kind, ids)     # (n_row, 1)
                 said[slot.kind].append(token)
                 self.feed(token)
-        text, speech = (torch.cat(said[kind], dim=1).cpu().numpy() if said[kind] else np.empty((self.n_row, 0), np.int64)
-                        for kind in ('text', 'speech'))
-        return text, np.where(speech == vocab.control['<|silent_speech|>'], -1, speech - vocab.code_start)
+        n_text = len(said['text'])
+        tokens = torch.cat(said['text'] + said['speech'], dim=1).cpu().numpy()     # waits for the device, the only time
+        speech = tokens[:, n_text:]
+        return tokens[:, :n_text], np.where(speech == vocab.control['<|silent_speech|>'], -1, speech - vocab.code_start)
 
     def feed(self, ids):
         self.unfed = torch.cat([self.unfed, ids], dim=1)
         self.ids.append(ids)
 
-    def sample(self, kind):
-        T = self.unfed.shape[1]
-        last = torch.arange(1, self.n_row + 1, device=self.device) * T - 1
-        logits = self.model(self.unfed, kv_cache=self.cache, learn=last, ids=self.stretch[kind]) + self.bias[kind]
-        self.unfed = self.unfed[:, :0]
-        if self.temperature[kind] == 0:
-            token = logits.argmax(-1, keepdim=True)
-        else:
+    def sample(self, kind, ids):
+        """Reads ids (n_row, T), says one token."""
+        noise = None
+        if self.temperature[kind]:      # the likeliest of p / noise is a draw from p, as in torch.multinomial, which waits for the device
+            noise = torch.empty(self.n_row, len(self.bias[kind]), device=self.device).exponential_(generator=self.generator)
+        self.cache.advance(ids.shape[1])
+        for x in (ids, self.cache.keys, self.cache.values) if self.compile else ():
+            torch._dynamo.mark_static(x)        # of all sizes only n_slot changes
+        if self.device.type != 'cuda':
+            return self.next_token(kind, ids, noise)
+        shape = kind, ids.shape[1], self.cache.n_slot
+        if shape not in self.graphs:
+            self.graphs[shape] = self.capture(kind, ids, noise)
+        graph, inputs, token = self.graphs[shape]
+        for static, new in zip(inputs, (ids, noise)):
+            if static is not None:
+                static.copy_(new)
+        graph.replay()
+        return token.clone()
+
+    def capture(self, kind, *inputs):
+        """-> a CUDA graph of next_token, the tensors that it reads, the one that it writes. Reading twice changes nothing: the
+        same keys go into the same slots."""
+        inputs = [x if x is None else x.clone() for x in inputs]
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):   # libraries make their workspaces, which they may not during a capture
+            self.next_token(kind, *inputs)
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            token = self.next_token(kind, *inputs)
+        return graph, inputs, token
+
+    def next_token(self, kind, ids, noise):
+        read = self.read_one if ids.shape[1] == 1 else self.model.read_on
+        x = read(ids, self.cache)[:, -1]                                            # (n_row, C)
+        logits = self.head[kind](self.model.model.norm(x)).float() + self.bias[kind]
+        if noise is not None:
             logits = logits / self.temperature[kind]
             if self.top_k[kind]:
                 least = logits.topk(min(self.top_k[kind], logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < least, -torch.inf)
-            token = torch.multinomial(logits.softmax(-1), 1, generator=self.generator)
-        return token + self.stretch[kind].start
+            logits = logits.softmax(-1) / noise
+        return logits.argmax(-1, keepdim=True) + self.start[kind]
+
+    def keep(self, n_row):
+        """Goes on with the first n_row users only."""
+        self.cache.keep(n_row)
+        self.n_row, self.unfed, self.ids, self.graphs = n_row, self.unfed[:n_row], [ids[:n_row] for ids in self.ids], {}
 
 
 def converse(model, vocab, layout, users, silence_code, **settings):
     """users: [codes of each user] -> ([dialogue as sampled], seconds each chunk took). All users are listened to side by
-    side, the shorter ones with silence after their end."""
+    side, the last chunk of each is filled up with silence; who has ended leaves soon after, and costs nothing any more."""
     n = layout.speech_chunk
-    n_chunk = max(-(-len(codes) // n) for codes in users)
-    heard = np.full((len(users), n_chunk * n), silence_code, np.int64)
-    for row, codes in zip(heard, users):
-        row[:len(codes)] = codes
-    duplex, chunk_sec = Duplex(model, vocab, layout, len(users), **settings), []
-    for c in range(n_chunk):
-        start = time.perf_counter()
-        duplex.step(heard[:, c * n:c * n + n])
-        chunk_sec.append(time.perf_counter() - start)
-    ids = torch.cat(duplex.ids, dim=1).cpu().numpy()        # (n_row, N chunks * K)
+    n_chunk = [-(-len(codes) // n) for codes in users]
+    order = sorted(range(len(users)), key=lambda i: -n_chunk[i])       # the longest first: who leaves is at the end
+    heard = np.full((len(users), max(n_chunk) * n), silence_code, np.int64)
+    for row, i in zip(heard, order):
+        row[:len(users[i])] = users[i]
+    duplex, chunk_sec, ids = Duplex(model, vocab, layout, len(users), **settings), [], [None] * len(users)
+    for c in range(max(n_chunk) + 1):
+        n_row = sum(c < m for m in n_chunk)
+        if n_row <= 0.75 * duplex.n_row:        # not at each end: the others' keys and values are copied, on a GPU graphs captured
+            rows = torch.cat(duplex.ids, dim=1).cpu().numpy()           # (n_row, chunks * K)
+            for row, i in zip(rows, order[:duplex.n_row]):
+                ids[i] = row[:n_chunk[i] * layout.period]
+            duplex.keep(n_row)
+        if n_row:
+            start = time.perf_counter()
+            duplex.step(heard[:duplex.n_row, c * n:c * n + n])
+            chunk_sec.append(time.perf_counter() - start)
     dialogues = []
     for row, codes in zip(ids, users):
         dialogue, n_frame = unflatten(row, layout, vocab, silence_code), len(codes)
@@ -244,6 +345,7 @@ def main(cfg):
         user_turns = [[turn for turn in d['turns'] if turn['role'] == 'user'] for d in chosen]
     codec_sec = time.perf_counter() - start
     decoded, chunk_sec = converse(model, vocab, layout, users, silence_code, max_context=cfg.max_context, seed=cfg.seed, text_weight=text_weight,
+                                  dtype=pick_dtype(cfg.dtype, device), compile=cfg.compile,
                                   text_temperature=cfg.text_temperature, speech_temperature=cfg.speech_temperature,
                                   text_top_k=cfg.text_top_k, speech_top_k=cfg.speech_top_k, silence_bias=cfg.silence_bias)
     out = cfg.out or os.path.join(cfg.checkpoint, 'samples')

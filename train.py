@@ -25,11 +25,10 @@ from glob import glob
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch.nn.parallel import DistributedDataParallel
 
 import config
 from codec import Vocabulary
-from data.loader import STREAMS, Dialogues, Loader, Mixture
+from data.loader import STREAMS, Dialogues, Loader, Mixture, Prefetch
 from flatten import CONTROL, get_layout
 from model import ModelConfig, Qwen2
 
@@ -54,6 +53,7 @@ class Config:
     block_size: int = 1024              # tokens a row; at 55 a second (duplex3 at 25 Hz) 18.6 s of conversation
     # the batch
     batch_size: int = 4                 # rows a micro-step on each device: as many as its memory takes
+    auto_batch: bool = False            # on a GPU: instead of batch_size, the most rows that its memory takes
     batch_tokens: int = 4096            # tokens an optimiser step over all devices; micro-steps follow from it
     user_noise: float = 0.0             # share of the user's codes replaced at random in training: unknown voices differ, too
     text_weight: float = 1.0            # of a text token in the loss: there are few, and all else follows from them
@@ -72,7 +72,7 @@ class Config:
     log_interval: int = 10
     device: str = 'auto'                # cuda, cpu, …; auto: a GPU if there is one
     dtype: str = 'auto'                 # of the matmuls: float32, bfloat16; auto: bfloat16 where the hardware multiplies it
-    compile: bool = False               # torch.compile: much faster on a GPU, nothing gained on a CPU
+    compile: bool = False               # the blocks, by torch.compile: for GPUs; on a CPU it would need the dense mask, and be slower
     tensorboard: bool = True            # log there too, where tensorboard is installed
     seed: int = 1337
 
@@ -192,6 +192,10 @@ def save_state(cfg, step, model, optimizer, vocab, about, state):
 
 def load_state(folder, model, optimizer):
     tensors = load_file(os.path.join(folder, 'optimizer.safetensors'))
+    missing = [name for name, _ in model.named_parameters() if f'{name}.exp_avg' not in tensors]
+    if missing:
+        raise ValueError(f'{folder} was saved by another version of this code (it has no state of {missing[0]}): start from its weights, '
+                         f'--init_from={folder}, into another --out_dir')
     for name, p in model.named_parameters():
         optimizer.state[p] = {key: tensors[f'{name}.{key}'].to(p.device) for key in ('step', 'exp_avg', 'exp_avg_sq')}
     torch.set_rng_state(tensors['rng'])
@@ -241,11 +245,10 @@ def main(cfg):
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     torch.manual_seed(cfg.seed)
 
-    micro_tokens = cfg.batch_size * cfg.block_size * world_size
-    if cfg.batch_tokens % micro_tokens:
-        raise ValueError(f'batch_tokens {cfg.batch_tokens} is no multiple of batch_size {cfg.batch_size} x block_size {cfg.block_size} x '
-                         f'{world_size} processes = {micro_tokens}; the next is {-(-cfg.batch_tokens // micro_tokens) * micro_tokens}')
-    n_micro = cfg.batch_tokens // micro_tokens
+    if cfg.auto_batch and device.type != 'cuda':
+        raise ValueError('auto_batch tries how much the memory of a GPU takes, and there is none: give batch_size')
+    rows_a_step = cfg.batch_tokens // cfg.block_size
+    check_batch(replace(cfg, batch_size=1) if cfg.auto_batch else cfg, world_size)
 
     # the run goes on, starts from a checkpoint, or starts from nothing
     folders, weights = zip(*cfg.mixture())
@@ -277,13 +280,27 @@ def main(cfg):
     else:
         model = Qwen2(ModelConfig(vocab.size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.n_embd, cfg.n_inner))
     model.to(device)
+    params = list(model.parameters())
+    # all gradients lie in one flat fp32 tensor, into which hundreds of micro-steps add: one all-reduce a step, and no DDP, which would
+    # split the compiled graphs and reduce bucket by bucket what takes 12 ms in 60 s (100 M tokens on 8 GPUs)
+    gradient = torch.zeros(model.n_param(), device=device)
+    for p, piece in zip(params, gradient.split([p.numel() for p in params])):
+        p.grad = piece.view_as(p)
+        if world_size > 1:
+            dist.broadcast(p.data, 0)       # the same start everywhere, whatever each machine's random numbers or files were
+    if cfg.auto_batch:      # before compiling, which would do it for every size; compiled it takes less memory
+        cfg = replace(cfg, batch_size=find_batch_size(model, cfg, autocast, world_size), auto_batch=False)
+        gradient.zero_()
+    if cfg.compile:
+        model.compile_blocks()
+    n_micro = rows_a_step // (cfg.batch_size * world_size)
     place = (vocab, cfg.block_size, cfg.batch_size, cfg.seed, rank, world_size)
+    padded = device.type != 'cpu' or cfg.compile        # fixed shapes
     stages = []
     for layouts, n, epochs in cfg.curriculum():
-        loader = Mixture([Loader(dialogues, layouts, *place, cfg.user_noise) for dialogues in train_data], weights)
-        val_loader = Mixture([Loader(dialogues, layouts, *place) for dialogues in val_data], weights)
+        loader = Mixture([Loader(dialogues, layouts, *place, cfg.user_noise, padded) for dialogues in train_data], weights)
+        val_loader = Mixture([Loader(dialogues, layouts, *place, padded=padded) for dialogues in val_data], weights)
         counts = loader.measure()
-        rows_a_step = cfg.batch_tokens // cfg.block_size
         stages.append((layouts, n or max(1, round(epochs * counts['rows'] / rows_a_step)), counts['rows'] / rows_a_step, counts, loader, val_loader))
 
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -306,27 +323,21 @@ def main(cfg):
         config.save(cfg, os.path.join(cfg.out_dir, 'config.py'))
     log = open_log(cfg, state['step']) if is_main else lambda **_: None
 
-    raw_model = model
-    if cfg.compile:
-        model = torch.compile(model)
-    if world_size > 1:
-        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
-
     n_step = sum(n for _, n, *_ in stages)
-    say(f'{raw_model.n_param() / 1e6:.1f} M parameters, {vocab.size} ids, {device}, {str(dtype).removeprefix("torch.")}, {world_size} process(es); '
+    say(f'{model.n_param() / 1e6:.1f} M parameters, {vocab.size} ids, {device}, {str(dtype).removeprefix("torch.")}, {world_size} process(es); '
         f'{n_micro} micro-steps of {cfg.batch_size} x {cfg.block_size} x {world_size} = {cfg.batch_tokens} tokens a step, {n_step} steps')
     peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if device.type == 'cuda' and name in torch.cuda.get_device_name(device)), None)
 
     def evaluate(val_loader):
         """The whole val set, each rank its share."""
-        raw_model.eval()
+        model.eval()
         sums, sec = torch.zeros(2, len(STREAMS), dtype=torch.float64, device=device), 0.0
         with torch.no_grad(), autocast:
             for batch in val_loader.epoch():
                 batch = batch.to(device)
-                sums += stream_sums(raw_model(batch.idx, batch.pos, batch.doc, batch.learn, batch.targets), batch, device)
+                sums += stream_sums(model(batch.idx, batch.pos, batch.doc, batch.learn, batch.targets), batch, device)
                 sec += batch.sec
-        raw_model.train()
+        model.train()
         sums, sec = reduce(sums, sec)
         return measures(sums, sec)
 
@@ -355,36 +366,38 @@ def main(cfg):
             state = dict(state, best=None, best_step=None)      # another layout: its losses do not compare with the last one's
         else:
             loader.state = state['loader']
+        batches = Prefetch(loader, device)
         about = dict(layout=layouts[-1].name, speech_chunk=layouts[-1].speech_chunk, text_chunk=cfg.text_chunk, text_weight=cfg.text_weight,
                      code_start=vocab.code_start, n_codes=vocab.n_codes, codec=codec)
         sums, sec, timed_from, timed_steps = torch.zeros(2, len(STREAMS), dtype=torch.float64, device=device), 0.0, time.time(), 0
+        waited_sec = 0.0
 
         while step < last:
             lr = get_lr(step, n_step, cfg)
             for group in optimizer.param_groups:
                 group['lr'] = lr
             n_learned, total_weight = 0, torch.zeros((), device=device)
-            for micro_step in range(n_micro):
-                batch = loader.next_batch().to(device)
-                if world_size > 1:      # gradients are summed over the ranks once, after the last micro-step
-                    model.require_backward_grad_sync = micro_step == n_micro - 1
-                with autocast:
-                    losses = model(batch.idx, batch.pos, batch.doc, batch.learn, batch.targets)     # (N)
+            for _ in range(n_micro):
+                batch = batches.next_batch()
                 weights = torch.where(batch.stream == STREAMS.index('text'), cfg.text_weight, 1.0)
-                (losses * weights).sum().backward()
+                with autocast:
+                    total, losses = model(batch.idx, batch.pos, batch.doc, batch.learn, batch.targets, weights)     # scalar, (N)
+                total.backward()
                 n_learned += len(losses)
                 total_weight += weights.sum()
                 sums += stream_sums(losses, batch, device)
                 sec += batch.sec
             # rows hold unequal numbers of learned tokens, a mean of means would weigh them unequally: so far the gradient is
-            # of a sum; it is divided once, by the weight of all tokens of all ranks (DDP has divided by world_size)
+            # of a sum; it is divided once, by the weight of all tokens of all ranks
             if world_size > 1:
+                dist.all_reduce(gradient)
                 dist.all_reduce(total_weight)
-            for p in raw_model.parameters():
-                p.grad.mul_(world_size / total_weight)
-            grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf)
+            gradient.div_(total_weight)
+            grad_norm = gradient.norm()
+            if cfg.grad_clip:
+                gradient.mul_((cfg.grad_clip / grad_norm).clamp(max=1.0))
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            gradient.zero_()
             step += 1
             timed_steps += 1
 
@@ -401,30 +414,31 @@ def main(cfg):
                 mfu = None
                 if peak_flops:
                     mean_keys = float((batch.pos + 1).double().mean())
-                    flops = raw_model.flops_per_token(n_learned * world_size / cfg.batch_tokens, mean_keys)
+                    flops = model.flops_per_token(n_learned * world_size / cfg.batch_tokens, mean_keys)
                     mfu = tokens_per_sec * flops / (peak_flops * world_size)
                 streams = ' '.join(f'{key} {seen[key]:6.3f}' if key in seen else f'{key}    -  ' for key in STREAMS)
                 say(f'step {step:>6}/{n_step} | loss {seen["loss"]:6.3f} {streams} | {seen["bits_per_sec"]:7.1f} b/s | lr {lr:.1e} | '
                     f'norm {float(grad_norm):6.2f} | {1e3 * elapsed / timed_steps:6.0f} ms | {tokens_per_sec / 1e3:6.1f}k tok/s | '
                     + (f'mfu {mfu:4.0%} | ' if mfu else '') + f'{state["sec_heard"] / 3600:6.2f} h heard', flush=True)
                 log(kind='train', step=step, stage=name, lr=lr, grad_norm=float(grad_norm), tokens_per_sec=tokens_per_sec, mfu=mfu,
-                    hours_heard=state['sec_heard'] / 3600, **seen)
+                    hours_heard=state['sec_heard'] / 3600, loader_wait=(batches.wait_sec - waited_sec) / elapsed, **seen)
                 sums.zero_()
-                sec, timed_from, timed_steps = 0.0, time.time(), 0
+                sec, timed_from, timed_steps, waited_sec = 0.0, time.time(), 0, batches.wait_sec
 
             if step % cfg.eval_interval == 0 or step == last:
                 metrics = evaluate(val_loader)
                 is_best = state['best'] is None or metrics['loss'] < state['best']
-                state.update(loader=loader.state, **(dict(best=metrics['loss'], best_step=step) if is_best else {}))
+                state.update(loader=batches.state, **(dict(best=metrics['loss'], best_step=step) if is_best else {}))
                 streams = ' '.join(f'{key} {metrics[key]:6.3f}' if key in metrics else f'{key}    -  ' for key in STREAMS)
                 say(f'val  {step:>6}/{n_step} | loss {metrics["loss"]:6.3f} {streams} | {metrics["bits_per_sec"]:7.1f} b/s | '
                     + ('best so far' if is_best else f'best was {state["best"]:.3f}'), flush=True)
                 log(kind='val', step=step, stage=name, **metrics)
                 if is_main:
-                    folder = save_state(cfg, step, raw_model, optimizer, vocab, about, state)
+                    folder = save_state(cfg, step, model, optimizer, vocab, about, state)
                     if is_best:
                         publish(folder, cfg.out_dir)
                 timed_from = time.time()
+        batches.close()
         first = last
     if not metrics:
         say(f'{cfg.out_dir} had finished its {n_step} steps before')
@@ -435,6 +449,38 @@ def main(cfg):
         dist.barrier()      # the first to leave would take the others' connections with it while rank 0 still saves
         dist.destroy_process_group()
     return dict(step=step, best_val_loss=state['best'], train_sec=state['train_sec'], **{f'val_{key}': value for key, value in metrics.items()})
+
+
+def check_batch(cfg, world_size):
+    micro_tokens = cfg.batch_size * cfg.block_size * world_size
+    if cfg.batch_tokens % micro_tokens:
+        raise ValueError(f'batch_tokens {cfg.batch_tokens} is no multiple of batch_size {cfg.batch_size} x block_size {cfg.block_size} x '
+                         f'{world_size} processes = {micro_tokens}; the next is {-(-cfg.batch_tokens // micro_tokens) * micro_tokens}')
+
+
+def find_batch_size(model, cfg, autocast, world_size):
+    """The most rows a micro-step that the memory takes, of those that divide the step. Tried with the most expensive rows there are:
+    one document each, of which everything is learned."""
+    device, rows, best = next(model.parameters()).device, cfg.batch_tokens // (cfg.block_size * world_size), 0
+    moments = torch.empty(2 * model.n_param(), device=device)       # AdamW will want them
+    for n in (n for n in range(1, rows + 1) if rows % n == 0):
+        idx = torch.zeros(n, cfg.block_size, dtype=torch.int64, device=device)
+        learn = torch.arange(idx.numel(), device=device)
+        try:
+            with autocast:
+                total, _ = model(idx, torch.arange(cfg.block_size, device=device).expand_as(idx), idx, learn, idx.flatten(), torch.ones_like(learn, dtype=torch.float32))
+            total.backward()
+        except torch.OutOfMemoryError:
+            break
+        best = n
+    del moments
+    if world_size > 1:
+        least = torch.tensor(best, device=device)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        best = int(least)
+    if not best:
+        raise ValueError(f'not even one row of block_size={cfg.block_size} fits into the memory of {device}')
+    return best
 
 
 def doubts(cfg, counts, n_stage_step, steps_an_epoch, n_step):

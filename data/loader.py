@@ -17,7 +17,14 @@ nothing, and a run on two machines reads what it would read on one.
 import glob
 import json
 import os
-from bisect import bisect_left, insort
+import time
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
+from functools import cache, lru_cache
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import numpy as np
@@ -68,15 +75,16 @@ class Dialogues:
                 raise ValueError(f'{path} was made with codec {codec}, {paths[0]} with {self.codec}')
             self.codec = codec
             self.parts += columns
-        self.firsts = np.cumsum([0] + [len(part) for part in self.parts])
+        self.firsts = [0, *accumulate(map(len, self.parts))]
+        self.n_frame = [np.concatenate([np.zeros(0, np.int32), *(np.diff(part.codes[role][0]) for part in self.parts)]) for role in ('user', 'assistant')]
 
     def __len__(self):
-        return int(self.firsts[-1])
+        return self.firsts[-1]
 
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(i)
-        part = int(np.searchsorted(self.firsts, i, side='right')) - 1
+        part = bisect_right(self.firsts, i) - 1
         return self.parts[part][i - self.firsts[part]]
 
 
@@ -85,20 +93,41 @@ class Columns:
 
     def __init__(self, batch):
         columns = {name: batch.column(name) for name in SCHEMA.names}
-        self.id = columns['id']
         self.codes = {role: (columns[role].offsets.to_numpy(), columns[role].values.to_numpy()) for role in ('user', 'assistant')}
-        self.turns = columns['turns']
-        self.turn_offsets = self.turns.offsets.to_numpy()
+        turns = columns['turns']
+        fields = {key: turns.values.field(key) for key in ('role', 'start', 'end', 'text')}
+        for key, values in dict(fields, id=columns['id']).items():
+            if values.null_count:
+                raise ValueError(f'{values.null_count} have no {key}')
+        self.turn_offsets, self.start, self.end = turns.offsets.to_numpy(), fields['start'].to_numpy(), fields['end'].to_numpy()
+        self.id, self.role, self.text = Strings(columns['id']), Strings(fields['role']), Strings(fields['text'])
 
     def __len__(self):
-        return len(self.id)
+        return len(self.turn_offsets) - 1
 
     def __getitem__(self, i):
         codes = {role: values[offsets[i]:offsets[i + 1]] for role, (offsets, values) in self.codes.items()}
-        start, end = self.turn_offsets[i], self.turn_offsets[i + 1]
-        fields = [self.turns.values.field(key).slice(start, end - start).to_pylist() for key in ('role', 'start', 'end', 'text')]
-        turns = [dict(zip(('role', 'start', 'end', 'text'), values)) for values in zip(*fields)]
-        return dict(id=self.id[i].as_py(), **codes, turns=turns)
+        of = slice(*self.turn_offsets[i:i + 2].tolist())
+        turns = [dict(role=role, start=start, end=end, text=text) for role, start, end, text in
+                 zip(self.role[of], self.start[of].tolist(), self.end[of].tolist(), self.text[of])]
+        return dict(id=self.id[i:i + 1][0], **codes, turns=turns)
+
+
+class Strings:
+    """A column of strings: [slice] -> list, without pyarrow's microseconds a call."""
+
+    def __init__(self, array):
+        _, offsets, letters = array.buffers()
+        self.offsets = np.frombuffer(offsets, np.int32)[array.offset:]
+        self.letters = memoryview(letters or b'')
+
+    def __getitem__(self, of):
+        offsets = self.offsets[of.start:of.stop + 1].tolist()
+        first, last = offsets[0], offsets[-1]
+        whole = str(self.letters[first:last], 'utf8')
+        if len(whole) == last - first:      # ASCII: a byte a letter
+            return [whole[start - first:end - first] for start, end in zip(offsets, offsets[1:])]
+        return [str(self.letters[start:end], 'utf8') for start, end in zip(offsets, offsets[1:])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,99 +135,138 @@ class Columns:
 class Batch(NamedTuple):
     idx: torch.Tensor       # int64 [B, T] ids that are fed
     pos: torch.Tensor       # int64 [B, T] position in its document
-    doc: torch.Tensor       # int64 [B, T] number of its document in the row
+    doc: torch.Tensor       # int64 [B, T] number of its document in the batch
     learn: torch.Tensor     # int64 [N] places in the flattened [B * T] whose output is scored
     targets: torch.Tensor   # int64 [N] the ids to be predicted there
     stream: torch.Tensor    # int64 [N] what kind of id that is, an index into STREAMS
     sec: float              # of conversation
 
     def to(self, device):
-        return Batch(*(value.to(device) if isinstance(value, torch.Tensor) else value for value in self))
+        return Batch(*(value.to(device, non_blocking=True) for value in self[:-1]), self.sec)   # asynchronous from pinned memory only
+
+    def pin_memory(self):
+        return Batch(*(value.pin_memory() for value in self[:-1]), self.sec)
 
 
 STREAMS = ('text', 'speech', 'silence')
 
 
 def pack(lengths, capacity):
-    """Best-fit decreasing: lists of document numbers, each list's lengths sum to capacity at most."""
-    bins, open_bins = [], []                        # open_bins: (room left, bin number), sorted
+    """Rows of documents: lists of document numbers, each list's lengths sum to capacity at most. Best-fit decreasing; what
+    it leaves open is in few rows, which are taken apart and filled again, exactly."""
+    rows, rooms = [], []                            # rooms: (room left, row), sorted
     for i in np.argsort(-np.asarray(lengths), kind='stable').tolist():
-        at = bisect_left(open_bins, (lengths[i], -1))       # the fullest row that still takes it
-        if at == len(open_bins):
-            room, number = capacity, len(bins)
-            bins.append([])
+        at = bisect_left(rooms, (lengths[i], -1))           # the fullest row that still takes it
+        if at == len(rooms):
+            room, row = capacity, len(rows)
+            rows.append([])
         else:
-            room, number = open_bins.pop(at)
-        bins[number].append(i)
-        insort(open_bins, (room - lengths[i], number))
-    return bins
+            room, row = rooms.pop(at)
+        rows[row].append(i)
+        insort(rooms, (room - lengths[i], row))
+    # 64: a twentieth of the rows of 4,096 documents, and most of the waste; more gain little, and cost their square
+    loosest = {row for _, row in rooms[-64:]}
+    again = fill([i for row in sorted(loosest) for i in rows[row]], lengths, capacity)
+    if len(again) < len(loosest):
+        rows = [members for row, members in enumerate(rows) if row not in loosest] + again
+    return rows
+
+
+def fill(documents, lengths, capacity):
+    """Rows one by one: the longest document left, and with it those that leave the least room. Which sums can be had is told
+    by the bits of an integer: bit n of sums[k] is set if some of the first k documents sum to n (they fit, the longest first)."""
+    rows, documents = [], sorted(documents, key=lengths.__getitem__)
+    while documents:
+        row = [documents.pop()]
+        room = capacity - lengths[row[0]]
+        n_fit, sums = bisect_right(documents, room, key=lengths.__getitem__), [1]
+        while len(sums) <= n_fit and not sums[-1] >> room:
+            sums.append((sums[-1] | sums[-1] << lengths[documents[n_fit - len(sums)]]) & (2 << room) - 1)
+        total, taken = sums[-1].bit_length() - 1, []
+        for k in range(len(sums) - 1, 0, -1):               # and back: document k is needed if the sum can't be had without it
+            if not sums[k - 1] >> total & 1:
+                taken.append(n_fit - k)
+                total -= lengths[documents[n_fit - k]]
+        rows.append(row + [documents.pop(at) for at in reversed(taken)])
+    return rows
+
+
+class Piece(NamedTuple):
+    """Ids of a document that are one document of a row: n of them, from at on. They are laid when the row is read."""
+    read: Callable          # () -> Document
+    at: int
+    n: int
+    sec: float              # of conversation
 
 
 class Loader:
     """Batches of packed rows, without end (next_batch) or one pass in order (epoch). .state is the position: a dict
-    that, assigned again, continues at the same row. Raises ValueError, with the file, for data that doesn't fit."""
+    that, assigned again, continues at the same row. Raises ValueError, with the file, for data that doesn't fit.
+
+    A dialogue in chunks is as long as its frames say: rows are packed before anything is laid, and a rank flattens what it
+    trains on. By turns the text counts, too, and a window is flattened as a whole."""
     window = 4096       # dialogues shuffled and packed together; lengths near block_size, as the demo's, leave most padding
 
-    def __init__(self, dialogues, layouts, vocab, block_size, batch_size, seed=0, rank=0, world_size=1, user_noise=0.0):
-        self.dialogues, self.layouts, self.vocab, self.user_noise = dialogues, layouts, vocab, user_noise
+    def __init__(self, dialogues, layouts, vocab, block_size, batch_size, seed=0, rank=0, world_size=1, user_noise=0.0, padded=True):
+        self.dialogues, self.layouts, self.vocab, self.user_noise = dialogues, layouts, copy(vocab), user_noise
+        self.vocab.encode = lru_cache(2 ** 16)(vocab.encode)    # a third of the time is BPE; 65,536 texts of 24 tokens are about 70 MB
         self.block_size, self.batch_size, self.seed, self.rank, self.world_size = block_size, batch_size, seed, rank, world_size
+        self.padded = padded            # False: the rows of a batch as one, without padding; a CPU needs no fixed shapes
         self.n_window = -(-len(dialogues) // self.window)
         self.state = dict(epoch=0, window=0, row=0)
-        self.counts = {}
+        self.places = np.arange(block_size)
         for layout in layouts:
             if layout.period > block_size + 1:
                 raise ValueError(f'a chunk of {layout.name} has {layout.period} tokens, more than block_size {block_size}')
+        self.counts = {}
         self.rows, self.loaded = self.read_window(0, 0), (0, 0)
         if not self.rows:
             raise ValueError(f'{dialogues.folder}: nothing in {dialogues.split} fits layout '
                              f'{"+".join(layout.name for layout in layouts)} and block_size {block_size} ({self.counts})')
 
     def read_window(self, epoch, window, shuffle=True):
-        """Packed rows [[(ids, learned, channels)]] of a window of dialogues. Each epoch has its own order."""
+        """Packed rows [[Piece]] of a window of dialogues. Each epoch has its own order."""
         order = np.arange(len(self.dialogues))
         if shuffle:
             np.random.default_rng([0, self.seed, epoch]).shuffle(order)
-        documents, counts = [], dict(dialogues=0, one_sided=0, too_long=0, documents=0, tokens=0, learned=0, text_dropped=0, sec=0.)
-        for i in order[window * self.window:(window + 1) * self.window]:
-            dialogue = self.dialogues[i]
+        order = order[window * self.window:(window + 1) * self.window]
+        pieces, counts = [], dict(dialogues=len(order), one_sided=0, too_long=0)
+        for i, n_user, n_assistant in zip(order.tolist(), *(n[order].tolist() for n in self.dialogues.n_frame)):
             for layout in self.layouts:
-                if layout.order == 'chunks' and len(dialogue['user']) != len(dialogue['assistant']) and \
-                        0 in (len(dialogue['user']), len(dialogue['assistant'])):
+                if layout.order == 'chunks' and n_user != n_assistant and 0 in (n_user, n_assistant):
                     counts['one_sided'] += 1            # an utterance for the alignment stage: no dialogue
                     continue
-                try:
-                    flat = flatten(dialogue, layout, self.vocab)
-                except ValueError as error:
-                    raise ValueError(f'{os.path.join(self.dialogues.folder, self.dialogues.split)}.arrow: record {i}: {error}')
-                for document in flat:
-                    counts['text_dropped'] += document.n_dropped
-                    pieces = self.cut(document, layout)
-                    counts['too_long'] += not pieces
-                    documents += pieces
-            counts['dialogues'] += 1
-        rows = [[documents[i] for i in members] for members in pack([len(ids) - 1 for ids, _, _ in documents], self.block_size)]
+                for found in self.cut(i, n_user, layout):
+                    counts['too_long'] += not found
+                    pieces += found
+        rows = [[pieces[i] for i in members] for members in pack([piece.n - 1 for piece in pieces], self.block_size)]
         if shuffle:
             np.random.default_rng([1, self.seed, epoch, window]).shuffle(rows)
-        counts['documents'] = len(documents)
-        counts['tokens'] = sum(len(ids) for ids, _, _ in documents)
-        counts['learned'] = sum(int(learned[1:].sum()) for _, learned, _ in documents)
-        counts['sec'] = sum(self.sec(ids, channels) for ids, _, channels in documents)
-        counts['rows'] = len(rows)
-        self.counts = counts
+        self.counts = dict(counts, documents=len(pieces), tokens=sum(piece.n for piece in pieces), rows=len(rows),
+                           sec=sum(piece.sec for piece in pieces))
         return rows
 
-    def cut(self, document, layout):
-        """Pieces of at most block_size + 1 ids (the last is only a target). Chunks are cut at chunk borders; a document
-        by turns is left whole, and left out when it does not fit."""
-        ids, learned, room = document.ids, document.learned, self.block_size + 1
-        if layout.order == 'chunks':
-            step = room // layout.period * layout.period
-            return [(ids[at:at + step], learned[at:at + step], 2) for at in range(0, len(ids), step)]
-        return [(ids, learned, 1)] if 1 < len(ids) <= room else []
+    def cut(self, i, n_frame, layout):
+        """For each document of dialogue i its [Piece] of at most block_size + 1 ids (the last is only a target). Chunks are cut
+        at chunk borders; a document by turns is left whole, and left out when it does not fit."""
+        room, rate_hz = self.block_size + 1, self.dialogues.codec['rate_hz']
+        if layout.order != 'chunks':
+            documents = self.flatten(i, layout)
+            return [[Piece(lambda document=document: document, 0, len(document.ids), np.count_nonzero(document.ids >= self.vocab.code_start) / rate_hz)]
+                    if 1 < len(document.ids) <= room else [] for document in documents]
+        n_chunk, step = -(-n_frame // layout.speech_chunk), room // layout.period
+        def read():
+            return self.flatten(i, layout)[0]
+        if n_chunk > step:
+            read = cache(read)          # several rows share it
+        return [[Piece(read, at * layout.period, min(step, n_chunk - at) * layout.period, min(step, n_chunk - at) * layout.speech_chunk / rate_hz)
+                 for at in range(0, n_chunk, step)]]
 
-    def sec(self, ids, channels):
-        n_speech = (ids >= self.vocab.code_start).sum() + (ids == self.vocab.control['<|silent_speech|>']).sum()
-        return float(n_speech) / channels / self.dialogues.codec['rate_hz']
+    def flatten(self, i, layout):
+        try:
+            return flatten(self.dialogues[i], layout, self.vocab)
+        except ValueError as error:
+            raise ValueError(f'{os.path.join(self.dialogues.folder, self.dialogues.split)}.arrow: record {i}: {error}')
 
     def next_rows(self, n):
         """The next n rows [(row, place)] of the order, whoever trains on them."""
@@ -218,27 +286,34 @@ class Loader:
 
     def next_batch(self):
         """The next batch_size rows of this rank."""
-        return self.batch([self.garble(*row) for row in self.next_rows(self.batch_size * self.world_size)[self.rank::self.world_size]])
+        return self.batch([self.lay(*row) for row in self.next_rows(self.batch_size * self.world_size)[self.rank::self.world_size]])
 
-    def garble(self, row, place):
-        """A row in which that share of the codes that are fed but not learned is any other code. It depends on the row's
-        place in the order alone, not on the rank that reads it."""
-        if not self.user_noise:
-            return row
+    def lay(self, row, place=None):
+        """[(ids, learned, sec)] of a row's documents. Given its place in the order, the share user_noise of the codes that are
+        fed but not learned is any other code, which depends on the place alone, not on the rank that reads it."""
+        laid = []
+        for read, at, n, sec in row:
+            document = read()
+            laid.append((document.ids[at:at + n], document.learned[at:at + n], sec))
+        if not self.user_noise or place is None:
+            return laid
         rng, garbled = np.random.default_rng([2, self.seed, *place]), []
-        for ids, learned, channels in row:
+        for ids, learned, sec in laid:
             hit = ~learned & (ids >= self.vocab.code_start) & (rng.random(len(ids)) < self.user_noise)
             codes = self.vocab.code_start + rng.integers(self.vocab.n_codes, size=len(ids), dtype=np.int32)
-            garbled.append((np.where(hit, codes, ids), learned, channels))
+            garbled.append((np.where(hit, codes, ids), learned, sec))
         return garbled
 
     def measure(self, n_window=8):
-        """Counts of a whole epoch: of all its windows if they are few, else of the first in proportion. They cost about a
-        second in 50 M tokens."""
-        total = dict.fromkeys(self.counts, 0)
+        """Counts of a whole epoch: of all its windows if they are few, else of the first in proportion. All in them is laid once,
+        so that data that doesn't fit is found before the first step: about a second in 50 M tokens."""
+        total = dict.fromkeys([*self.counts, 'learned', 'text_dropped'], 0)
         for window in range(min(n_window, self.n_window)):
-            self.read_window(0, window)
-            total = {key: total[key] + self.counts[key] for key in total}
+            for read, at, n, _ in chain(*self.read_window(0, window)):
+                document = read()
+                total['learned'] += int(np.count_nonzero(document.learned[at + 1:at + n]))
+                total['text_dropped'] += document.n_dropped if at == 0 else 0
+            total.update({key: total[key] + value for key, value in self.counts.items()})
         share = min(1, n_window * self.window / len(self.dialogues))
         return {key: type(value)(value / share) for key, value in total.items()}
 
@@ -247,31 +322,29 @@ class Loader:
         for window in range(self.n_window):
             rows = self.read_window(0, window, shuffle=False)
             for at in range(self.rank * self.batch_size, len(rows), self.world_size * self.batch_size):
-                yield self.batch(rows[at:at + self.batch_size])
+                yield self.batch([self.lay(row) for row in rows[at:at + self.batch_size]])
 
     def batch(self, rows):
+        """A Batch of laid rows: documents side by side in flat arrays, then all at once."""
         B, T = len(rows), self.block_size
-        idx, pos, doc = (np.zeros((B, T), np.int64) for _ in range(3))
-        learn, targets, sec = [], [], 0.
+        n = B * T if self.padded else sum(len(ids) - 1 for row in rows for ids, _, _ in row)
+        idx, pos, doc, following = np.zeros(n, np.int64), *np.empty((3, n), np.int64)
+        scored, sec, at, number = np.zeros(n, bool), 0., 0, 0
         for b, row in enumerate(rows):
-            at = 0
-            for d, (ids, learned, channels) in enumerate(row):
-                n = len(ids) - 1        # every id is fed but the last, and predicted but the first
-                idx[b, at:at + n] = ids[:-1]
-                pos[b, at:at + n] = np.arange(n)
-                doc[b, at:at + n] = d
-                scored = np.flatnonzero(learned[1:])
-                learn.append(b * T + at + scored)
-                targets.append(ids[1:][scored])
-                sec += self.sec(ids, channels)
-                at += n
-            doc[b, at:] = len(row)      # padding is a document of its own, of which nothing is learned
-            pos[b, at:] = np.arange(T - at)
-        learn, targets = np.concatenate(learn), np.concatenate(targets).astype(np.int64)
-        silent = np.isin(targets, [self.vocab.control['<|silent_text|>'], self.vocab.control['<|silent_speech|>']])
-        stream = np.where(silent, STREAMS.index('silence'),
-                          np.where(targets >= self.vocab.code_start, STREAMS.index('speech'), STREAMS.index('text')))
-        return Batch(*map(torch.from_numpy, (idx, pos, doc, learn, targets, stream)), sec)
+            for ids, learned, each in row:
+                to = at + len(ids) - 1          # every id is fed but the last, and predicted but the first
+                idx[at:to], following[at:to], scored[at:to] = ids[:-1], ids[1:], learned[1:]
+                pos[at:to], doc[at:to] = self.places[:to - at], number
+                at, sec, number = to, sec + each, number + 1
+            if self.padded:                     # padding is a document of its own, nothing in it is learned
+                end = b * T + T
+                pos[at:end], doc[at:end] = self.places[:end - at], number
+                at, number = end, number + 1
+        learn = np.flatnonzero(scored)          # (N)
+        targets = following.take(learn)
+        silent = (targets == self.vocab.control['<|silent_text|>']) | (targets == self.vocab.control['<|silent_speech|>'])
+        stream = ((targets >= self.vocab.code_start).view(np.int8) + 2 * silent.view(np.int8)).astype(np.int64)     # as in STREAMS
+        return Batch(*(torch.from_numpy(each.reshape(B if self.padded else 1, -1)) for each in (idx, pos, doc)), *map(torch.from_numpy, (learn, targets, stream)), sec)
 
 
 class Mixture:
@@ -300,7 +373,7 @@ class Mixture:
             self.taken[order[-1]] += 1
         rows = [iter(loader.next_rows(order.count(i))) for i, loader in enumerate(self.loaders)]
         chosen = [(self.loaders[i], *next(rows[i])) for i in order][first.rank::first.world_size]
-        return first.batch([loader.garble(row, place) for loader, row, place in chosen])
+        return first.batch([loader.lay(row, place) for loader, row, place in chosen])
 
     def measure(self):
         counts = [loader.measure() for loader in self.loaders]
@@ -309,3 +382,34 @@ class Mixture:
     def epoch(self):
         for loader in self.loaders:
             yield from loader.epoch()
+
+
+class Prefetch:
+    """A loader, or a mixture, whose next batches a thread makes while the device computes: the same batches, on the device.
+    .state is the position after those that were handed out; .wait_sec is how long the caller has waited for them. What the
+    loader raises, next_batch raises. From here on the loader is the thread's: it is given its state before."""
+
+    def __init__(self, loader, device, n_ahead=2):
+        self.loader, self.device, self.state, self.wait_sec = loader, torch.device(device), loader.state, 0.0
+        if self.device.type == 'cuda' and self.device.index is None:
+            self.device = torch.device('cuda', torch.cuda.current_device())     # a thread's own current device is cuda:0
+        self.thread = ThreadPoolExecutor(1)
+        self.ahead = deque(self.thread.submit(self.read) for _ in range(n_ahead))
+
+    def read(self):
+        batch = self.loader.next_batch()
+        if self.device.type == 'cuda':
+            with torch.cuda.device(self.device):
+                batch = batch.pin_memory()
+        return batch, self.loader.state
+
+    def next_batch(self):
+        start = time.perf_counter()
+        self.ahead.append(self.thread.submit(self.read))
+        batch, self.state = self.ahead.popleft().result()
+        self.wait_sec += time.perf_counter() - start
+        return batch.to(self.device)
+
+    def close(self):
+        """Ends the thread, after the batch at hand. Without it, it ends with the process."""
+        self.thread.shutdown(cancel_futures=True)

@@ -5,11 +5,15 @@ one thing against each other. In fp32 on a CPU.
 
 import json
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import model as model_module
@@ -19,10 +23,20 @@ from model import (
     Qwen2,
     attend_by_document,
     attend_dense,
+    attend_flex,
+    attend_in_blocks,
+    choose_attention,
+    compiled,
+    document_blocks,
+    document_ends,
     document_lengths,
-    document_mask,
+    document_starts,
+    fastest_attention,
+    linear_cross_entropy,
+    score,
 )
 
+pytestmark = pytest.mark.filterwarnings('ignore:flex_attention called without torch.compile') # meant: a CPU compiles it for a minute
 TINY = ModelConfig(vocab_size=256, block_size=512, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, n_inner=96)
 DOC = torch.tensor([[0] * 5 + [1] * 12 + [2] * 7, [7] * 24, [3] * 23 + [4]]) # (3, 24)
 POS = torch.cat([torch.arange(n) for n in (5, 12, 7, 24, 23, 1)]).view(3, 24)
@@ -111,6 +125,11 @@ def test_saved_folder_opens_in_transformers_and_here(tmp_path, tie):
     again = Qwen2.from_pretrained(tmp_path)
     assert again.config == model.config
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    ours, theirs = model.hf_state_dict(), hf.state_dict()
+    assert ours.keys() == theirs.keys() - ({'lm_head.weight'} if tie else set())
+    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+    owner = model.model.layers[1].mlp.gate_up_proj.weight
+    assert ours['model.layers.1.mlp.up_proj.weight'].data_ptr() == owner[96:].data_ptr(), 'a copy, not a view'
     assert ('lm_head.weight' in load_file(tmp_path / 'model.safetensors')) == (not tie)
     config = json.loads((tmp_path / 'config.json').read_text())
     assert config['rope_theta'] == config['rope_parameters']['rope_theta'] == 5e5
@@ -122,7 +141,7 @@ def test_loaded_weights_can_be_trained(tmp_path):
     """Tied: the gradient of the head and that of the embedding meet in one matrix."""
     tiny().save_pretrained(tmp_path)
     model = Qwen2.from_pretrained(tmp_path)
-    model(tokens(1, 8), learn=torch.arange(8), targets=tokens(8)).sum().backward()
+    model(tokens(1, 8), learn=torch.arange(8), targets=tokens(8))[0].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
@@ -146,12 +165,10 @@ def test_the_past_does_not_see_the_future():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('attention', ['by document', 'dense'])
-def test_neighbours_in_a_row_do_not_see_each_other(monkeypatch, attention):
-    if attention == 'dense':
-        dense = partial(attend_dense, mask=document_mask(DOC))
-        monkeypatch.setattr(model_module, 'choose_attention', lambda idx, doc, cache: dense)
+@pytest.mark.parametrize('attention', ['by_document', 'dense', 'flex', 'varlen'])
+def test_neighbours_in_a_row_do_not_see_each_other(varlen_on_cpu, attention):
     model, idx = tiny(), tokens(3, 24)
+    model.attention = attention
     changed = torch.where(DOC == 1, (idx + 1) % 256, idx)
     a, b = model(idx, POS, DOC), model(changed, POS, DOC)
     assert torch.equal(a[DOC != 1], b[DOC != 1]) and not torch.isclose(a[DOC == 1], b[DOC == 1]).all(-1).any()
@@ -163,23 +180,119 @@ def test_document_lengths():
     assert document_lengths(torch.zeros(2, 3, dtype=torch.int64)) == [3, 3]
 
 
-def test_attention_by_document_equals_the_dense_mask(monkeypatch):
-    """Forward and gradients; on a CPU the model takes the first way, elsewhere the second."""
-    idx, learn, targets = tokens(3, 24), tokens(30, vocab_size=72, seed=1), tokens(30, seed=2)
-    choices = {'by document': partial(attend_by_document, lengths=document_lengths(DOC)),
-               'dense': partial(attend_dense, mask=document_mask(DOC))}
-    chosen = model_module.choose_attention(idx, DOC, None)
-    assert chosen.func is attend_by_document and chosen.keywords == choices['by document'].keywords
-    assert model_module.choose_attention(idx.to('meta'), DOC.to('meta'), None).func is attend_dense
-    results = []
-    for attend in choices.values():
-        monkeypatch.setattr(model_module, 'choose_attention', lambda idx, doc, cache, attend=attend: attend)
+def random_documents(B, T, mean, seed):
+    """(B, T): numbers that grow by 1 at a random 1 / mean of the positions"""
+    return (torch.rand(B, T, generator=torch.Generator().manual_seed(seed)) < 1 / mean).cumsum(1)
+
+
+@pytest.fixture
+def varlen_on_cpu(monkeypatch):
+    """varlen_attn's reference, as FlashAttention has no CPU kernel: causal attention from one end to the next."""
+    def varlen_attn(q, k, v, ends, ends_k, max_q, max_k, window_size):
+        assert window_size == (-1, 0) and ends.dtype == torch.int32 and q.size(1) == k.size(1) == v.size(1)
+        number = torch.searchsorted(ends, torch.arange(len(q)), right=True) # of each position's document
+        return attend_dense(q[None], k[None], v[None], (number[:, None] == number).tril())[0]
+    monkeypatch.setattr('torch.nn.attention.varlen.varlen_attn', varlen_attn)
+
+
+@pytest.mark.parametrize('seed, T, mean', [(0, 24, 5), (1, 24, 100), (2, 200, 70), (3, 7, 1)])
+def test_all_ways_of_attention_are_equal(varlen_on_cpu, seed, T, mean):
+    """On packed rows, forward and gradients, to the dense mask; flex forward only, as it has no backward on a CPU."""
+    doc, idx = random_documents(2, T, mean, seed), tokens(2, T, seed=seed)
+    pos, learn = torch.arange(T) - document_starts(doc), torch.arange(0, 2 * T, 3)
+    targets = idx.flatten()[learn]
+    results = {}
+    for name in ('dense', 'by_document', 'varlen', 'flex'):
         model = tiny()
-        loss = model(idx, POS, DOC, learn, targets)
-        loss.sum().backward()
-        results.append([loss] + [p.grad for p in model.parameters()])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        model.attention = name
+        if name == 'flex':
+            with torch.no_grad():
+                results[name] = [model(idx, pos, doc, learn, targets)]
+        else:
+            total, losses = model(idx, pos, doc, learn, targets)
+            total.backward()
+            results[name] = [losses] + [p.grad for p in model.parameters()]
+    for values in results.values():
+        for ours, reference in zip(values, results['dense']):
+            assert (ours - reference).norm() <= 1e-5 * reference.norm()
+
+
+@pytest.mark.parametrize('T', [1, 5, 127, 128, 129, 300])
+def test_attention_in_blocks_equals_the_whole(T):
+    """In fp32 to rounding, forward and gradients; in bf16, for which it is meant, as near to the fp32 result as SDPA's kernel is."""
+    generator = torch.Generator().manual_seed(T)
+    qkv = [torch.randn(2, T, heads, 8, generator=generator) for heads in (6, 2, 2)]
+
+    def run(attend, dtype):
+        x = [y.to(dtype).requires_grad_() for y in qkv]
+        y = attend(*x)
+        return [y] + list(torch.autograd.grad(y.float().square().sum(), x))
+    reference = run(attend_dense, torch.float32)
+    for ours, whole in zip(run(attend_in_blocks, torch.float32), reference):
+        torch.testing.assert_close(ours, whole, atol=1e-5, rtol=1e-4)
+    for ours, kernel, whole in zip(run(attend_in_blocks, torch.bfloat16), run(attend_dense, torch.bfloat16), reference):
+        assert (ours.float() - whole).norm() <= 2.5 * (kernel.float() - whole).norm() + 1e-3 * whole.norm()
+
+
+def test_bf16_on_a_cpu_takes_the_blocks(monkeypatch):
+    taken = []
+    monkeypatch.setattr(model_module, 'attend_in_blocks', lambda q, k, v: taken.append(q.size(1)) or attend_dense(q, k, v))
+    for dtype in (torch.float32, torch.bfloat16):
+        attend_by_document(*(torch.randn(1, 1224, 2, 8, dtype=dtype) for _ in range(3)), lengths=[100, 63, 1025, 36])
+    assert taken == [100]
+
+
+def test_each_device_has_its_attention(monkeypatch):
+    """Hopper and Blackwell: flex; A100 and its kin: FlashAttention, which has no fp32; a CPU: by document."""
+    assert fastest_attention(torch.device('cpu')) == 'by_document'
+    for capability, autocast, name in (((9, 0), True, 'flex'), ((10, 0), True, 'flex'), ((8, 0), True, 'varlen'),
+                                       ((8, 9), True, 'varlen'), ((8, 0), False, 'flex'), ((7, 5), False, 'flex')):
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device, capability=capability: capability)
+        monkeypatch.setattr(torch, 'is_autocast_enabled', lambda kind, autocast=autocast: autocast)
+        assert fastest_attention(torch.device('cuda')) == name, (capability, autocast)
+    doc, model = DOC, tiny()
+    for name, attend in (('flex', attend_flex), ('by_document', attend_by_document), ('dense', attend_dense)):
+        assert choose_attention(doc, name).func is attend
+    monkeypatch.setattr(model_module, 'fastest_attention', lambda device: 'unknown')
+    with pytest.raises(AssertionError, match='unknown'):
+        model(tokens(3, 24), POS, DOC)
+
+
+@pytest.mark.parametrize('B, T, mean, size', [(3, 256, 30, 16), (2, 250, 100, 16), (1, 64, 1000, 16), (2, 70, 2, 16), (2, 10, 3, 16), (2, 600, 200, 128)])
+def test_blocks_of_documents_equal_those_of_create_block_mask(B, T, mean, size):
+    """Key blocks of each query block, which all and which some of it sees, and the transpose that the gradients need."""
+    doc = random_documents(B, T, mean, seed=T)
+    ours = document_blocks(doc, size)
+    theirs = create_block_mask(lambda b, h, query, key: (doc[b, query] == doc[b, key]) & (query >= key),
+                               B, None, T, T, device='cpu', BLOCK_SIZE=size)
+    assert ours.shape == (B, 1, T, T) and ours.shape == theirs.shape and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
+    for name in ('kv', 'full_kv', 'q', 'full_q'):
+        sets = []
+        for mask in (ours, theirs):
+            counts, lists = getattr(mask, name + '_num_blocks'), getattr(mask, name + '_indices')
+            assert counts.dtype == lists.dtype == torch.int32 and lists.max() < -(-T // size)
+            sets.append([sorted(x[:n].tolist()) for n, x in zip(counts.flatten(), lists.flatten(0, 2), strict=True)])
+        assert sets[0] == sets[1], name
+
+
+def test_document_starts_and_ends():
+    """Rows 5 12 7, 24 and 23 1 again; beyond the last document there are only empty ones, up to the 256 there may be."""
+    assert document_starts(DOC).tolist() == [[0] * 5 + [5] * 12 + [17] * 7, [0] * 24, [0] * 23 + [23]]
+    ends = document_ends(DOC)
+    assert ends.tolist() == [0, 5, 17, 24, 48, 71] + [72] * 251 and ends.dtype == torch.int32
+    assert len(document_ends(DOC.new_zeros(40, 1024))) == 641
+    with pytest.raises(RuntimeError, match='over 256 documents'):
+        document_ends(torch.arange(300)[None])
+
+
+def test_masks_are_made_without_waiting_for_the_device():
+    """Fake tensors have shapes and no values: to ask for a value, or for a shape that depends on one, is an error."""
+    with FakeTensorMode():
+        doc = torch.zeros(4, 1024, dtype=torch.int64)
+        assert document_blocks(doc).kv_indices.shape == (4, 1, 8, 8)
+        assert document_ends(doc).shape == (257,)
+        with pytest.raises(DynamicOutputShapeException):
+            document_lengths(doc)
 
 
 @torch.no_grad()
@@ -229,11 +342,62 @@ def test_dropped_positions_are_forgotten():
     torch.testing.assert_close(rest, model(idx[:, 13:])[:, 7:], rtol=1e-4, atol=1e-4)
 
 
-def test_compiles_without_a_graph_break():
-    model, idx = tiny(), tokens(2, 8)
-    compiled = torch.compile(model, fullgraph=True, backend='eager')
-    args = dict(learn=torch.arange(8), targets=tokens(8))
-    torch.testing.assert_close(compiled(idx, **args), model(idx, **args))
+@pytest.mark.parametrize('attention', [None, 'varlen', 'flex'])
+def test_blocks_compile_once(varlen_on_cpu, attention):
+    """One graph for all blocks and for all batches of a shape; the compiler proper is left out, as it takes a minute."""
+    model, eager = tiny(), tiny()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.attention = attention
+    model.compile_blocks(backend='eager')
+    for seed in range(4):
+        doc, idx = random_documents(2, 48, 20, seed), tokens(2, 48, seed=seed)
+        batch = (idx, torch.arange(48) - document_starts(doc), doc, torch.arange(30 + seed), tokens(30 + seed))
+        with torch.set_grad_enabled(attention != 'flex'):
+            ours, theirs = model(*batch), eager(*batch)
+        torch.testing.assert_close(ours, theirs)
+        assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
+        assert not torch._dynamo.utils.counters['graph_break']
+    if attention is None:
+        assert model.attention == 'dense' and model.state_dict().keys() == eager.state_dict().keys()
+        ours[0].backward()
+        theirs[0].backward()
+        for p, q in zip(model.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.slow # a minute of C++
+@pytest.mark.parametrize('attention', ['dense', 'flex'])
+def test_compiled_blocks_equal_eager_ones(attention):
+    """By inductor, as on a GPU; flex forward only."""
+    model, eager, doc, idx = tiny(), tiny(), random_documents(2, 200, 50, seed=0), tokens(2, 200)
+    torch._dynamo.reset()
+    model.attention = attention
+    model.compile_blocks()
+    batch = (idx, torch.arange(200) - document_starts(doc), doc, torch.arange(400), tokens(400))
+    with torch.set_grad_enabled(attention != 'flex'):
+        ours, theirs = model(*batch), eager(*batch)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    if attention != 'flex':
+        ours[0].backward()
+        theirs[0].backward()
+        for p, q in zip(model.parameters(), eager.parameters(), strict=True):
+            assert (p.grad - q.grad).norm() <= 1e-5 * q.grad.norm()
+
+
+@pytest.mark.slow # half a minute of C++
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_compiled_score_equals_the_eager_one(dtype):
+    """As a GPU runs it, in place; the last chunk's number of rows varies and costs no further compilation."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for n in (64, 37, 100):
+        x, head, targets, weights = head_and_rows(n, n_vocab=3000, dtype=dtype)
+        logits = (x @ head.T).detach()
+        ours = logits.clone()
+        torch.testing.assert_close(compiled(score, dynamic=True)(ours, targets, weights), score(logits, targets, weights), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, logits, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+        assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
 
 
 def test_start_from_nothing():
@@ -241,11 +405,12 @@ def test_start_from_nothing():
     torch.manual_seed(0)
     model = Qwen2(replace(TINY, n_embd=256, n_inner=512))
     block = model.model.layers[1]
-    assert block.self_attn.q_proj.weight.std().item() == pytest.approx(0.0625, rel=0.05)
+    for part in block.self_attn.qkv_proj.weight.split([256, 128, 128]) + block.mlp.gate_up_proj.weight.split([512, 512]):
+        assert part.std().item() == pytest.approx(0.0625, rel=0.05)
     assert block.mlp.down_proj.weight.std().item() == pytest.approx(0.0625 / 6 ** 0.5, rel=0.05)
-    assert block.self_attn.q_proj.bias.abs().sum() == 0
-    loss = model(tokens(2, 24), learn=torch.arange(48), targets=tokens(48, seed=1)).mean().item()
-    assert loss == pytest.approx(5.55, rel=0.05)
+    assert block.self_attn.qkv_proj.bias.abs().sum() == 0
+    _, losses = model(tokens(2, 24), learn=torch.arange(48), targets=tokens(48, seed=1))
+    assert losses.mean().item() == pytest.approx(5.55, rel=0.05)
 
 
 @pytest.mark.parametrize('tie', [True, False])
@@ -271,6 +436,97 @@ def test_grown_rows(how, tie):
     with pytest.raises(ValueError, match='not .*middle'):
         model.grow(4480, list(range(4352, 4480)), 240, how='middle')
 
+
+# -----------------------------------------------------------------------------
+# the loss
+
+def head_and_rows(n, n_vocab=300, n_embd=32, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    x, head = (torch.randn(size, n_embd, generator=generator).to(dtype).requires_grad_() for size in (n, n_vocab))
+    return x, head, tokens(n, vocab_size=n_vocab), torch.rand(n, generator=generator)
+
+def whole(x, head, targets, weights):
+    """The reference: total, losses and the gradients of x and head from all logits at once."""
+    losses = F.cross_entropy(x @ head.T, targets, reduction='none')
+    total = (losses * weights).sum()
+    return [total, losses, *torch.autograd.grad(total, (x, head))]
+
+def in_chunks(x, head, targets, weights, chunk):
+    total, losses = linear_cross_entropy(x, head, targets, weights, chunk)
+    assert not losses.requires_grad
+    return [total, losses, *torch.autograd.grad(total, (x, head))]
+
+
+@pytest.mark.parametrize('chunk', [1, 7, 64, 100, 4096])
+def test_loss_in_chunks_equals_the_whole(chunk):
+    x, head, targets, weights = head_and_rows(100)
+    for ours, theirs in zip(in_chunks(x, head, targets, weights, chunk), whole(x, head, targets, weights), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5 if ours.dim() == 0 else 5e-6)
+    ours, theirs = in_chunks(x, head, targets, None, chunk), whole(x, head, targets, torch.ones(100))
+    torch.testing.assert_close(ours[3], theirs[3], rtol=1e-6, atol=5e-6)
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(x, head, targets, weights, chunk)[1], ours[1])
+
+
+def test_gradients_follow_what_becomes_of_the_total():
+    x, head, targets, weights = head_and_rows(9)
+    (linear_cross_entropy(x, head, targets, weights)[0] / 4).backward()
+    for grad, theirs in zip((x.grad, head.grad), whole(x, head, targets, weights)[2:], strict=True):
+        torch.testing.assert_close(grad, theirs / 4, rtol=1e-5, atol=1e-6)
+    total, _ = linear_cross_entropy(x, head, targets)
+    total.backward(retain_graph=True)
+    with pytest.raises(AssertionError, match='backward ran twice'):
+        total.backward()
+
+
+def test_nothing_to_learn_is_a_loss_of_zero():
+    x, head, targets, _ = head_and_rows(0)
+    total, losses = linear_cross_entropy(x, head, targets)
+    total.backward()
+    assert total == 0 and losses.shape == (0,) and x.grad.shape == (0, 32) and not head.grad.any()
+
+
+def test_bf16_matmuls_and_fp32_sums():
+    """
+    In autocast the head stays fp32 and so does its gradient. 2,048 rows a row at a time: with a bf16 sum, whose steps
+    at 256 are 2, small products would be lost and the gradient come out 10 % off; and a loss of 2,048 * 6 = 12,000
+    would be a multiple of 64.
+    """
+    x, head, targets, weights = head_and_rows(2048, n_vocab=60)
+    x = (x.detach() * 0.1 + 1).requires_grad_() # alike, so that their products add up
+    reference = whole(x, head, targets, weights)
+    with torch.autocast('cpu', torch.bfloat16):
+        ours = in_chunks(x, head, targets, weights, chunk=1)
+    for value in ours:
+        assert value.dtype == torch.float32
+    assert abs(ours[0] / reference[0] - 1) < 2e-3 and ours[0] % 1 != 0
+    for a, b in zip(ours[1:], reference[1:], strict=True):
+        assert (a - b).norm() < 0.01 * b.norm()
+
+    y, matrix = (z.detach().bfloat16().requires_grad_() for z in (x, head)) # all of the model in bf16: gradients as well
+    half = in_chunks(y, matrix, targets, weights, chunk=1)
+    assert [z.dtype for z in half] == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
+    for a, b in zip(half[1:], reference[1:], strict=True):
+        assert (a - b).norm() < 0.01 * b.norm()
+
+
+def test_logits_never_exist_whole():
+    """The largest tensor that any operation makes, in elements: chunk * V of logits, V * C of the head's gradient."""
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            self.size = max([self.size] + [x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor)])
+            return made
+
+    x, head, targets, weights = head_and_rows(2000, n_vocab=1000)
+    for chunk, size in ((2000, 2_000_000), (100, 100_000), (20, 64_000)): # 64,000: x itself
+        with Largest() as largest:
+            in_chunks(x, head, targets, weights, chunk)
+        assert largest.size == size, chunk
+
+# -----------------------------------------------------------------------------
 
 def test_flops_of_qwen2_half_a_billion():
     """

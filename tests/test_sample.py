@@ -1,6 +1,7 @@
 """Listening and talking at once: what streams equals what is computed whole, and only what a slot allows is said."""
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import sample
 from codec import write_audio
 from data.loader import Dialogues, save_dialogues
 from flatten import get_layout, unflatten
+from model import KVCache, Qwen2
 from sample import Duplex, converse, load_checkpoint
 
 
@@ -96,6 +98,62 @@ def test_past_the_context_the_oldest_chunks_leave(loaded, users):
     assert duplex.cache.next_pos == 131     # all but the last token, which rides with the next chunk
 
 
+def test_the_ring_holds_the_latest_positions(loaded):
+    """One layer's keys know only their own token, so a cache that has gone around its ring of 24 slots and forgotten all but
+    the last says what a model says that is fed those alone; pieces of 1 to 11 tokens fall across the ring's end and the
+    borders of buckets."""
+    torch.manual_seed(0)
+    model = Qwen2(replace(loaded[0].config, n_layer=1)).eval()
+    idx = torch.randint(0, 300, (2, 150))
+    for bucket in (5, 24, 256):
+        cache, at, sizes = KVCache(model, 2, max_len=24, bucket=bucket), 0, [11, 1, 7, 1, 3, 10] * 4
+        with torch.inference_mode():
+            for T in sizes:
+                cache.drop(max(0, cache.len + T - 20))
+                logits = model(idx[:, at:at + T], kv_cache=cache)
+                at += T
+                expected = model(idx[:, at - cache.len:at])[:, -1]     # positions from 0: a score depends on distances only
+                torch.testing.assert_close(logits[:, -1], expected, atol=1e-5, rtol=1e-4)
+        assert at == 132 and cache.len == 20 and cache.n_slot == 24
+
+
+def test_buckets_change_nothing(loaded, users):
+    whole = talk(loaded, users, 6)[1]
+    duplex = Duplex(loaded[0], loaded[1], loaded[2], 3)
+    duplex.cache = KVCache(duplex.model, 3, duplex.cache.max_len, bucket=16)
+    slots = []
+    for c in range(6):
+        duplex.step(users[:, c * 10:c * 10 + 10])
+        slots.append(duplex.cache.n_slot)
+    assert torch.equal(torch.cat(duplex.ids, 1), whole) and slots == [32, 48, 80, 96, 112, 144]
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason='this CPU multiplies no bfloat16')
+def test_packed_layers_equal_plain_ones(loaded, users):
+    """In bfloat16 (8 bits, 0.4 %) the layers are stored otherwise and say the same; what is said by both is much the same."""
+    model, idx = Qwen2(loaded[0].config), torch.randint(0, 300, (2, 11))
+    for block in model.model.layers:
+        torch.nn.init.normal_(block.self_attn.qkv_proj.bias)
+    packed, plain = (sample.for_decoding(model, torch.bfloat16, is_packed) for is_packed in (True, False))
+    with torch.inference_mode():
+        for T in (1, 3, 11):
+            torch.testing.assert_close(packed(idx[:, :T]), plain(idx[:, :T]), atol=2e-2, rtol=2e-2)
+    duplex = Duplex(*loaded[:3], 3, dtype=torch.bfloat16)
+    assert isinstance(duplex.model.model.layers[0].mlp.down_proj, sample.Packed) and isinstance(duplex.head['text'], sample.Packed)
+    codes = talk(loaded, users, dtype=torch.bfloat16)[1] == talk(loaded, users)[1]
+    assert codes.float().mean() > 0.5
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager(loaded, users):
+    """One graph, of a pass with one token, also does for the next bucket and after the ring's end."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    users = np.concatenate([users] * 3, 1)
+    assert torch.equal(talk(loaded, users, 18, max_context=300, compile=True)[1], talk(loaded, users, 18, max_context=300)[1])
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
+
+
 def test_duplex2_speaks_without_text(loaded, users):
     steps, ids = talk(loaded, users, layout=get_layout('duplex2'))
     assert ids.shape == (3, 80) and all(text.shape == (3, 0) for text, _ in steps)
@@ -121,6 +179,19 @@ def test_conversations_of_unequal_length(loaded):
         assert dialogue == converse(model, vocab, layout, [codes], 0)[0][0]
         assert dialogue['user'] == codes.tolist()       # up to the last frame, and no further
     assert len(chunk_sec) == max(-(-len(codes) // 10) for codes in users)
+
+
+def test_who_has_ended_leaves(loaded, monkeypatch):
+    """Six users of 1 to 9 chunks, in no order: each hears what they would hear alone, and rows are decoded about as long as needed."""
+    model, vocab, layout, codec, _ = loaded
+    lengths, n_row = [15, 90, 4, 52, 88, 30], []
+    users = [np.random.default_rng(n).integers(0, 32, n) for n in lengths]
+    talkative = dict(silence_bias=-1e6, text_weight=1e-30)      # never silent, so that nothing is cut off unseen
+    alone = [converse(model, vocab, layout, [codes], 0, **talkative)[0][0] for codes in users]
+    step = Duplex.step
+    monkeypatch.setattr(Duplex, 'step', lambda self, codes: (n_row.append(self.n_row), step(self, codes))[1])
+    assert converse(model, vocab, layout, users, 0, **talkative)[0] == alone
+    assert n_row == [6, 6, 4, 3, 3, 3, 2, 2, 2]     # wanted: 6, 5, 4, 3, 3, 3, 2, 2, 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,6 +246,7 @@ def broken(small_run, tmp_path):
     ('--checkpoint={good} --data={empty}', 'holds no test.arrow'),
     ('--checkpoint={good} --data={data} --split=tset', 'holds no tset.arrow'),
     ('--checkpoint={good} --user={six}', 'has 6 channels'),
+    ('--checkpoint={good} --user={a} --device=cpu --compile=true', 'compile is for a GPU'),
     ('--checkpoint={good}', 'give --user=FILE.wav or --data=FOLDER'),
     ('--checkpoint={good} --user={a} --temprature=1', "no setting 'temprature'"),
 ])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import config
 import train
@@ -59,7 +59,7 @@ def test_killed_and_resumed_equals_uninterrupted(toy, stages, tmp_path, monkeypa
     assert Path(train.last_state(killed.out_dir)).name == 'step-000005'
     metrics = train.main(replace(killed, resume=True))
     assert equal(weights(whole), weights(killed)) and metrics['step'] == 10
-    logs = [[{k: v for k, v in json.loads(line).items() if k != 'tokens_per_sec'} for line in open(Path(cfg.out_dir) / 'log.jsonl')] for cfg in (whole, killed)]
+    logs = [[{k: v for k, v in json.loads(line).items() if k not in ('tokens_per_sec', 'loader_wait')} for line in open(Path(cfg.out_dir) / 'log.jsonl')] for cfg in (whole, killed)]
     assert logs[0] == logs[1]
     assert train.main(replace(killed, resume=True))['step'] == 10       # finished: nothing is done again
 
@@ -162,6 +162,35 @@ def test_starts_from_a_hugging_face_folder(toy, small_tokenizer, tmp_path, capsy
         torch.testing.assert_close(grown(idx).logits[..., :n_text], theirs.float()(idx).logits[..., :n_text], atol=1e-5, rtol=0)
     metrics = train.main(replace(toy, init_from=str(base), stages='duplex3:60', eval_interval=60))
     assert metrics['val_loss'] < 2
+
+
+def test_auto_batch_takes_the_most_rows_that_fit(toy, monkeypatch):
+    """With a memory of 6 rows: of the divisors of 12 rows a step (1 2 3 4 6 12) it is 6; with a memory of none, a sentence."""
+    class Memory(torch.nn.Linear):
+        def n_param(self):
+            return 1
+
+        def forward(self, idx, pos, doc, learn, targets, weights):
+            assert idx.shape == pos.shape == doc.shape and learn.shape == targets.shape == weights.shape
+            if len(idx) > self.n_row:
+                raise torch.OutOfMemoryError(f'{self.n_row} rows')
+            return self.weight.sum() * 0, None
+    cfg, autocast, model = replace(toy, batch_tokens=12 * 128), torch.autocast('cpu', enabled=False), Memory(1, 1)
+    for model.n_row, best in ((6, 6), (5, 4), (100, 12)):
+        assert train.find_batch_size(model, cfg, autocast, 1) == best
+    model.n_row = 0
+    with pytest.raises(ValueError, match='not even one row of block_size=128 fits'):
+        train.find_batch_size(model, cfg, autocast, 1)
+    with pytest.raises(ValueError, match='auto_batch tries how much the memory of a GPU takes, and there is none'):
+        train.main(replace(toy, auto_batch=True))
+
+
+def test_a_state_of_another_version_is_named(toy):
+    train.main(replace(toy, stages='duplex3:1'))
+    path = Path(train.last_state(toy.out_dir)) / 'optimizer.safetensors'
+    save_file({name.replace('qkv_proj', 'q_proj'): x for name, x in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match='was saved by another version of this code .it has no state of .*qkv_proj'):
+        train.main(replace(toy, resume=True))
 
 
 def test_several_data_sets(toy, small_data, tmp_path):

@@ -1,0 +1,91 @@
+"""bench.py: its table is whole, and what it compares is the same."""
+import json
+import math
+
+import pytest
+import torch
+
+import bench
+from model import ModelConfig, Qwen2
+
+FIGURE = {'row', 'name', 'median', 'low', 'high', 'n', 'unit', 'note'}
+ABOUT = {'command', 'date', 'commit', 'uncommitted', 'machine', 'versions', 'dtype', 'threads', 'tiny', 'sec', 'figures', 'missing'}
+
+
+def read(path):
+    about = json.loads(path.read_text())
+    assert set(about) == ABOUT
+    for figure in about['figures']:
+        assert set(figure) == FIGURE and figure['n'] >= 1 and figure['unit']
+        assert figure['low'] <= figure['median'] <= figure['high'] and math.isfinite(figure['median']), figure
+    return about
+
+
+def test_a_tiny_run_writes_the_table_and_the_same_as_json(run, tmp_path):
+    done = run('bench.py', '--cpu', '--tiny', '--only=attention,step', f'--save={tmp_path}/b.json')
+    about = read(tmp_path / 'b.json')
+    assert about['tiny'] and about['threads'] == 1 and about['machine']['gpu'] is None and about['versions']['torch'] == torch.__version__
+    assert not about['missing'] and {figure['row'] for figure in about['figures']} == {'attention', 'step'}
+    for figure in about['figures']:
+        line = next(line for line in done.stdout.split('\n') if line.startswith(figure['row']) and figure['name'] in line)
+        assert figure['unit'] in line and f'n={figure["n"]}' in line
+    assert len({figure['name'] for figure in about['figures']}) == len(about['figures'])
+
+
+@pytest.mark.slow
+def test_all_rows_run_at_toy_size(run, tmp_path):
+    """Those of a GPU through the CPU; what is missing is what is not installed."""
+    for where, rows in ((['--cpu'], bench.CPU_ROWS), ([], bench.GPU_ROWS)):
+        run('bench.py', '--tiny', *where, f'--save={tmp_path}/b.json')
+        about = read(tmp_path / 'b.json')
+        assert {figure['row'] for figure in about['figures']} == set(rows), about['missing']
+        assert all('not installed' in each['why'] or each['why'].startswith('no /') for each in about['missing']), about['missing']
+
+
+def test_a_row_that_fails_is_a_line_and_the_others_run(monkeypatch, capsys, tmp_path):
+    def out_of_memory(bench):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 61 GiB\nmore')
+    rows = dict(full=(out_of_memory, 1, 1), fine=(lambda bench: bench.add('a figure', [1, 2, 4], 'ms'), 1, 1), late=(out_of_memory, 9999, 9999))
+    monkeypatch.setattr(bench, 'CPU_ROWS', rows)
+    monkeypatch.setattr('sys.argv', ['bench.py', '--cpu', f'--save={tmp_path}/b.json'])
+    bench.main()
+    about = read(tmp_path / 'b.json')
+    assert [(each['name'], each['median'], each['low'], each['high'], each['n']) for each in about['figures']] == [('a figure', 2, 1, 4, 3)]
+    full, late = about['missing']
+    assert full['why'] == 'OutOfMemoryError: CUDA out of memory. Tried to allocate 61 GiB' and 'left out: it takes 9999 s' in late['why']
+    assert '61 GiB' in capsys.readouterr().out
+
+
+def test_required_flops_by_hand():
+    """Qwen2-0.5B at T = 1,024, one document of which all is learned."""
+    with torch.device('meta'):
+        model = Qwen2(ModelConfig(156_032, 1024, **bench.QWEN2))
+    layer = 896 * (896 + 128 + 128) + 896 * 896 + 3 * 896 * 4864       # q, k, v; o; gate, up, down
+    assert layer == 14_909_440
+    assert model.flops_per_token(1.0, 512) == 6 * (24 * layer + 156_032 * 896) + 3 * 4 * 24 * 896 * 512
+    assert model.flops_per_token(0.5, 512) == model.flops_per_token(1.0, 512) - 3 * 156_032 * 896
+    assert 3.10e9 < model.flops_per_token(1.0, 512) < 3.13e9           # 3.119 there
+
+
+def test_peers_get_the_same_rows_targets_and_documents(tmp_path):
+    """The sum of the losses is ours: documents are kept apart, nothing is shifted twice."""
+    transformers = pytest.importorskip('transformers')
+    vocab = bench.vocabulary(600, 32)
+    bench.write_data(tmp_path, vocab, [70, 30, 50, 20, 90, 40])
+    batch = bench.make_loader(tmp_path, vocab, 'duplex3', 256, 2).next_batch()
+    assert len(batch.doc[0].unique()) > 1
+    torch.manual_seed(0)
+    model = Qwen2(ModelConfig(vocab.size, 256, **bench.TINY))
+    hf = transformers.Qwen2ForCausalLM(bench.hf_config(bench.TINY, vocab.size, 'sdpa'))
+    hf.load_state_dict(model.hf_state_dict(), strict=False)
+    total = model(batch.idx, batch.pos, batch.doc, batch.learn, batch.targets)[0]
+    theirs = hf(**bench.hf_batch(batch)).loss * len(batch.learn)
+    assert math.isclose(total.item(), theirs.item(), rel_tol=1e-5)
+
+
+def test_help_and_mistakes(monkeypatch, capsys):
+    for arguments, said in ((['--help'], '--peers'), (['--cpu', '--only=stp'], "no row 'stp'"), (['--onyl=step'], 'unrecognized arguments: --onyl')):
+        monkeypatch.setattr('sys.argv', ['bench.py', *arguments])
+        with pytest.raises(SystemExit) as end:
+            bench.main()
+        assert said in capsys.readouterr().out + str(end.value)

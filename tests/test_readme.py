@@ -1,4 +1,5 @@
 """The README is true: its commands parse, its table of files is the tree, its layouts are those of flatten.py."""
+import json
 import pathlib
 import re
 import shlex
@@ -65,6 +66,14 @@ def test_table_of_what_can_be_spoken():
     rows = [[int(cell) for cell in row.split('|')[:-1]] for row in rows]
     assert rows[:4] == [[counts[column] for column in columns] for counts in table.values()]
     assert rows[4] == [sum(column) for column in zip(*rows[:4])]
+
+
+def test_ratios():
+    """Those of the efficiency table are in the file that python bench.py --cpu wrote."""
+    figures = json.loads((ROOT / 'bench/results/cpu.json').read_text())['figures']
+    section = README[README.index('## Efficiency'):README.index('## Use your own')]
+    ratios = [f'{figure["median"]:.3g} x' for figure in figures if figure['unit'] == 'x']
+    assert len(ratios) >= 8 and sorted(ratios) == sorted(re.findall(r'[\d.]+ x(?= \|)', section))
 
 
 def test_layouts():

@@ -74,7 +74,7 @@ def attend_dense(q, k, v, mask=None):
 def attend_by_document(q, k, v, lengths):
     """
     The same on packed rows, a causal call per document: on a CPU 2 to 3 times as fast as a mask. Those of a length in
-    between take half as long in plain bf16 matmuls; the longer want too much memory that way, T * T * H a layer.
+    between take 0.6 times as long again in plain bf16 matmuls; the longer want too much memory that way, T * T * H a layer.
     """
     attend = [attend_in_blocks if q.dtype == torch.bfloat16 and 64 <= T <= 1024 else attend_dense for T in lengths]
     q, k, v = (x.flatten(0, 1).split(lengths) for x in (q, k, v)) # of each document (length, heads, D)
@@ -121,7 +121,7 @@ def document_starts(doc):
 
 def document_blocks(doc, size=128):
     """
-    doc (B, T) -> the BlockMask that create_block_mask makes in 0.9 s, in 1 ms and without a word from the device.
+    doc (B, T) -> the BlockMask that create_block_mask makes of (2, 8192) in 0.9 s on a CPU, in 2 ms and without a word from the device.
     Documents start further right the further right a query is. So the size queries of block i see something of key
     blocks first .. i, first being where the document of its first query starts; and all of key blocks whole .. i - 1,
     those right of where the document of its last query starts. In between, and at i itself, some see some:

@@ -1,0 +1,280 @@
+"""Dialogues of others: who is heard when, what their transcripts say, what is refused, and what Full-Duplex-Bench gets."""
+import json
+import sys
+
+import numpy as np
+import pytest
+
+soundfile = pytest.importorskip('soundfile', reason='pip install soundfile soxr')
+pytest.importorskip('soxr', reason='pip install soundfile soxr')
+
+from codec import read_audio  # noqa: E402
+from measures import foreign  # noqa: E402
+from sample import write_transcript  # noqa: E402
+from tests.conftest import ROOT, hum  # noqa: E402
+
+USER, ASSISTANT = [(0.4, 1.6), (3.0, 4.0)], [(1.8, 2.8), (3.8, 5.2)]      # seconds at which they speak: the second time into each other
+
+
+def speech(spans, n_sec, pitch_hz, rate=16000):
+    wave = 1e-4 * np.random.default_rng(pitch_hz).standard_normal(round(n_sec * rate)).astype(np.float32)
+    for start, end in spans:
+        said = hum(pitch_hz, end - start, rate)
+        wave[round(start * rate):round(start * rate) + len(said)] += said
+    return wave
+
+
+def write_dialogue(path, user=USER, assistant=ASSISTANT, n_sec=6.0, rate=16000):
+    soundfile.write(path, np.stack([speech(user, n_sec, 120, rate), speech(assistant, n_sec, 180, rate)], axis=1), rate)
+
+
+def spans(conversation, role):
+    return [(turn['start'], turn['end']) for turn in conversation['turns'] if turn['role'] == role]
+
+
+@pytest.mark.parametrize('vad', ['webrtc', 'energy'])
+@pytest.mark.parametrize('name, rate', [('a.wav', 16000), ('a.flac', 24000)])
+def test_voices_are_heard_when_they_speak(tmp_path, vad, name, rate):
+    if vad == 'webrtc':
+        pytest.importorskip('webrtcvad', reason='pip install webrtcvad-wheels')
+    write_dialogue(tmp_path / name, rate=rate)
+    c, = foreign.read(tmp_path, vad=vad)
+    assert (c['id'], c['n_frame'], c['wave'].shape, c['sample_rate'], c['expected'], c['chunk_frames']) == ('a', 150, (96000, 2), 16000, None, 0)
+    for role, truth in (('user', USER), ('assistant', ASSISTANT)):
+        assert np.shape(spans(c, role)) == (2, 2)
+        assert np.abs(np.array(spans(c, role)) - 25 * np.array(truth)).max() <= 2
+        inside = np.concatenate([np.arange(*span) for span in spans(c, role)])
+        assert set(np.flatnonzero(c['speaks'][role])) <= set(inside)
+    assert [turn['start'] for turn in c['turns']] == sorted(turn['start'] for turn in c['turns'])
+
+
+def test_swapped_channels_are_the_same_conversation(tmp_path):
+    for name, channels in (('here', [0, 1]), ('there', [1, 0])):
+        (tmp_path / name).mkdir()
+        write_dialogue(tmp_path / name / 'a.wav')
+        wave, rate = soundfile.read(tmp_path / name / 'a.wav')
+        soundfile.write(tmp_path / name / 'a.wav', wave[:, channels], rate)
+    one, = foreign.read(tmp_path / 'here', vad='energy')
+    other, = foreign.read(tmp_path / 'there', vad='energy', user_channel=1)
+    mirrored, = foreign.read(tmp_path / 'there', vad='energy')
+    np.testing.assert_equal(one, other)
+    assert spans(one, 'user') == spans(mirrored, 'assistant') and spans(one, 'assistant') == spans(mirrored, 'user')
+
+
+def test_time_runs_both_ways():
+    """What a detector finds in a recording played backwards is what it finds forwards: it holds on to neither end."""
+    pytest.importorskip('webrtcvad', reason='pip install webrtcvad-wheels')
+    windows = speech(USER, 6.0, 120).reshape(-1, 160)
+    for detect in (lambda x: foreign.hear_voice(x, 2), foreign.hear_energy):
+        heard = detect(windows)
+        assert heard.any() and (detect(windows[::-1, ::-1]) == heard[::-1]).all()
+    twice, once = (foreign.hear(windows.ravel(), rate_hz, round(6 * rate_hz), 'energy') for rate_hz in (25.0, 12.5))
+    assert twice.any() and (once >= twice[::2] & twice[1::2]).all() and (once <= twice[::2] | twice[1::2]).all()
+
+
+def test_a_pause_is_no_end_and_a_click_no_beginning(tmp_path):
+    """0.5 to 1.3 s, a pause of 0.4 s, then until 2.5 s: one turn, which is silent in between. A burst of 60 ms is nobody."""
+    write_dialogue(tmp_path / 'a.wav', user=[(0.5, 1.3), (1.7, 2.5), (4.0, 4.06)], assistant=[])
+    c, = foreign.read(tmp_path, vad='energy')
+    (start, end), = spans(c, 'user')
+    assert abs(start - 12.5) <= 2 and abs(end - 62.5) <= 2 and not c['speaks']['user'][35:40].any()
+    two, = foreign.read(tmp_path, vad='energy', gap_sec=0.3)
+    assert len(spans(two, 'user')) == 2 and not spans(two, 'assistant')
+
+
+WORDS = [('A', 0.40, 0.72, 'What'), ('A', 0.72, 0.88, 'is'), ('A', 1.30, 1.60, 'that?'), ('B', 1.80, 2.20, 'A'), ('B', 2.20, 2.80, 'dog.'),
+         ('A', 2.40, 2.60, 'mhm'), ('B', 3.30, 3.70, 'Yes.')]
+
+
+def rows(form):
+    table = [[role, str(start), str(end), word] for role, start, end, word in WORDS]
+    objects = [dict(role=role, start=start, end=end, word=word) for role, start, end, word in WORDS]
+    silence = [['A', '0.0', '0.4', '[silence]']]
+    return {'jsonl': '\n'.join(map(json.dumps, objects)), 'json': json.dumps(objects),
+            'tsv': 'role\tstart\tend\tword\n' + '\n'.join(map('\t'.join, table)), 'csv': '\n'.join(map(','.join, silence + table)),
+            'txt': '\n\n'.join(map('   '.join, table)) + '\n'}[form]
+
+
+@pytest.mark.parametrize('form', ['jsonl', 'json', 'tsv', 'csv', 'txt', 'alignments'])
+def test_words_become_turns_in_any_form(tmp_path, form):
+    """
+    'is' ends at 0.88 s, 'that?' starts at 1.30: a gap of 0.42 s, a pause. 'mhm' starts 0.8 s after 'that?', 'Yes.' 0.5 s after
+    'dog.': new turns. Frames are seconds * 25: 0.40 s is 10, 0.88 s is 22, 1.30 s is 32.5, to even: 32.
+    """
+    content = json.dumps(dict(alignments=[[word, [start, end], role] for role, start, end, word in WORDS])) if form == 'alignments' else rows(form)
+    (tmp_path / f'sw.{"json" if form == "alignments" else form}').write_text(content)
+    c, = foreign.read(tmp_path, user_name='A', assistant_name='B', gap_sec=0.45)
+    assert [(turn['role'], turn['start'], turn['end'], turn['text']) for turn in c['turns']] == [
+        ('user', 10, 40, 'What is that?'), ('assistant', 45, 70, 'A dog.'), ('user', 60, 65, 'mhm'), ('assistant', 82, 92, 'Yes.')]
+    assert c['turns'][0]['words'] == [dict(text='What', start=10, end=18), dict(text='is', start=18, end=22), dict(text='that?', start=32, end=40)]
+    assert c['n_frame'] == 92 and c['wave'] is None
+    assert np.flatnonzero(c['speaks']['user']).tolist() == [*range(10, 22), *range(32, 40), *range(60, 65)]
+    assert np.flatnonzero(c['speaks']['assistant']).tolist() == [*range(45, 70), *range(82, 92)]
+
+
+def test_what_sample_wrote_comes_back(tmp_path):
+    turns = [dict(role='user', start=10, end=40, text='What is that?'), dict(role='assistant', start=45, end=70, text='狗。'), dict(role='user', start=75, end=100, text='')]
+    write_transcript(str(tmp_path / 'd0.jsonl'), dict(turns=turns[::-1]), 25.0)
+    alone, = foreign.read(tmp_path)
+    assert alone['turns'] == turns and alone['n_frame'] == 100 and alone['speaks']['assistant'].sum() == 25
+    write_dialogue(tmp_path / 'd0.wav', assistant=[(1.9, 2.6), (4.5, 5.5)])         # the second is in no turn
+    c, = foreign.read(tmp_path, vad='energy')
+    assert c['turns'] == turns and c['n_frame'] == 150
+    said = np.flatnonzero(c['speaks']['assistant'])
+    assert abs(said[0] - 47.5) <= 2 and abs(said[-1] + 1 - 65) <= 2 and len(said) == said[-1] + 1 - said[0]
+
+
+def test_who_has_no_words_is_heard(tmp_path):
+    """moshi-finetune as a rule has the assistant's words only."""
+    write_dialogue(tmp_path / 'a.wav')
+    (tmp_path / 'a.json').write_text(json.dumps(dict(alignments=[['A', [1.8, 2.2], 'SPEAKER_MAIN'], ['dog.', [2.2, 2.8], 'SPEAKER_MAIN']])))
+    c, = foreign.read(tmp_path, vad='energy', assistant_name='SPEAKER_MAIN')
+    assert spans(c, 'assistant') == [(45, 70)] and [turn['text'] for turn in c['turns']] == ['', 'A dog.', '']
+    assert np.abs(np.array(spans(c, 'user')) - 25 * np.array(USER)).max() <= 2
+
+
+def line(**changes):
+    return json.dumps(dict(dict(role='user', start=0.5, end=1.0, word='hi'), **changes))
+
+
+@pytest.mark.parametrize('name, content, message', [
+    ('a.jsonl', line(role='A') + '\n' + line(role='B'), 'a.jsonl, row 1, is of role A; the file has the roles A, B, and the user is called user, '
+     'the assistant assistant: user_name and assistant_name say who is who'),
+    ('a.jsonl', line() + '\n' + line(end=0.4), 'a.jsonl, row 2, is from 0.5 s to 0.4 s: times count from 0, and an end is not before its start'),
+    ('a.jsonl', line(start=-1), 'a.jsonl, row 1, is from -1.0 s to 1.0 s'),
+    ('a.jsonl', line(end=float('nan')), 'a.jsonl, row 1, is from 0.5 s to nan s'),
+    ('a.jsonl', line(end=float('inf')), 'a.jsonl, row 1, is from 0.5 s to inf s'),
+    ('a.jsonl', line(end='soon'), 'a.jsonl, row 1, has no start and end in seconds'),
+    ('a.jsonl', line(end=None), 'a.jsonl, row 1, has no start and end in seconds'),
+    ('a.jsonl', line(text='hi'), 'a.jsonl, row 1, is neither a word (role, start, end, word) nor a turn (role, start_sec, end_sec, text)'),
+    ('a.jsonl', line(word=7), 'a.jsonl, row 1, is neither'),
+    ('a.jsonl', '7', 'a.jsonl, row 1, is neither'),
+    ('a.jsonl', line() + '\n' + json.dumps(dict(role='user', start_sec=2, end_sec=3, text='hi')), 'has words and turns in one file; keep the words'),
+    ('a.jsonl', 'hello', 'a.jsonl is no transcript (Expecting value'),
+    ('a.jsonl', '', 'a.jsonl has no rows, and there is no audio of its name beside it'),
+    ('a.json', '{"loss": 1}', 'a.json is no transcript (not a list); other files have to lie elsewhere'),
+    ('a.json', '{"alignments": [["hi", 0.5]]}', 'a.json is no transcript ('),
+    ('a.tsv', 'user\t0.5\t1.0', 'a.tsv, row 1, is neither a word'),
+    ('a.txt', 'see the wiki', 'a.txt, row 1, is neither a word')])
+def test_transcripts_that_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError) as error:
+        list(foreign.read(tmp_path))
+    assert message in str(error.value)
+
+
+def test_folders_that_are_refused(tmp_path, monkeypatch):
+    def refused(message, **options):
+        with pytest.raises(ValueError) as error:
+            list(foreign.read(tmp_path, **options))
+        assert message in str(error.value)
+
+    refused(f'{tmp_path} has no dialogue: no audio (.wav .flac .ogg .mp3) and no transcript (.jsonl .json .tsv .csv .txt)')
+    with pytest.raises(ValueError, match='no folder'):
+        foreign.read(tmp_path / 'gone')
+    soundfile.write(tmp_path / 'a.wav', np.zeros(16000), 16000)
+    refused(f'{tmp_path / "a.wav"} has 1 channel, a dialogue has two: the user on one, the assistant on the other')
+    soundfile.write(tmp_path / 'a.wav', np.zeros((16000, 3)), 16000)
+    refused('a.wav has 3 channels, a dialogue has two')
+    soundfile.write(tmp_path / 'a.wav', np.zeros((16000, 2)), 16000)
+    (tmp_path / 'a.jsonl').write_text(line(end=1.05) + '\n' + line(end=1.2))
+    refused('a.jsonl, row 2, ends at 1.2 s, the audio beside it at 1.00 s; is it cut off, or the audio of another?')
+    (tmp_path / 'a.jsonl').write_text(line(end=1.05))       # rounded, no more
+    c, = foreign.read(tmp_path, vad='energy')
+    assert spans(c, 'user') == [(12, 25)] and c['n_frame'] == 25 and not c['speaks']['assistant'].any()
+    (tmp_path / 'a.tsv').write_text('')
+    refused('has two files of transcript for a: a.jsonl and a.tsv; remove one')
+    (tmp_path / 'a.tsv').unlink()
+    refused("vad is 'silero' (webrtc or energy)", vad='silero')
+    refused('aggressiveness 4 (0 to 3)', aggressiveness=4)
+    refused('user_channel 2 (0 or 1)', user_channel=2)
+    refused("user_name 'A', assistant_name 'A' (two names)", user_name='A', assistant_name='A')
+    refused('rate_hz is 0 (above 0, up to 100)', rate_hz=0)
+    monkeypatch.setitem(sys.modules, 'webrtcvad', None)
+    refused('to hear who speaks: pip install webrtcvad-wheels, or choose vad=energy, which needs nothing')
+
+
+def conversation(tmp_path, words, n_sec=None):
+    tmp_path.mkdir()
+    (tmp_path / 'sw.txt').write_text('\n'.join(' '.join(map(str, row)) for row in words))
+    if n_sec:
+        write_dialogue(tmp_path / 'sw.wav', n_sec=n_sec)
+    return next(foreign.read(tmp_path))
+
+
+SAID = [('user', 0.4, 1.0, 'Wait,'), ('user', 1.4, 2.0, 'why?'), ('assistant', 2.4, 3.2, 'Because'), ('assistant', 3.2, 5.2, 'everything'),
+        ('user', 4.4, 5.6, 'Stop!'), ('assistant', 6.0, 6.4, 'Sorry.')]
+
+
+def test_full_duplex_bench_layout(tmp_path):
+    """
+    Two turns of the user: a question with a pause, answered 0.4 s after its end, and an interruption, after which the assistant
+    says one more word. A sample's times count from its own start: the question's from 0.4 s on.
+    """
+    c = conversation(tmp_path / 'in', SAID, n_sec=8.0)
+    assert foreign.export_full_duplex_bench([c], str(tmp_path / 'out')) == dict(smooth_turn_taking=1, pause_handling=1, user_interruption=1)
+    files = {str(path.relative_to(tmp_path / 'out')): path for path in (tmp_path / 'out').rglob('*') if path.is_file()}
+    always = 'input.wav', 'output.wav', 'output.json', 'transcription.json'
+    assert set(files) == {'samples.json'} | {f'{task}/1/{name}' for task, note in (
+        ('smooth_turn_taking', 'turn_taking.json'), ('pause_handling', 'pause.json'), ('user_interruption', 'interrupt.json')) for name in (*always, note)}
+    got = {name: json.loads(path.read_text()) for name, path in files.items() if name.endswith('.json')}
+    assert got['smooth_turn_taking/1/turn_taking.json'] == [dict(text='[TURN-TAKING]', timestamp=[1.6, 1.6])]
+    assert got['smooth_turn_taking/1/output.json'] == dict(text='Because everything', chunks=[
+        dict(text='Because', timestamp=[2.0, 2.8]), dict(text='everything', timestamp=[2.8, 4.8])])
+    assert got['smooth_turn_taking/1/transcription.json'] == [dict(text='Wait,', timestamp=[0.0, 0.6]), dict(text='why?', timestamp=[1.0, 1.6])]
+    assert got['pause_handling/1/pause.json'] == [dict(text='[PAUSE]', timestamp=[0.6, 1.0])]
+    assert got['pause_handling/1/output.json'] == dict(text='', chunks=[])
+    assert got['user_interruption/1/interrupt.json'] == [dict(context='Wait, why?', interrupt='Stop!', timestamp=[4.0, 5.2])]
+    assert got['user_interruption/1/output.json'] == dict(text='Sorry.', chunks=[dict(text='Sorry.', timestamp=[5.6, 6.0])])
+    assert got['samples.json'] == [dict(sample='smooth_turn_taking/1', id='sw', start_sec=0.4, end_sec=4.4),
+                                   dict(sample='pause_handling/1', id='sw', start_sec=0.4, end_sec=2.0),
+                                   dict(sample='user_interruption/1', id='sw', start_sec=0.4, end_sec=8.0)]
+    for channel, name in enumerate(('input.wav', 'output.wav')):
+        wave, rate = soundfile.read(files[f'smooth_turn_taking/1/{name}'], dtype='float32')
+        assert (rate, wave.shape) == (16000, (64000,))
+        np.testing.assert_allclose(wave, c['wave'][6400:70400, channel], atol=1e-4)
+    with pytest.raises(ValueError, match='is there already, its old samples would be counted with the new'):
+        foreign.export_full_duplex_bench([c], str(tmp_path / 'out'))
+
+
+def test_output_json_is_written_for_all_or_none(tmp_path):
+    """Their scripts pass over a sample without output.json: those of silent assistants alone would be counted."""
+    known, heard = conversation(tmp_path / 'a', SAID), conversation(tmp_path / 'b', SAID, n_sec=8.0)
+    for turn in heard['turns']:
+        del turn['words']
+    with pytest.raises(ValueError, match='sw has no audio, and not all words of the assistants have times'):
+        foreign.export_full_duplex_bench([known, heard], str(tmp_path / 'no'))
+    assert not (tmp_path / 'no').exists()
+    heard['turns'] = [turn for turn in heard['turns'] if turn['role'] == 'user' or turn['start'] > 140]
+    foreign.export_full_duplex_bench([heard], str(tmp_path / 'out'))
+    assert list((tmp_path / 'out').rglob('output.wav')) and not list((tmp_path / 'out').rglob('output.json'))
+    foreign.export_full_duplex_bench([known], str(tmp_path / 'words'))
+    assert list((tmp_path / 'words').rglob('output.json')) and not list((tmp_path / 'words').rglob('*.wav'))
+    with pytest.raises(ValueError, match="there is no user's turn"):
+        foreign.export_full_duplex_bench([], str(tmp_path / 'none'))
+
+
+MATERIAL = ROOT / '../shared/data'
+
+
+@pytest.mark.skipif(not MATERIAL.is_dir(), reason='no real speech in ../shared/data')
+@pytest.mark.parametrize('vad', ['webrtc', 'energy'])
+def test_real_voices_are_heard_when_they_speak(tmp_path, vad):
+    """Two readers and two short sentences on two channels, over a quiet noise: each is heard from its first 10 ms within 35 dB of
+    its loudest to its last, but for 3 frames (energy: 4, at the faint end of a sentence)."""
+    if vad == 'webrtc':
+        pytest.importorskip('webrtcvad', reason='pip install webrtcvad-wheels')
+    wave, truth = 1e-3 * np.random.default_rng(0).standard_normal((20 * 16000, 2)).astype(np.float32), []
+    for channel, start_sec, name in ((0, 0.5, 'lhotse/ljspeech/storage/LJ002-0035.wav'), (1, 2.4, 'speech/zero_shot_prompt.wav'),
+                                     (0, 5.5, 'speech/librispeech-1995-1837-0001.wav'), (1, 13.0, 'speech/output1.wav')):
+        said = read_audio(str(MATERIAL / name), 16000, 0)
+        level_db = 20 * np.log10(np.abs(said[:len(said) // 160 * 160]).reshape(-1, 160).max(1) + 1e-9)
+        loud = np.flatnonzero(level_db > level_db.max() - 35)
+        said = said[loud[0] * 160:(loud[-1] + 1) * 160]
+        start = round(start_sec * 16000)
+        wave[start:start + len(said), channel] += said
+        truth.append((channel, start_sec * 25, (start_sec + len(said) / 16000) * 25))
+    soundfile.write(tmp_path / 'a.wav', wave, 16000)
+    c, = foreign.read(tmp_path, vad=vad, gap_sec=1.0)
+    got = [(int(turn['role'] == 'assistant'), turn['start'], turn['end']) for turn in c['turns']]
+    assert len(got) == 4 and np.abs(np.array(got) - np.array(truth)).max() <= (3 if vad == 'webrtc' else 4), (got, truth)

@@ -7,7 +7,8 @@ Listens and talks: the user's speech goes in chunk by chunk, the assistant's tex
     user     ─ 10 codes ─┐                    ┌─ 10 codes ─┐
     assistant            └─► 2 text, 10 codes ┘            └─► 2 text, 10 codes        one chunk, 400 ms at 25 Hz
 
-Each dialogue becomes a stereo wav (user left, assistant right) and a transcript, a JSON line a turn with its times.
+Each dialogue becomes a stereo wav (user left, assistant right) and a transcript, a JSON line a turn with its times; all of them
+report.html, to look at and listen to.
 """
 import json
 import math
@@ -15,6 +16,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +27,12 @@ import config
 from codec import Vocabulary, load_codec, read_audio, write_audio
 from data.loader import Dialogues
 from flatten import ROLES, get_layout, unflatten
+from measures import report
+from measures.turns import conversation, find, stretches
 from model import KVCache, Qwen2
 from train import pick_device, pick_dtype
+
+MAX_REPORT = 100        # dialogues in report.html: 14 MB, if they last half a minute
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Config:
     max_context: int | None = None      # tokens remembered, then the oldest chunks leave; None: the model's block_size
     seed: int = 1337
     device: str = 'auto'                # auto: a GPU if there is one
-    dtype: str = 'auto'                 # float32 or bfloat16; auto: bfloat16 where the device multiplies it
+    dtype: str = 'auto'                 # float32, bfloat16, or on a CPU int8; auto: bfloat16 where the device multiplies it
     compile: bool = False               # on a GPU: fuses what lies between the matmuls, for a minute's compiling at the start
 
     def __post_init__(self):
@@ -74,15 +80,54 @@ class Packed(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
 
 
-def for_decoding(model, dtype, is_packed):
-    """model in dtype, which shares with the original what need not change, its linear layers packed."""
+class Int8(nn.Module):
+    """
+    A linear layer whose weight and inputs are rounded to 8 bits, both by 127ths of the largest in the row: of the weight
+    here, of x in each call, for each token by itself. For a few tokens a CPU waits for weights, and these are half of bf16's.
+    """
+
+    def __init__(self, weight, bias=None):
+        super().__init__()
+        weight = weight.detach().float()
+        scale = weight.abs().amax(1).clamp_min(1e-30) / 127
+        rows = (weight / scale[:, None]).round().to(torch.int8)
+        engine = torch.backends.quantized.engine
+        torch.backends.quantized.engine = 'fbgemm'      # 'x86' may pack for oneDNN, which takes half as long again
+        with warnings.catch_warnings():     # such tensors will go (pytorch #184982); onednn.qlinear_prepack, which stays, is slower for a few tokens
+            warnings.simplefilter('ignore', UserWarning)
+            self.weight = torch.ops.quantized.linear_prepack(
+                torch._make_per_channel_quantized_tensor(rows, scale.double(), torch.zeros(len(rows), dtype=torch.int64), 0))
+        torch.backends.quantized.engine = engine
+        self.bias = bias
+
+    def forward(self, x):
+        # linear_dynamic saves 10 us of 80 to 700, but takes one scale for all rows: users would change what others are told
+        scale = x.abs().amax(-1, keepdim=True).clamp_min_(1e-30)
+        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x / scale, 1 / 127, 128, self.weight).mul_(scale)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+def pick_linear(dtype, device, compile):
+    """-> the class that multiplies fastest in dtype, None for nn.Linear; and the dtype of all else."""
+    if dtype == torch.int8:
+        # without VNNI two products are added in 16 bits, which they may exceed
+        if device.type != 'cpu' or compile or not torch.cpu._is_vnni_supported() or 'fbgemm' not in torch.backends.quantized.supported_engines:
+            raise ValueError('dtype int8 is for CPUs with AVX-512 VNNI, and nothing is compiled: take bfloat16 or float32')
+        return Int8, torch.float32
+    # what is packed cannot be compiled, and on a CPU gains more: compiling there is for tests of what a GPU does
+    is_packed = device.type == 'cpu' and not compile and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return Packed if is_packed else None, dtype
+
+
+def for_decoding(model, dtype, linear):
+    """model in dtype, which shares with the original what need not change; its linear layers are of class linear, if given."""
     with torch.device('meta'):
         copy = Qwen2(model.config)
     copy.load_state_dict({name: x.to(dtype) for name, x in model.state_dict().items()}, assign=True)
-    for module in list(copy.model.layers.modules()) if is_packed else ():
+    for module in list(copy.model.layers.modules()) if linear else ():
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
-                setattr(module, name, Packed(child.weight, child.bias))
+                setattr(module, name, linear(child.weight, child.bias))
     return copy.eval()
 
 
@@ -105,17 +150,16 @@ class Duplex:
             raise ValueError(f'layout {layout.name} has no chunks: it cannot listen and talk at once; sample from a duplex3 or duplex2 checkpoint')
         weight = model.model.norm.weight
         self.device, dtype = weight.device, dtype or weight.dtype
-        is_on_cpu = self.device.type == 'cpu'
-        # what is packed cannot be compiled, and on a CPU gains more: compiling there is for tests of what a GPU does
-        is_packed = is_on_cpu and not compile and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        self.model, self.vocab, self.layout, self.n_row = for_decoding(model, dtype, is_packed), vocab, layout, n_row
+        linear, rest = pick_linear(dtype, self.device, compile)
+        self.model, self.vocab, self.layout, self.n_row = for_decoding(model, rest, linear), vocab, layout, n_row
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.temperature = dict(text=text_temperature, speech=speech_temperature)
         self.top_k = dict(text=text_top_k, speech=speech_top_k)
         max_context = max_context or model.config.block_size
         if max_context < 2 * layout.period:
             raise ValueError(f'max_context {max_context} holds no two chunks of {layout.period} tokens')
-        self.cache = KVCache(self.model, n_row, max_context, bucket=256 if is_on_cpu else 1024)
+        self.cache = KVCache(self.model, n_row, max_context, 32 if self.device.type == 'cpu' else 1024,
+                             torch.bfloat16 if linear is Int8 else rest)     # half of what attention reads
         self.unfed = torch.empty(n_row, 0, dtype=torch.int64, device=self.device)   # said, but not yet read by the model
         self.ids = []                   # [n_row, tokens] of the whole conversation, in pieces
         self.graphs = {}                # shape of a pass -> what was captured; only on a GPU
@@ -133,8 +177,8 @@ class Duplex:
             self.start[kind], self.bias[kind] = stretch.start, bias[stretch]
             self.head[kind] = nn.Linear(head.shape[1], len(self.bias[kind]), bias=False, device='meta')
             self.head[kind].weight = nn.Parameter(head[stretch], requires_grad=False)
-            if is_packed:
-                self.head[kind] = Packed(head[stretch])
+            if linear:
+                self.head[kind] = linear(head[stretch])
         self.compile = compile
         if compile:
             self.compile_pass()
@@ -204,7 +248,7 @@ class Duplex:
             self.next_token(kind, *inputs)
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode='thread_local'):    # in training another thread allocates meanwhile
             token = self.next_token(kind, *inputs)
         return graph, inputs, token
 
@@ -226,7 +270,7 @@ class Duplex:
         self.n_row, self.unfed, self.ids, self.graphs = n_row, self.unfed[:n_row], [ids[:n_row] for ids in self.ids], {}
 
 
-def converse(model, vocab, layout, users, silence_code, **settings):
+def converse(model, vocab, layout, users, silence_code, on_chunk=lambda: None, **settings):
     """users: [codes of each user] -> ([dialogue as sampled], seconds each chunk took). All users are listened to side by
     side, the last chunk of each is filled up with silence; who has ended leaves soon after, and costs nothing any more."""
     n = layout.speech_chunk
@@ -247,6 +291,7 @@ def converse(model, vocab, layout, users, silence_code, **settings):
             start = time.perf_counter()
             duplex.step(heard[:duplex.n_row, c * n:c * n + n])
             chunk_sec.append(time.perf_counter() - start)
+            on_chunk()
     dialogues = []
     for row, codes in zip(ids, users):
         dialogue, n_frame = unflatten(row, layout, vocab, silence_code), len(codes)
@@ -278,17 +323,6 @@ def load_checkpoint(folder, device='cpu'):
     return model, vocab, layout, codec, about['text_weight']
 
 
-def spans(is_speech, rate_hz, gap_sec=0.4):
-    """bool [n_frame] -> [(start, end)] of the stretches of speech; gaps shorter than gap_sec do not end one."""
-    edges = np.flatnonzero(np.diff(is_speech, prepend=False, append=False)).reshape(-1, 2).tolist()
-    merged = []
-    for start, end in edges:
-        if merged and start - merged[-1][1] < gap_sec * rate_hz:
-            start = merged.pop()[0]
-        merged.append((start, end))
-    return merged
-
-
 def render(dialogue, codec, user_wave=None):
     """float32 [n_sample, 2]: the user left (their own recording where there is one), the assistant right."""
     n_frame, hop = len(dialogue['user']), round(codec.sample_rate / codec.rate_hz)
@@ -310,14 +344,6 @@ def write_transcript(path, dialogue, rate_hz):
     os.replace(path + '.part', path)
 
 
-def reply_frames(dialogue):
-    """Frames from the end of each user turn to the assistant's first speech after it, None if the user speaks first."""
-    starts = sorted(turn['start'] for turn in dialogue['turns'] if turn['role'] == 'assistant')
-    users = sorted((turn['start'], turn['end']) for turn in dialogue['turns'] if turn['role'] == 'user')
-    nexts = [start for start, _ in users[1:]] + [len(dialogue['user'])]
-    return [next((start - end for start in starts if end <= start < following), None) for (_, end), following in zip(users, nexts)]
-
-
 def main(cfg):
     """Decodes what cfg names and writes it. Returns the dialogues."""
     device = pick_device(cfg.device)
@@ -329,9 +355,9 @@ def main(cfg):
         wave = read_audio(cfg.user, codec.sample_rate, cfg.user_channel)
         wave = np.concatenate([wave, np.zeros(round(cfg.reply_sec * codec.sample_rate), np.float32)])
         codes = codec.encode(wave)
-        heard = spans(~np.isin(codes, codec.silence_codes), codec.rate_hz)
+        heard = stretches(~np.isin(codes, codec.silence_codes), codec.rate_hz)
         names, waves, users = [os.path.splitext(os.path.basename(cfg.user))[0]], [wave], [codes]
-        user_turns = [[dict(role='user', start=a, end=b, text='') for a, b in heard]]      # nobody wrote down what was said
+        turns = [[dict(role='user', start=a, end=b, text='') for a, b in heard]]      # nobody wrote down what was said
     else:
         dialogues = Dialogues(cfg.data, cfg.split)
         if dialogues.codec != codec.about():
@@ -342,7 +368,7 @@ def main(cfg):
         if not chosen:
             raise ValueError(f'{cfg.data}: no dialogue with a user channel in {cfg.split}')
         names, users = [d['id'] for d in chosen], [d['user'] for d in chosen]
-        user_turns = [[turn for turn in d['turns'] if turn['role'] == 'user'] for d in chosen]
+        turns = [d['turns'] for d in chosen]
     codec_sec = time.perf_counter() - start
     decoded, chunk_sec = converse(model, vocab, layout, users, silence_code, max_context=cfg.max_context, seed=cfg.seed, text_weight=text_weight,
                                   dtype=pick_dtype(cfg.dtype, device), compile=cfg.compile,
@@ -350,25 +376,31 @@ def main(cfg):
                                   text_top_k=cfg.text_top_k, speech_top_k=cfg.speech_top_k, silence_bias=cfg.silence_bias)
     out = cfg.out or os.path.join(cfg.checkpoint, 'samples')
     os.makedirs(out, exist_ok=True)
-    replies = []
+    conversations = []
     for i, (name, dialogue) in enumerate(zip(names, decoded)):
-        dialogue.update(id=name, turns=user_turns[i] + dialogue['turns'])
+        user_turns, expected = ([turn for turn in turns[i] if turn['role'] == role] for role in ROLES)
+        dialogue.update(id=name, turns=user_turns + dialogue['turns'])
         start = time.perf_counter()
         wave = render(dialogue, codec, waves[i] if waves else None)
         codec_sec += time.perf_counter() - start
         path = os.path.join(out, re.sub(r'[^\w.-]', '_', name))     # an id may hold a slash
         write_audio(path + '.wav', wave, codec.sample_rate)
         write_transcript(path + '.jsonl', dialogue, codec.rate_hz)
-        replies += reply_frames(dialogue)
+        conversations.append(conversation(name, codec.rate_hz, user_turns, dialogue, codec.silence_codes, layout.speech_chunk,
+                                          None if cfg.user else expected, wave, codec.sample_rate))
         print(f'{path}.wav  {len(wave) / codec.sample_rate:.1f} s')
         for turn in sorted(dialogue['turns'], key=lambda turn: turn['start']):
             print(f'  {turn["start"] / codec.rate_hz:6.2f} s  {turn["role"]:9}  {turn["text"] or "(speech)"}')
     chunk_ms = 1e3 * layout.speech_chunk / codec.rate_hz
     heard_sec = sum(len(codes) for codes in users) / codec.rate_hz
-    first = next((1e3 * frames / codec.rate_hz for frames in replies if frames is not None), None)
+    found = [find(c) for c in conversations]
+    first = next((1e3 * turn['response'] / codec.rate_hz for turns in found for turn in turns if turn['response'] is not None), None)
+    page = os.path.join(out, 'report.html')
+    report.write(page, os.path.normpath(out), conversations[:MAX_REPORT], found[:MAX_REPORT], note=f'{cfg.checkpoint} listens to {cfg.user or f"{cfg.data}, {cfg.split}"}.')
     print(f'chunk {chunk_ms:.0f} ms | model {1e3 * np.median(chunk_sec):.1f} ms a chunk for {len(users)} at once | codec {1e3 * codec_sec:.0f} ms in all | '
           f'real-time factor {(sum(chunk_sec) + codec_sec) / heard_sec:.3f} | first reply '
           + (f'{first:.0f} ms after the user stopped' if first is not None else 'none'))
+    print(f'look and listen: {page}')
     return decoded
 
 

@@ -134,7 +134,7 @@ def test_packed_layers_equal_plain_ones(loaded, users):
     model, idx = Qwen2(loaded[0].config), torch.randint(0, 300, (2, 11))
     for block in model.model.layers:
         torch.nn.init.normal_(block.self_attn.qkv_proj.bias)
-    packed, plain = (sample.for_decoding(model, torch.bfloat16, is_packed) for is_packed in (True, False))
+    packed, plain = (sample.for_decoding(model, torch.bfloat16, linear) for linear in (sample.Packed, None))
     with torch.inference_mode():
         for T in (1, 3, 11):
             torch.testing.assert_close(packed(idx[:, :T]), plain(idx[:, :T]), atol=2e-2, rtol=2e-2)
@@ -142,6 +142,40 @@ def test_packed_layers_equal_plain_ones(loaded, users):
     assert isinstance(duplex.model.model.layers[0].mlp.down_proj, sample.Packed) and isinstance(duplex.head['text'], sample.Packed)
     codes = talk(loaded, users, dtype=torch.bfloat16)[1] == talk(loaded, users)[1]
     assert codes.float().mean() > 0.5
+
+
+needs_vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason='this CPU has no AVX-512 VNNI')
+
+
+@needs_vnni
+def test_int8_rounds_each_row_by_itself():
+    """127 ths of the largest in a row: (127, 1) @ (254, 2) is exact, 0.4 of a 127th is gone. A row of zeros stays one, and the
+    error of a row neither depends on the others nor exceeds what 8 bits twice explain: 1 / sqrt(12) of a step, about 1 %."""
+    layer = sample.Int8(torch.tensor([[254.0, 2.0], [0.0, 0.0]]), torch.tensor([0.5, 1.0]))
+    x = torch.tensor([[127.0, 1.0], [127.0, 0.4], [0.0, 0.0]])
+    assert layer(x).tolist() == [[127 * 254 + 2 + 0.5, 1.0], [127 * 254 + 0.5, 1.0], [0.5, 1.0]]
+    torch.manual_seed(0)
+    weight, x = torch.randn(60, 200), torch.randn(2, 5, 200) * torch.tensor([1e-3, 1.0, 1e3, 1.0, 1.0])[:, None]
+    layer, exact = sample.Int8(weight), x @ weight.T
+    assert ((layer(x) - exact).norm(dim=-1) / exact.norm(dim=-1)).max() < 0.02
+    assert torch.equal(layer(x)[:, 3:4], layer(x[:, 3:4]))
+
+
+@needs_vnni
+def test_int8_says_much_the_same(loaded, users):
+    together = talk(loaded, users, dtype=torch.int8)[1]
+    assert (together == talk(loaded, users)[1]).float().mean() > 0.5
+    for row in range(3):
+        assert torch.equal(talk(loaded, users[row:row + 1], dtype=torch.int8)[1][0], together[row])
+    duplex = Duplex(*loaded[:3], 3, dtype=torch.int8)
+    assert isinstance(duplex.model.model.layers[0].mlp.down_proj, sample.Int8) and isinstance(duplex.head['text'], sample.Int8)
+    assert duplex.cache.keys.dtype == torch.bfloat16
+
+
+def test_int8_needs_its_instructions(loaded, monkeypatch):
+    monkeypatch.setattr(torch.cpu, '_is_vnni_supported', lambda: False)
+    with pytest.raises(ValueError, match='dtype int8 is for CPUs with AVX-512 VNNI'):
+        Duplex(*loaded[:3], dtype=torch.int8)
 
 
 @pytest.mark.slow
@@ -214,7 +248,7 @@ def test_a_file_gets_its_answer(small_run, tmp_path, run):
 def test_a_split_is_listened_to(small_run, tmp_path, run):
     data, checkpoint = small_run
     run('sample.py', f'--checkpoint={checkpoint}', f'--data={data}', '--n_dialogue=3', f'--out={tmp_path}')
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f'd{i}.{kind}' for i in range(3) for kind in ('jsonl', 'wav')]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f'd{i}.{kind}' for i in range(3) for kind in ('jsonl', 'wav')] + ['report.html']
 
 
 @pytest.fixture

@@ -190,9 +190,11 @@ def check(dialogue, n_codes):
         last_end[role] = end
 
 
-def flatten(dialogue, layout, vocab):
-    """dialogue -> [Document]: one, or one per turn for layouts of order 'turn'. Raises ValueError (see check)."""
-    check(dialogue, vocab.n_codes)
+def flatten(dialogue, layout, vocab, is_checked=False):
+    """dialogue -> [Document]: one, or one per turn for layouts of order 'turn'. Raises ValueError (see check, which takes a
+    fifth of the time: a loader has it done once)."""
+    if not is_checked:
+        check(dialogue, vocab.n_codes)
     if layout.order == 'chunks':
         if len(dialogue['user']) != len(dialogue['assistant']):
             raise ValueError(f'dialogue {dialogue["id"]!r} has one channel only, {layout.name} needs both')
@@ -407,7 +409,13 @@ def draw(document, layout, vocab):
     return '\n'.join(line.rstrip() for line in lines)
 
 
-GREY, GREEN, YELLOW, BOLD, PLAIN = '\033[90m', '\033[32m', '\033[33m', '\033[1m', '\033[0m'
+GREY, GREEN, YELLOW, CYAN, RED, BOLD, PLAIN = (f'\033[{n}m' for n in (90, 32, 33, 36, 31, 1, 0))
+
+
+def print_coloured(text):
+    """Without its colours where nobody would see them; NO_COLOR and FORCE_COLOR overrule (no-color.org, force-color.org)."""
+    is_coloured = sys.stdout.isatty() or os.environ.get('FORCE_COLOR')
+    print(text if is_coloured and not os.environ.get('NO_COLOR') else re.sub('\033\\[\\d+m', '', text))
 
 
 def show(dialogue, layout, vocab, rate_hz, columns=110):
@@ -500,7 +508,7 @@ def main():
             vocab = Vocabulary.load(args.tokenizer or os.path.join(args.path, 'tokenizer'), dialogues.codec['n_codes'])
             if not 0 <= args.index < len(dialogues):
                 raise ValueError(f'--index={args.index}: {args.path} has {len(dialogues)} dialogues in {args.split}')
-            return print(show(dialogues[args.index], layout, vocab, dialogues.codec['rate_hz'], os.get_terminal_size().columns if sys.stdout.isatty() else 110))
+            return print_coloured(show(dialogues[args.index], layout, vocab, dialogues.codec['rate_hz'], os.get_terminal_size().columns if sys.stdout.isatty() else 110))
         if not args.tokenizer:
             raise ValueError('--tokenizer=FOLDER is needed, a folder with tokenizer.json or vocab.json and merges.txt')
         if args.n_codes < 1:

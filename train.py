@@ -8,8 +8,10 @@ Trains a Qwen2 on flattened dialogues, on one device or on many.
     for each stage of the curriculum: rows of packed dialogues ─► loss on learned tokens ─► AdamW ─► now and then: val, save
 
 out_dir is a Hugging Face model folder with the weights that did best on val, tokenizer and codec beside them; in
-out_dir/step-000300 lies the state to continue from, in log.jsonl every line that was printed, in config.py the settings.
+out_dir/step-000300 lies the state to continue from, in log.jsonl every line that was printed, in config.py the settings,
+in report.html the loss curves and what the model answered at the last evaluation, to be heard.
 """
+import importlib.util
 import json
 import math
 import os
@@ -19,7 +21,8 @@ import shutil
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import asdict, dataclass, replace
 from glob import glob
 
 import torch
@@ -29,7 +32,9 @@ from safetensors.torch import load_file, save_file
 import config
 from codec import Vocabulary
 from data.loader import STREAMS, Dialogues, Loader, Mixture, Prefetch
-from flatten import CONTROL, get_layout
+from flatten import CONTROL, get_layout, print_coloured
+from measures.batch import draw_batch
+from measures.listen import Listener
 from model import ModelConfig, Qwen2
 
 
@@ -74,12 +79,17 @@ class Config:
     dtype: str = 'auto'                 # of the matmuls: float32, bfloat16; auto: bfloat16 where the hardware multiplies it
     compile: bool = False               # the blocks, by torch.compile: for GPUs; on a CPU it would need the dense mask, and be slower
     tensorboard: bool = True            # log there too, where tensorboard is installed
+    wandb: str | None = None            # log there too, in the project of that name
+    n_listen: int = 2                   # dialogues of val that the model listens to at each evaluation, to be heard in out_dir/report.html; 0: none
+    show: int = 0                       # print so many rows of each stage as the model gets them, in colour, and stop
     seed: int = 1337
 
     def __post_init__(self):
         for name in ('batch_size', 'batch_tokens', 'block_size', 'eval_interval', 'log_interval'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}, it has to be at least 1')
+        if self.n_listen < 0 or self.show < 0:
+            raise ValueError(f'n_listen is {self.n_listen}, show is {self.show}; they cannot be negative')
         if self.dtype not in ('auto', 'float32', 'bfloat16'):
             raise ValueError(f"dtype is {self.dtype!r}, known are 'auto', 'float32' and 'bfloat16'")
         if not 0 <= self.user_noise <= 1 or self.text_weight <= 0 or self.grad_clip < 0 or self.warmup_steps < 0:
@@ -154,7 +164,24 @@ def stream_sums(losses, batch, device):
     return sums
 
 
-def measures(sums, sec):
+def loss_sums(model, loader, device, autocast):
+    """-> stream_sums over every document of a loader once, and the seconds of conversation that they are."""
+    sums, sec = torch.zeros(2, len(STREAMS), dtype=torch.float64, device=device), 0.0
+    model.eval()
+    with torch.no_grad(), autocast:
+        for batch in loader.epoch():
+            batch = batch.to(device)
+            sums += stream_sums(model(batch.idx, batch.pos, batch.doc, batch.learn, batch.targets), batch, device)
+            sec += batch.sec
+    model.train()
+    return sums, sec
+
+
+def token_weights(batch, cfg):
+    return torch.where(batch.stream == STREAMS.index('text'), cfg.text_weight, 1.0)     # (N)
+
+
+def by_stream(sums, sec):
     """Sums by stream -> nats a token, whole and by stream, and bits a second of conversation (comparable across layouts)."""
     nats, counts = sums.tolist()
     values = {name: nats[i] / counts[i] for i, name in enumerate(STREAMS) if counts[i]}
@@ -247,6 +274,8 @@ def main(cfg):
 
     if cfg.auto_batch and device.type != 'cuda':
         raise ValueError('auto_batch tries how much the memory of a GPU takes, and there is none: give batch_size')
+    if cfg.wandb and not importlib.util.find_spec('wandb'):
+        raise ValueError(f'wandb={cfg.wandb}: wandb is not installed (pip install wandb)')
     rows_a_step = cfg.batch_tokens // cfg.block_size
     check_batch(replace(cfg, batch_size=1) if cfg.auto_batch else cfg, world_size)
 
@@ -267,7 +296,7 @@ def main(cfg):
         model = Qwen2.from_pretrained(start_from)
         if cfg.block_size > model.config.block_size:
             say(f'note: block_size={cfg.block_size}, {start_from} has seen contexts of at most {model.config.block_size}')
-        if is_ours(start_from):
+        if about_checkpoint(start_from):
             check_checkpoint(start_from, model, vocab, train_data[0])
         else:
             new = vocab.untrained + list(range(model.config.vocab_size, vocab.size))
@@ -302,6 +331,10 @@ def main(cfg):
         val_loader = Mixture([Loader(dialogues, layouts, *place, padded=padded) for dialogues in val_data], weights)
         counts = loader.measure()
         stages.append((layouts, n or max(1, round(epochs * counts['rows'] / rows_a_step)), counts['rows'] / rows_a_step, counts, loader, val_loader))
+    if cfg.show:
+        if is_main:
+            show(cfg, stages, vocab)
+        return {}
 
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]     # biases and norms: no pull towards zero
@@ -321,7 +354,8 @@ def main(cfg):
     if is_main:
         os.makedirs(cfg.out_dir, exist_ok=True)
         config.save(cfg, os.path.join(cfg.out_dir, 'config.py'))
-    log = open_log(cfg, state['step']) if is_main else lambda **_: None
+    log, log_heard = open_log(cfg, state['step']) if is_main else (lambda **_: None, None)
+    listener = Listener(cfg, vocab, val_data, dtype, say) if is_main else None
 
     n_step = sum(n for _, n, *_ in stages)
     say(f'{model.n_param() / 1e6:.1f} M parameters, {vocab.size} ids, {device}, {str(dtype).removeprefix("torch.")}, {world_size} process(es); '
@@ -330,16 +364,7 @@ def main(cfg):
 
     def evaluate(val_loader):
         """The whole val set, each rank its share."""
-        model.eval()
-        sums, sec = torch.zeros(2, len(STREAMS), dtype=torch.float64, device=device), 0.0
-        with torch.no_grad(), autocast:
-            for batch in val_loader.epoch():
-                batch = batch.to(device)
-                sums += stream_sums(model(batch.idx, batch.pos, batch.doc, batch.learn, batch.targets), batch, device)
-                sec += batch.sec
-        model.train()
-        sums, sec = reduce(sums, sec)
-        return measures(sums, sec)
+        return by_stream(*reduce(*loss_sums(model, val_loader, device, autocast)))
 
     def reduce(sums, sec):
         if world_size > 1:
@@ -350,8 +375,10 @@ def main(cfg):
 
     # training: one stage after the other, in one run with one schedule
     metrics, step, first = {}, state['step'], 0
+    learned = about_checkpoint(cfg.init_from).get('learned', []) if cfg.init_from else []
     for layouts, n_stage_step, steps_an_epoch, c, loader, val_loader in stages:
         last = first + n_stage_step
+        learned = list(dict.fromkeys([*learned, *(layout.name for layout in layouts)]))     # in this run and in those before it
         if step >= last:                # done before the run was resumed
             first = last
             continue
@@ -367,7 +394,7 @@ def main(cfg):
         else:
             loader.state = state['loader']
         batches = Prefetch(loader, device)
-        about = dict(layout=layouts[-1].name, speech_chunk=layouts[-1].speech_chunk, text_chunk=cfg.text_chunk, text_weight=cfg.text_weight,
+        about = dict(layout=layouts[-1].name, learned=learned, speech_chunk=layouts[-1].speech_chunk, text_chunk=cfg.text_chunk, text_weight=cfg.text_weight,
                      code_start=vocab.code_start, n_codes=vocab.n_codes, codec=codec)
         sums, sec, timed_from, timed_steps = torch.zeros(2, len(STREAMS), dtype=torch.float64, device=device), 0.0, time.time(), 0
         waited_sec = 0.0
@@ -379,7 +406,7 @@ def main(cfg):
             n_learned, total_weight = 0, torch.zeros((), device=device)
             for _ in range(n_micro):
                 batch = batches.next_batch()
-                weights = torch.where(batch.stream == STREAMS.index('text'), cfg.text_weight, 1.0)
+                weights = token_weights(batch, cfg)
                 with autocast:
                     total, losses = model(batch.idx, batch.pos, batch.doc, batch.learn, batch.targets, weights)     # scalar, (N)
                 total.backward()
@@ -403,7 +430,7 @@ def main(cfg):
 
             if step % cfg.log_interval == 0 or step == last or step % cfg.eval_interval == 0:
                 total, total_sec = reduce(sums, sec)    # this and the next lines wait for the device, others don't
-                seen = measures(total, total_sec)
+                seen = by_stream(total, total_sec)
                 if not math.isfinite(seen['loss'] + float(grad_norm)):
                     raise ValueError(f'loss is {seen["loss"]}, gradient norm {float(grad_norm)} at step {step}: lower learning_rate, '
                                      f'and go on from {last_state(cfg.out_dir) or "the start"} with --resume=true')
@@ -437,6 +464,9 @@ def main(cfg):
                     folder = save_state(cfg, step, model, optimizer, vocab, about, state)
                     if is_best:
                         publish(folder, cfg.out_dir)
+                    heard = listener.hear(step, model, layouts)     # the others wait at their next all-reduce
+                    log_heard(step, heard)
+                    listener.report(step, heard)
                 timed_from = time.time()
         batches.close()
         first = last
@@ -449,6 +479,21 @@ def main(cfg):
         dist.barrier()      # the first to leave would take the others' connections with it while rank 0 still saves
         dist.destroy_process_group()
     return dict(step=step, best_val_loss=state['best'], train_sec=state['train_sec'], **{f'val_{key}': value for key, value in metrics.items()})
+
+
+def show(cfg, stages, vocab):
+    """Prints the first cfg.show rows of each stage, from the tensors that the model would get."""
+    for layouts, _, _, _, loader, _ in stages:
+        print(f'stage {"+".join(layout.name for layout in layouts)}')
+        clean, n_shown = copy(loader), 0        # without user_noise, to see what it replaced
+        clean.loaders, clean.taken = [copy(each) for each in loader.loaders], list(loader.taken)
+        for each in clean.loaders:
+            each.user_noise = 0.0
+        while n_shown < cfg.show:
+            batch, told = loader.next_batch(), clean.next_batch()
+            n_row = min(len(batch.idx), cfg.show - n_shown)
+            print_coloured(draw_batch(batch, layouts, vocab, STREAMS, token_weights(batch, cfg), n_row, shutil.get_terminal_size((110, 24)).columns, told.idx))
+            n_shown += n_row
 
 
 def check_batch(cfg, world_size):
@@ -496,9 +541,10 @@ def doubts(cfg, counts, n_stage_step, steps_an_epoch, n_step):
         yield f'{counts["too_long"]} of {counts["too_long"] + counts["documents"]} documents are longer than block_size={cfg.block_size} and left out: raise it'
 
 
-def is_ours(folder):
+def about_checkpoint(folder):
+    """What a checkpoint of ours says of itself (layout, codec, …); {} of another's."""
     with open(os.path.join(folder, 'config.json')) as file:
-        return 'nanoduplex' in json.load(file)
+        return json.load(file).get('nanoduplex', {})
 
 
 def check_checkpoint(folder, model, vocab, dialogues):
@@ -506,15 +552,15 @@ def check_checkpoint(folder, model, vocab, dialogues):
     if model.config.vocab_size != vocab.size:
         raise ValueError(f'{folder}: its model has {model.config.vocab_size} ids, its tokenizer with {vocab.n_codes} codes {vocab.size}: '
                          'the checkpoint is of another vocabulary')
-    with open(os.path.join(folder, 'config.json')) as file:
-        codec = json.load(file).get('nanoduplex', {}).get('codec')
+    codec = about_checkpoint(folder).get('codec')
     if codec and codec != dialogues.codec:
         raise ValueError(f'{dialogues.folder} was made with codec {dialogues.codec["name"]} {dialogues.codec["fingerprint"]}, {folder} was trained with '
                          f'codec {codec["name"]} {codec["fingerprint"]}: prepare the data with the checkpoint\'s codec, or start another run')
 
 
 def open_log(cfg, step):
-    """log(**values) appends a line to out_dir/log.jsonl; lines after the step that a run resumes from are taken out."""
+    """log(**values) appends a line to out_dir/log.jsonl; lines after the step that a run resumes from are taken out. log_heard(step,
+    conversations) is for what can play audio. Both also write to tensorboard and wandb, where they are wanted."""
     path = os.path.join(cfg.out_dir, 'log.jsonl')
     lines = []
     if os.path.exists(path):
@@ -524,7 +570,7 @@ def open_log(cfg, step):
     with open(path + '.part', 'w') as file:
         file.writelines(lines)
     os.replace(path + '.part', path)
-    writer = None
+    writer, run = None, open_wandb(cfg) if cfg.wandb else None
     if cfg.tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -535,11 +581,43 @@ def open_log(cfg, step):
     def log(**values):
         with open(path, 'a') as file:
             file.write(json.dumps(values) + '\n')
-        if writer:
-            for key, value in values.items():
-                if isinstance(value, float):
-                    writer.add_scalar(f'{values["kind"]}/{key}', value, values['step'])
-    return log
+        scalars = {f'{values["kind"]}/{key}': value for key, value in values.items() if isinstance(value, float)}
+        for key, value in scalars.items() if writer else ():
+            writer.add_scalar(key, value, values['step'])
+        if run:
+            run.log(dict(scalars, step=values['step']))
+
+    def log_heard(step, conversations):
+        for each in conversations:
+            name, wave = f'heard/{each["id"]}', each['wave']
+            said = '\n\n'.join(f'{turn["start"] / each["rate_hz"]:.2f} s {turn["role"]}: {turn["text"]}' for turn in each['turns'])
+            if writer:
+                writer.add_text(name, said, step)
+            if writer and wave is not None:     # it plays one channel: both voices in it
+                writer.add_audio(name, wave.mean(1), step, each['sample_rate'])
+            if run and wave is not None:
+                import wandb
+                run.log({name: wandb.Audio(wave, each['sample_rate'], caption=said), 'step': step})
+    return log, log_heard
+
+
+def open_wandb(cfg):
+    """A run of wandb, which a resumed run of ours continues."""
+    import wandb
+    path = os.path.join(cfg.out_dir, 'wandb.id')
+    known = None
+    if os.path.exists(path):
+        with open(path) as file:
+            known = file.read()
+    try:
+        run = wandb.init(project=cfg.wandb, name=os.path.basename(cfg.out_dir), id=known, resume='allow', dir=cfg.out_dir, config=asdict(cfg),
+                         reinit='finish_previous')
+    except wandb.Error as error:
+        raise ValueError(f'wandb={cfg.wandb} cannot start: {error}')
+    with open(path, 'w') as file:
+        file.write(run.id)
+    run.define_metric('*', step_metric='step')      # its own counter only goes up, a resumed run goes back to its last state
+    return run
 
 
 if __name__ == '__main__':

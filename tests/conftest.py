@@ -114,5 +114,5 @@ def small_run(tmp_path_factory, small_tokenizer, small_codec):
     out = tmp_path_factory.mktemp('run') / 'run'
     train.main(train.Config(data=str(data), out_dir=str(out), stages='duplex3:30', n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_inner=64,
                             block_size=256, batch_size=4, batch_tokens=1024, eval_interval=30, learning_rate=3e-3, warmup_steps=5,
-                            device='cpu', dtype='float32', tensorboard=False))
+                            device='cpu', dtype='float32', tensorboard=False, n_listen=0))
     return data, out

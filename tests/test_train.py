@@ -1,6 +1,8 @@
 """The loop: it learns, it can be killed and go on, and ranks and micro-steps give the gradient of one big batch."""
+import importlib.util
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import config
 import train
+from measures.listen import cut, read_curves
 
 TORCHRUN = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
 
@@ -19,7 +22,7 @@ TORCHRUN = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--np
 def toy(small_data, tmp_path):
     return train.Config(data=str(small_data), out_dir=str(tmp_path / 'run'), stages='duplex3:10', n_layer=2, n_head=2, n_kv_head=1, n_embd=32,
                         n_inner=64, block_size=128, batch_size=2, batch_tokens=512, eval_interval=5, log_interval=5, warmup_steps=2,
-                        learning_rate=3e-3, device='cpu', dtype='float32', tensorboard=False)
+                        learning_rate=3e-3, device='cpu', dtype='float32', tensorboard=False, n_listen=0)
 
 
 def arguments(cfg):
@@ -91,15 +94,15 @@ def test_torchrun_equals_one_process(toy, tmp_path, run):
 
 def test_best_weights_are_those_of_the_lowest_val_loss(toy, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.2])
-    monkeypatch.setattr(train, 'measures', lambda sums, sec, real=train.measures: dict(real(sums, sec)))
+    monkeypatch.setattr(train, 'by_stream', lambda sums, sec, real=train.by_stream: dict(real(sums, sec)))
     saved = []
     monkeypatch.setattr(train, 'publish', lambda folder, out_dir, real=train.publish: (saved.append(Path(folder).name), real(folder, out_dir)))
-    real = train.measures
+    real = train.by_stream
 
     def fake(sums, sec):
         values = real(sums, sec)
         return dict(values, loss=next(losses)) if sys._getframe(1).f_code.co_name == 'evaluate' else values
-    monkeypatch.setattr(train, 'measures', fake)
+    monkeypatch.setattr(train, 'by_stream', fake)
     metrics = train.main(replace(toy, stages='duplex3:20'))
     assert saved == ['step-000005', 'step-000010'] and metrics['best_val_loss'] == 2.0
     assert not equal(load_file(Path(toy.out_dir) / 'model.safetensors'), weights(toy))
@@ -268,3 +271,142 @@ def test_data_of_another_codec_is_refused(toy, small_data, tmp_path):
         save_dialogues(str(other / f'{split}.arrow'), make_dialogues(20), dict(CODEC, fingerprint='fedcba9876543210'))
     with pytest.raises(ValueError, match='codec toy fedcba9876543210.*codec toy 0123456789abcdef'):
         train.main(replace(toy, data=str(other), init_from=toy.out_dir, out_dir=str(tmp_path / 'next')))
+
+
+@pytest.fixture
+def spoken(toy, small_run):
+    """A run whose codec can be heard: it listens to two of the five dialogues of val, of under 5 s."""
+    return replace(toy, data=str(small_run[0]), n_listen=2)
+
+
+def heard(cfg):
+    return sorted(path.name for path in (Path(cfg.out_dir) / 'listen').glob('*'))
+
+
+def test_it_is_heard_and_learns_the_same(spoken, tmp_path, capsys):
+    """Steps 5 and 10 are heard; weights, optimiser and random numbers end as those of a run that nobody listened to."""
+    soundfile = pytest.importorskip('soundfile')
+    deaf = replace(spoken, n_listen=0, out_dir=str(tmp_path / 'deaf'))
+    train.main(deaf)
+    train.main(spoken)
+    assert 'note: ' not in capsys.readouterr().out
+    states = [load_file(Path(train.last_state(cfg.out_dir)) / 'optimizer.safetensors') for cfg in (spoken, deaf)]
+    assert equal(*states) and 'rng' in states[0] and equal(weights(spoken), weights(deaf))
+    assert heard(deaf) == [] and heard(spoken) == [f'step-0000{step}-d{i}.{end}' for step in ('05', '10') for i in (0, 1) for end in ('jsonl', 'wav')]
+    from data.loader import Dialogues
+    reference = Dialogues(spoken.data, 'val')[1]
+    wave, rate = soundfile.read(Path(spoken.out_dir) / 'listen/step-000010-d1.wav')
+    assert wave.shape == (len(reference['user']) * 640, 2) and rate == 16000 and wave[:, 0].any()
+    said = [json.loads(line) for line in open(Path(spoken.out_dir) / 'listen/step-000010-d1.jsonl')]
+    assert [turn['text'] for turn in said if turn['role'] == 'user'] == [turn['text'] for turn in reference['turns'] if turn['role'] == 'user']
+    page = (Path(spoken.out_dir) / 'report.html').read_text()
+    assert 'step 10' in page and re.findall('<a href="([^"]*)', page) == ['listen/step-000005-d0.wav', 'listen/step-000005-d1.wav']
+    assert 'listen/' not in (Path(deaf.out_dir) / 'report.html').read_text()     # curves only
+
+
+@pytest.mark.parametrize('why', ['no vocoder', 'no soundfile'])
+def test_what_cannot_be_heard_does_not_stop_the_run(spoken, monkeypatch, capsys, why):
+    """A note, once; what was said is written all the same."""
+    from data.demo.mel import MelCodec
+
+    def decode(self, codes):
+        raise ValueError('no vocoder here')
+    if why == 'no vocoder':
+        monkeypatch.setattr(MelCodec, 'decode', decode)
+    else:
+        monkeypatch.setitem(sys.modules, 'soundfile', None)
+    assert train.main(spoken)['step'] == 10
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith('note: ')]
+    if why == 'no vocoder' and not importlib.util.find_spec('soundfile'):
+        why = 'no soundfile'
+    assert notes == ['note: what the model says is written, but not heard: ' + ('no vocoder here' if why == 'no vocoder' else 'pip install soundfile soxr')]
+    assert heard(spoken) == [f'step-0000{step}-d{i}.jsonl' for step in ('05', '10') for i in (0, 1)]
+    assert '<a href="listen/step-000005-d0.jsonl">step 5, d0</a>' in (Path(spoken.out_dir) / 'report.html').read_text()
+
+
+def test_stages_without_a_clock_and_data_without_a_codec(toy, capsys):
+    train.main(replace(toy, stages='asr+tts:10, duplex3:5', n_listen=2))
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith('note: ')]
+    assert len(notes) == 2 and 'asr+tts goes by turns, without a clock' in notes[0] and f'nothing is heard: no codec in {toy.data}' in notes[1]
+    assert heard(toy) == [] and (Path(toy.out_dir) / 'report.html').exists()
+
+
+def test_only_the_first_half_minute_is_listened_to():
+    turns = [dict(role='user', start=0, end=5, text='a'), dict(role='assistant', start=5, end=12, text='b'), dict(role='user', start=10, end=12, text='c')]
+    short = cut(dict(id='x', user=list(range(12)), assistant=list(range(12)), turns=turns), 10)
+    assert short['user'] == short['assistant'] == list(range(10)) and short['turns'] == [turns[0], dict(turns[1], end=10)]
+
+
+def test_curves_are_the_whole_run_thinned(tmp_path):
+    """1,001 train lines: every third, counted from the last; val, of two lines, stays."""
+    rows = [dict(kind='train', step=step, stage='x', lr=1.0, loss=step / 10, text=1.0) for step in range(1001)] + [dict(kind='val', step=step, loss=2.0, silence=3.0) for step in (500, 1000)]
+    (tmp_path / 'log.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n')
+    curves = read_curves(tmp_path / 'log.jsonl')
+    assert set(curves) == {'train loss', 'train text', 'val loss', 'val silence'} and curves['val loss'] == [(500, 2.0), (1000, 2.0)]
+    assert [step for step, _ in curves['train loss']] == list(range(1, 1001, 3)) and curves['train loss'][-1] == (1000, 100.0)
+
+
+WANDB = '''
+import json
+class Error(Exception): pass
+def put(**values):
+    with open(FILE, 'a') as file: print(json.dumps(values), file=file)
+class Audio:
+    def __init__(self, wave, sample_rate, caption): self.about = dict(audio=wave.shape, sample_rate=sample_rate, caption=caption)
+class Run:
+    def __init__(self, id): self.id = id
+    def define_metric(self, name, step_metric): put(define_metric=[name, step_metric])
+    def log(self, values): put(log={key: getattr(value, 'about', value) for key, value in values.items()})
+def init(project, name, id, resume, dir, config, reinit):
+    if project == 'offline': raise Error('no network')
+    put(init=[project, name, id, resume, dir, config['seed']])
+    return Run(id or 'made-by-wandb')
+'''
+
+
+def test_wandb(spoken, tmp_path, monkeypatch):
+    """Against a stub of its interface: scalars and audio arrive with their steps, a resumed run continues the same one."""
+    pytest.importorskip('soundfile')
+    (tmp_path / 'stub').mkdir()
+    (tmp_path / 'stub/wandb.py').write_text(f'FILE = {str(tmp_path / "put")!r}\n' + WANDB)
+    monkeypatch.syspath_prepend(tmp_path / 'stub')
+    monkeypatch.delitem(sys.modules, 'wandb', raising=False)
+    train.main(replace(spoken, stages='duplex3:5', wandb='voices'))
+    train.main(replace(spoken, stages='duplex3:6', wandb='voices', resume=True))
+    put = [json.loads(line) for line in open(tmp_path / 'put')]
+    inits, logs = [row['init'] for row in put if 'init' in row], [row['log'] for row in put if 'log' in row]
+    assert inits == [['voices', 'run', id, 'allow', spoken.out_dir, 1337] for id in (None, 'made-by-wandb')] and ['*', 'step'] in [row.get('define_metric') for row in put]
+    assert [(row['step'], next(iter(row)).split('/')[0]) for row in logs] == [(step, kind) for step in (5, 6) for kind in ('train', 'val', 'heard', 'heard')]
+    assert [step for step, _ in read_curves(Path(spoken.out_dir) / 'log.jsonl')['val loss']] == [5, 6] and len(heard(spoken)) == 8
+    assert logs[2]['heard/d0']['audio'][1] == 2 and logs[2]['heard/d0']['sample_rate'] == 16000 and 's user: ' in logs[2]['heard/d0']['caption']
+    with pytest.raises(ValueError, match='wandb=offline cannot start: no network'):
+        train.main(replace(spoken, wandb='offline'))
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    with pytest.raises(ValueError, match='pip install wandb'):
+        train.main(replace(spoken, wandb='voices'))
+
+
+def test_tensorboard_is_given_audio(spoken):
+    pytest.importorskip('tensorboard')
+    pytest.importorskip('soundfile')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    train.main(replace(spoken, tensorboard=True, stages='duplex3:5'))
+    events = EventAccumulator(spoken.out_dir).Reload()
+    assert events.Tags()['audio'] == ['heard/d0', 'heard/d1'] and [event.step for event in events.Audio('heard/d0')] == [5]
+    assert b'user: ' in events.Tensors('heard/d0/text_summary')[0].tensor_proto.string_val[0] and 'val/loss' in events.Tags()['scalars']
+
+
+def test_show_prints_the_rows_and_stops(toy, capsys, monkeypatch):
+    """Two rows of each stage; nothing is written. What user_noise replaced carries a ~, and without a terminal there are no colours."""
+    monkeypatch.delenv('FORCE_COLOR', raising=False)
+    assert train.main(replace(toy, show=2, stages='asr+tts:5, duplex3:5', user_noise=0.3, text_weight=5.0)) == {}
+    out = capsys.readouterr().out
+    assert out.count('\nrow ') == 4 and out.count('stage ') == 2 and ' text x5, ' in out and ' speech x1' in out
+    assert '~' in out.split('row 0')[1] and '!' not in re.sub('fed: .*', '', out).replace('!t', '') and '\033' not in out
+    assert not os.path.exists(toy.out_dir)
+    monkeypatch.setenv('FORCE_COLOR', '1')
+    train.main(replace(toy, show=1))
+    assert '\033[32m' in capsys.readouterr().out
+    monkeypatch.setenv('NO_COLOR', '1')
+    train.main(replace(toy, show=1))
+    assert '\033' not in capsys.readouterr().out

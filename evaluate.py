@@ -1,25 +1,34 @@
 """
-Lets a checkpoint listen to a split's users and measures how it takes turns, what it answers, and whether it says that.
+Lets a checkpoint listen to a split's users, and measures: how it takes turns, what it answers, whether it says that.
 
-    python evaluate.py --checkpoint=out/demo --data=data/demo           a table, and CHECKPOINT/metrics.json
+    python evaluate.py --checkpoint=out/demo --data=data/demo           a table, out/demo/evaluation/metrics.json and report.html
+    python evaluate.py --dialogues=recordings                           the same of finished dialogues, whoever had them: stereo
+                                                                        audio, transcripts, or both (measures/foreign.py)
 
     user       ░░░ question ░░░│                                     │░░░ next question ░░░
-    assistant  ......false.....│▓▓▓▓ answer ▓▓▓▓                     │▓▓▓▓│
-                       start   └ by 10 frames: took the turn         └────┘ by 25 frames: yielded
+    assistant                  │   ▓▓▓▓ answer ▓▓▓▓                  │▓▓▓▓│
+                               └ 3 ┘ by 5 frames: took the turn      └────┘ by 10 frames: yielded
+
+Beside ours the table has the figures of the paper (OmniFlatten, ACL 2025, tables 1 to 4): theirs, on their test data.
 """
 import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
-import numpy as np
+import torch
 from rapidfuzz.distance import Levenshtein
+from tqdm import tqdm
 
 import config
-from data.loader import Dialogues
-from sample import converse, load_checkpoint
-from train import last_state, pick_device
+from data.loader import STREAMS, Dialogues, Loader
+from flatten import ROLES, get_layout
+from measures import foreign, judge, report, words
+from measures.turns import PATIENCE_SEC, conversation, find, share, summarise, who_speaks
+from sample import converse, load_checkpoint, render
+from train import about_checkpoint, by_stream, last_state, loss_sums, pick_device, pick_dtype
 
 
 @dataclass(frozen=True)
@@ -28,12 +37,88 @@ class Config:
     data: str = 'data/demo'
     split: str = 'test'
     n_dialogue: int = 0                 # the first so many; 0: all
+    dialogues: str | None = None        # instead of checkpoint and data: a folder of finished dialogues
+    user_channel: int = 0               # of those: the audio channel on which the user is, 0 or 1
+    user_name: str = 'user'             # what their transcripts call the user, and the assistant
+    assistant_name: str = 'assistant'
+    vad: str = 'webrtc'                 # how speech is heard where nobody noted it: webrtc, or by energy
+    out: str | None = None              # folder for what is written; None: 'evaluation' in the checkpoint, or in the folder of dialogues
+    n_report: int = 100                 # dialogues in report.html; 0: no report
+    export: str | None = None           # a new folder, for the scripts of Full-Duplex-Bench
+    # decoding
     batch_size: int = 64                # dialogues listened to side by side
     text_temperature: float = 0.0
     speech_temperature: float = 0.0
     silence_bias: float = 0.0
     seed: int = 1337
     device: str = 'auto'                # auto: a GPU if there is one
+    dtype: str = 'auto'                 # float32 or bfloat16; auto: bfloat16 where the device multiplies it
+    # others' ears and opinions
+    whisper: str | None = None          # a folder with Whisper: does the assistant say what it writes
+    judge_url: str | None = None        # an OpenAI-compatible endpoint, 'http://localhost:8000/v1': scores the answers from 1 to 10
+    judge_model: str = 'default'        # what that endpoint calls the model
+    judge_prompt: str | None = None     # a text file; None: measures/judge.txt
+    judge_usd_per_m_in: float = 0.0     # price of a million tokens read, and written, for the costs
+    judge_usd_per_m_out: float = 0.0
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.n_dialogue < 0 or self.n_report < 0:
+            raise ValueError('batch_size has to be at least 1, n_dialogue and n_report not below 0')
+        if self.user_channel not in (0, 1):
+            raise ValueError(f'user_channel is {self.user_channel}: a stereo file has 0 and 1')
+
+
+# label, the figure or the figures of a line, OmniFlatten's, Moshi's
+ROWS = [
+    ('turns of the user; answers due', 'n_turn n_answer_due', '', ''),
+    *((f'assistant takes the turn, Acc@{k}: by, at', f'assistant_acc_by_{k} assistant_acc_at_{k}', theirs, moshi)
+      for k, theirs, moshi in ((1, '20.6 %', '2.9 %'), (5, '53.6 %', '18.8 %'), (10, '66.3 %', '38.5 %'), (25, '71.7 %', '55.1 %'))),
+    ('… response, mean, median', 'response_ms response_median_ms', '193 ms', '553 ms'),
+    (f'… none within {PATIENCE_SEC} s', 'no_answer_rate', '', ''),
+    ('… false starts, in a turn of the user', 'false_start_rate', '', ''),
+    ('… pauses of the user; taken for the end', 'n_pause pause_taken_rate', '', ''),
+    ('… speaks again, unprompted', 'unprompted_rate', '', ''),
+    ('user interrupts, times', 'n_interruption', '', ''),
+    *((f'… assistant yields, Acc@{k}: by, at', f'user_acc_by_{k} user_acc_at_{k}', theirs, moshi)
+      for k, theirs, moshi in ((1, '10.9 %', '0.0 %'), (5, '30.9 %', '6.2 %'), (10, '41.8 %', '14.8 %'), (25, '51.8 %', '45.7 %'))),
+    ('… after, mean, median', 'yield_ms yield_median_ms', '287 ms', '753 ms'),
+    (f'… not within {PATIENCE_SEC} s', 'no_yield_rate', '', ''),
+    ('backchannels of the user; that stopped it', 'n_backchannel backchannel_stopped_rate', '', ''),
+    ('both speak, neither does', 'both_speak neither_speaks', '', ''),
+    ('gap, user to assistant, back', 'gap_user_to_assistant_ms gap_assistant_to_user_ms', '', ''),
+    ('answers that can be compared; right', 'n_answer answer_accuracy', '', ''),
+    ('… word errors, character errors', 'answer_wer answer_cer', '', ''),
+    ("… speech codes: errors, another answer's", 'code_error_rate code_error_rate_of_another_answer', '', ''),
+    ('… as Whisper hears it: words, characters', 'said_wer said_cer', '', ''),
+    ('judge, 1 to 10: answers judged, score', 'n_judged_answers judge_score_of_answers', '4.88 en, 5.6 zh', '3.92 en'),
+    ("… the reference's", 'n_judged_reference judge_score_of_reference', '7.65 en, 6.83 zh', ''),
+    *((f'ASR of the {role}: words, characters', f'asr_{role}_wer asr_{role}_cer', '7.91 en, 26.1 zh', '') for role in ('user', 'assistant')),
+    ('TTS by the same ASR: words, characters', 'tts_assistant_wer tts_assistant_cer', '', ''),
+    ('TTS by Whisper: words, characters', 'tts_assistant_whisper_wer tts_assistant_whisper_cer', '4.51 en, 4.46 zh', ''),
+]
+
+
+def written(key, value):
+    if value is None:
+        return '-'
+    if key.endswith('_ms'):
+        return f'{value:.0f} ms'
+    if key.startswith('n_'):
+        return str(value)
+    if key.startswith('judge'):
+        return f'{value:.2f}'
+    return f'{100 * value:.1f} %'
+
+
+def table(metrics):
+    """[(label, ours, OmniFlatten's, Moshi's)] of what was measured, as text."""
+    rows = [(label, ', '.join(written(key, metrics.get(key)) for key in keys.split()), theirs, moshi) for label, keys, theirs, moshi in ROWS
+            if any(metrics.get(key) is not None for key in keys.split())]
+    for name, losses in metrics.get('loss', {}).items():
+        kinds = [kind for kind in STREAMS if kind in losses]
+        rows.append((f'loss of {name}, nats a token: {", ".join(kinds)}', ', '.join(f'{losses[kind]:.3f}' for kind in kinds), '', ''))
+        rows.append(('… all; bits a second', f'{losses["loss"]:.3f}, {losses["bits_per_sec"]:.1f}', '', ''))
+    return rows
 
 
 def plain(text):
@@ -41,105 +126,146 @@ def plain(text):
     return ' '.join(''.join(c if c.isalnum() else ' ' for c in text.lower()).split())
 
 
-def turn_taking(reference, decoded):
+def answers(found, decoded, references):
     """
-    What the assistant of one decoded dialogue did about each of the reference's user turns: a list of dicts with
-      response    frames from the end of the turn until the assistant starts to speak, before the next turn; or None
-      false_start did the assistant begin to speak inside the turn
-      unprompted  did it, after the turn, begin to speak a second time although nobody had said more
-      yielded     frames from the start of the turn until the assistant was silent; None where it was not speaking
-      answer      what it wrote then; expected: the reference's text, None where the user interrupted that
-      codes, expected_codes   what it said then, likewise
+    Answers against the reference's, where the user lets it finish: is the text the same (answer_accuracy), how many of its words
+    are wrong, and how many of the codes (edit distance; as a yardstick that to the next question's answer). Answers with a text
+    only, so nothing of duplex2's texts. -> figures
     """
-    n_frame = len(reference['user'])
-    speaking = np.zeros(n_frame + 1, bool)
-    theirs = [turn for turn in decoded['turns'] if turn['role'] == 'assistant']
-    for turn in theirs:
-        speaking[turn['start']:turn['end']] = True
-    users = sorted((turn for turn in reference['turns'] if turn['role'] == 'user'), key=lambda turn: turn['start'])
-    answers = sorted((turn for turn in reference['turns'] if turn['role'] == 'assistant'), key=lambda turn: turn['start'])
-    found = []
-    for user, following in zip(users, users[1:] + [None]):
-        until = following['start'] if following else n_frame
-        start = min((turn['start'] for turn in theirs if user['end'] <= turn['start'] < until), default=None)
-        said = [turn for turn in theirs if user['start'] <= turn['start'] < until]
-        expected = next((turn for turn in answers if user['start'] < turn['start'] <= until), None)
-        is_whole = expected is not None and expected['end'] <= until
-        found.append(dict(
-            response=None if start is None else start - user['end'],
-            unprompted=sum(user['end'] <= turn['start'] < until for turn in theirs) > 1,
-            false_start=any(user['start'] < turn['start'] < user['end'] for turn in theirs),
-            yielded=int(np.flatnonzero(~speaking[user['start']:])[0]) if speaking[user['start'] - 1] and speaking[user['start']] else None,
-            answer=' '.join(turn['text'] for turn in said),
-            codes=[code for turn in said for code in decoded['assistant'][turn['start']:turn['end']]],
-            expected=expected['text'] if is_whole else None,
-            expected_codes=[int(code) for code in reference['assistant'][expected['start']:expected['end']]] if is_whole else None))
+    pairs, codes = [], []
+    for turns, dialogue, reference in zip(found, decoded, references):
+        for turn in turns:
+            if turn['due']:
+                pairs.append((turn['due']['text'], ' '.join(said['text'] for said in turn['said'])))
+                codes.append(([code for said in turn['said'] for code in dialogue['assistant'][said['start']:said['end']]],
+                              reference['assistant'][turn['due']['start']:turn['due']['end']].tolist()))
+    distances = [Levenshtein.normalized_distance(*both) for both in codes]
+    others = [Levenshtein.normalized_distance(said, other) for (said, _), (_, other), (text, _), (another, _) in
+              zip(codes, codes[1:] + codes[:1], pairs, pairs[1:] + pairs[:1]) if plain(text) != plain(another)]
+    figures = dict(n_answer=len(pairs), code_error_rate=share(distances), code_error_rate_of_another_answer=share(others))
+    if any(written for _, written in pairs):
+        errors = words.error_rate(*zip(*pairs))
+        figures |= dict(answer_accuracy=share(plain(due) == plain(text) for due, text in pairs), answer_wer=errors['wer'], answer_cer=errors['cer'])
+        for due, text in [pair for pair in pairs if plain(pair[0]) != plain(pair[1])][:5]:
+            print(f'  wrong: {text!r}, expected {due!r}')
+    return figures
+
+
+def losses(model, vocab, dialogues, names, speech_chunk, text_chunk, device, dtype):
+    """{layout: loss by stream in nats a token, bits a second of conversation} of all documents of a split."""
+    found, block_size = {}, model.config.block_size
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    for name in names:
+        layout = get_layout(name, speech_chunk if name.startswith('duplex') else None, text_chunk if name.startswith('duplex') else None)
+        loader = Loader(dialogues, [layout], vocab, block_size, max(1, 8192 // block_size), padded=device.type != 'cpu')
+        sums, sec = loss_sums(model, loader, device, autocast)
+        if sec:
+            found[name] = by_stream(sums, sec)
     return found
 
 
-def summarise(found, rate_hz):
-    """The table over all user turns. Shares are of those turns that the measure speaks of; None where there are none."""
-    def share(values):
-        values = list(values)
-        return float(np.mean(values)) if values else None
-
-    whole = [turn for turn in found if turn['expected'] is not None]
-    responses = [turn['response'] for turn in found if turn['response'] is not None]
-    interrupted = [turn['yielded'] for turn in found if turn['yielded'] is not None]
-    others = whole[1:] + whole[:1]      # another question's answer, as a yardstick: what would a wrong answer measure
-    right = [plain(turn['answer']) == plain(turn['expected']) for turn in whole]
-    return dict(
-        n_question=len(found), n_answer=len(whole), n_interruption=len(interrupted),
-        answer_accuracy=share(right),
-        **{f'assistant_acc_by_{k}': share(turn['response'] is not None and turn['response'] < k for turn in found) for k in (1, 5, 10, 25)},
-        response_ms=1e3 * share(responses) / rate_hz if responses else None,
-        false_start_rate=share(turn['false_start'] for turn in found),
-        unprompted_rate=share(turn['unprompted'] for turn in found),
-        **{f'user_acc_by_{k}': share(frames < k for frames in interrupted) for k in (10, 25)},
-        yield_ms=1e3 * share(interrupted) / rate_hz if interrupted else None,
-        code_error_rate=share(Levenshtein.normalized_distance(turn['codes'], turn['expected_codes']) for turn in whole),
-        code_error_rate_of_another_answer=share(Levenshtein.normalized_distance(turn['codes'], other['expected_codes'])
-                                                for turn, other in zip(whole, others) if plain(turn['expected']) != plain(other['expected'])))
-
-
-def main(cfg):
-    if cfg.batch_size < 1 or cfg.n_dialogue < 0:
-        raise ValueError('batch_size has to be at least 1, n_dialogue at least 0')
+def from_checkpoint(cfg):
+    """-> (metrics, conversations, what each turn came to)"""
     device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
     model, vocab, layout, codec, text_weight = load_checkpoint(cfg.checkpoint, device)
+    about = about_checkpoint(cfg.checkpoint)
+    names = about.get('learned', [about['layout']])     # checkpoints of before this was noted: the last
     dialogues = Dialogues(cfg.data, cfg.split)
     if dialogues.codec != codec.about():
         raise ValueError(f'{cfg.data} was made with codec {dialogues.codec["name"]} {dialogues.codec["fingerprint"]}, {cfg.checkpoint} was trained '
                          f'with codec {codec.name} {codec.fingerprint}: prepare the data with the checkpoint\'s codec')
-    references = [dialogues[i] for i in range(min(cfg.n_dialogue or len(dialogues), len(dialogues)))]
-    references = [reference for reference in references if len(reference['user']) == len(reference['assistant'])]
-    if not references:
-        raise ValueError(f'{cfg.data} has no two-sided dialogue in {cfg.split}')
-    found, start, chunk_sec = [], time.perf_counter(), []
-    for at in range(0, len(references), cfg.batch_size):
-        batch = references[at:at + cfg.batch_size]
-        decoded, sec = converse(model, vocab, layout, [reference['user'] for reference in batch], int(codec.silence_codes[0]), seed=cfg.seed, text_weight=text_weight,
-                                text_temperature=cfg.text_temperature, speech_temperature=cfg.speech_temperature, silence_bias=cfg.silence_bias)
-        chunk_sec += sec
-        found += [turn for pair in zip(batch, decoded) for turn in turn_taking(*pair)]
-        print(f'{min(at + cfg.batch_size, len(references))} of {len(references)} dialogues, {time.perf_counter() - start:.0f} s', flush=True)
-    metrics = summarise(found, codec.rate_hz)
+    print(f'{cfg.checkpoint}: losses of {cfg.data}, {cfg.split}', flush=True)
+    metrics = dict(n_param=model.n_param(), loss=losses(model, vocab, dialogues, names, about['speech_chunk'] or None, about['text_chunk'], device, dtype))
     state = last_state(cfg.checkpoint)
     if state:
         with open(os.path.join(state, 'state.json')) as file:
             trained = json.load(file)
         metrics.update(train_sec=trained['train_sec'], train_steps=trained['step'], hours_heard=trained['sec_heard'] / 3600)
-    metrics.update(n_param=model.n_param(), decode_sec=time.perf_counter() - start)
-    path = os.path.join(cfg.checkpoint, 'metrics.json')
+    references = [dialogues[i] for i in range(min(cfg.n_dialogue or len(dialogues), len(dialogues)))]
+    if layout.order == 'turn':      # after alignment, as in the paper: whoever goes on to dialogue forgets it
+        asr, tts = ([role for role in ROLES if {task, f'{task}.{role}'} & set(names)] for task in ('asr', 'tts'))
+        tts = [role for role in tts if role in asr or cfg.whisper]      # an ear that never learned a voice cannot judge it
+        print(f'its ear ({", ".join(asr)}) and its voice ({", ".join(tts) or "which it has no ear for"})', flush=True)
+        heard = words.alignment(model, vocab, codec, references, asr=asr, tts=tts, whisper=cfg.whisper, text_weight=text_weight)
+        metrics |= {f'{name}_{key}': figures[key] for name, figures in heard.items() for key in ('wer', 'cer')}
+    both = [reference for reference in references if len(reference['user']) == len(reference['assistant'])]
+    if layout.order != 'chunks':
+        return metrics, [], []
+    if not both:
+        raise ValueError(f'{cfg.data} has no two-sided dialogue in {cfg.split}')
+    both.sort(key=lambda reference: len(reference['user']))     # those side by side end together
+    decoded, start, n = [], time.perf_counter(), layout.speech_chunk
+    batches = [both[at:at + cfg.batch_size] for at in range(0, len(both), cfg.batch_size)]
+    with tqdm(total=sum(-(-len(batch[-1]['user']) // n) for batch in batches), desc='listening', unit=' chunks', leave=False, disable=None) as bar:
+        for batch in batches:
+            decoded += converse(model, vocab, layout, [reference['user'] for reference in batch], int(codec.silence_codes[0]), bar.update, seed=cfg.seed,
+                                text_weight=text_weight, text_temperature=cfg.text_temperature, speech_temperature=cfg.speech_temperature,
+                                silence_bias=cfg.silence_bias, dtype=dtype)[0]
+    metrics['decode_sec'] = time.perf_counter() - start
+    print(f'{len(both)} dialogues heard in {metrics["decode_sec"]:.0f} s', flush=True)
+    conversations = []
+    for i, (reference, dialogue) in enumerate(zip(both, decoded)):
+        turns = {role: [turn for turn in reference['turns'] if turn['role'] == role] for role in ROLES}
+        wave = render(dialogue, codec) if i < cfg.n_report or cfg.whisper or cfg.export else None
+        conversations.append(conversation(reference['id'], codec.rate_hz, turns['user'], dialogue, codec.silence_codes, n, turns['assistant'], wave, codec.sample_rate))
+    found = [find(c) for c in conversations]
+    return metrics | answers(found, decoded, both), conversations, found
+
+
+def main(cfg):
+    """Measures what cfg names, prints and writes it. Returns the metrics."""
+    out = cfg.out or os.path.join(cfg.dialogues or cfg.checkpoint, 'evaluation')
+    if cfg.dialogues:
+        conversations = list(foreign.read(cfg.dialogues, user_channel=cfg.user_channel, user_name=cfg.user_name, assistant_name=cfg.assistant_name, vad=cfg.vad))
+        metrics, found = {}, [find(c) for c in conversations]
+    else:
+        metrics, conversations, found = from_checkpoint(cfg)
+    if conversations:
+        metrics |= summarise([turn for turns in found for turn in turns], conversations[0]['rate_hz']) | who_speaks(conversations)
+    if conversations and cfg.whisper:
+        said = words.said_as_written(conversations, cfg.whisper, device=pick_device(cfg.device))
+        metrics |= dict(said_wer=said['wer'], said_cer=said['cer'])
+    os.makedirs(out, exist_ok=True)
+    save(metrics, out)
+    if conversations and cfg.judge_url:     # last: a server that fails does not take the rest along
+        metrics |= judged(cfg, conversations, os.path.join(out, 'judge.jsonl'))
+        save(metrics, out)
+    rows = table(metrics)
+    width = max(len(label) for label, *_ in rows)
+    print(f'\n{"":{width}}  {"ours":>22}  {"OmniFlatten":>15}  {"Moshi":>7}      (theirs: from the paper, other test data)')
+    for label, ours, theirs, moshi in rows:
+        print(f'{label:{width}}  {ours:>22}  {theirs:>15}  {moshi:>7}'.rstrip())
+    if cfg.export:
+        counts = foreign.export_full_duplex_bench(conversations, cfg.export)
+        print(f'{cfg.export}: ' + ', '.join(f'{n} of {task}' for task, n in counts.items()))
+    if conversations and cfg.n_report:
+        path = os.path.join(out, 'report.html')
+        report.write(path, os.path.normpath(out), conversations[:cfg.n_report], found[:cfg.n_report],
+                     [(label, ours, ' / '.join(filter(None, (theirs, moshi)))) for label, ours, theirs, moshi in rows],
+                     note=(cfg.dialogues or f'{cfg.data}, {cfg.split}') + f': {len(conversations)} dialogues. Theirs: OmniFlatten / Moshi, from the paper, on other test data.')
+        print(f'look and listen: {path}')
+    return metrics
+
+
+def save(metrics, out):
+    path = os.path.join(out, 'metrics.json')
     with open(path + '.part', 'w') as file:
         json.dump(metrics, file, indent=1)
     os.replace(path + '.part', path)
-    for turn in [turn for turn in found if turn['expected'] and plain(turn['answer']) != plain(turn['expected'])][:5]:
-        print(f'  wrong: {turn["answer"]!r}, expected {turn["expected"]!r}')
-    for key, value in metrics.items():
-        unit = 'ms' if key.endswith('_ms') else 's' if key.endswith('_sec') else ''
-        print(f'{key:35} {"-" if value is None else f"{value:.3f}" if isinstance(value, float) and value < 10 else f"{value:,.0f}":>10} {unit}')
-    return metrics
+
+
+def judged(cfg, conversations, cache):
+    figures = {}
+    for name, use_expected in (('answers', False), ('reference', True)):
+        if use_expected and conversations[0]['expected'] is None:
+            continue
+        items = judge.to_items(conversations, use_expected)
+        scores = judge.score(items, cfg.judge_url, cfg.judge_model, prompt_path=cfg.judge_prompt or judge.PROMPT, cache_path=cache,
+                             usd_per_m_in=cfg.judge_usd_per_m_in, usd_per_m_out=cfg.judge_usd_per_m_out)
+        given = [each['score'] for each in scores if each['score'] is not None]
+        figures |= {f'judge_score_of_{name}': share(given), f'n_judged_{name}': len(given)}
+    return figures
 
 
 if __name__ == '__main__':

@@ -1,9 +1,18 @@
-"""The measures are right: each figure is derived by hand beside it."""
+"""From checkpoint or recording to the table; the turn-taking itself is proved in test_turns.py."""
 import json
+import re
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
+import numpy as np
 import pytest
 
-from evaluate import plain, summarise, turn_taking
+import evaluate
+import train
+from codec import write_audio
+from evaluate import answers, plain, table
+from measures.turns import conversation, find
+from tests.conftest import hum
 
 
 def turn(role, start, end, text=''):
@@ -13,72 +22,108 @@ def turn(role, start, end, text=''):
 # frames          0         10        20        30        40        50        60
 # user              ░░░░░░░░            ░░░░░░░░░░░         ░░░░░░
 # assistant                 ▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓              (interrupted at 20, stops at 24; answers at 31)
-REFERENCE = dict(id='r', user=list(range(70)), assistant=list(range(70)), turns=[
+REFERENCE = dict(id='r', user=np.arange(70), assistant=np.arange(70), turns=[
     turn('user', 2, 10, 'a?'), turn('assistant', 10, 24, 'An interrupted'), turn('user', 20, 31, 'b?'), turn('assistant', 31, 40, 'It is B.'),
     turn('user', 42, 48, 'c?'), turn('assistant', 48, 60, 'It is C.')])
-ANSWERS = [dict(t) for t in REFERENCE['turns'] if t['role'] == 'assistant']
+USER, ANSWERS = ([dict(t) for t in REFERENCE['turns'] if t['role'] == role] for role in ('user', 'assistant'))
 
 
-def measure(*turns):
+def compare(*turns):
     assistant = [99] * 70
     for t in turns:
         assistant[t['start']:t['end']] = range(t['start'], t['end'])
-    return summarise(turn_taking(REFERENCE, dict(user=REFERENCE['user'], assistant=assistant, turns=list(turns))), rate_hz=25.0)
+    decoded = dict(user=list(range(70)), assistant=assistant, turns=list(turns))
+    return answers([find(conversation('r', 25.0, USER, decoded, [99], expected=ANSWERS))], [decoded], [REFERENCE])
 
 
-def test_a_perfect_assistant():
-    """Starts in the very frame in which the user has ended: 0 ms, within 1. Interrupted at frame 20 it is silent from 24: 4
-    frames, 160 ms. Two of three answers are whole, both are right, and the codes are those of the reference."""
-    m = measure(*ANSWERS)
-    assert m == dict(m, n_question=3, n_answer=2, n_interruption=1, answer_accuracy=1.0, assistant_acc_by_1=1.0, assistant_acc_by_25=1.0,
-                     response_ms=0.0, false_start_rate=0.0, unprompted_rate=0.0, user_acc_by_10=1.0, user_acc_by_25=1.0, yield_ms=160.0, code_error_rate=0.0)
-    assert m['code_error_rate_of_another_answer'] == 1.0
-
-
-def test_a_late_assistant():
-    """3 frames later everywhere is 120 ms; by the 1st frame it has never answered, by the 5th always. The answer to a? now
-    starts at 13 and ends at 27, 7 frames after the user's barge-in at 20, and that to b? ends 1 after the next: 160 ms."""
-    m = measure(*[dict(t, start=t['start'] + 3, end=t['end'] + 3) for t in ANSWERS])
-    assert (m['response_ms'], m['assistant_acc_by_1'], m['assistant_acc_by_5'], m['yield_ms']) == (120.0, 0.0, 1.0, 160.0)
-
-
-def test_a_silent_assistant():
-    m = measure()
-    assert (m['answer_accuracy'], m['assistant_acc_by_25'], m['false_start_rate'], m['n_interruption']) == (0.0, 0.0, 0.0, 0)
-    assert m['response_ms'] is None and m['user_acc_by_25'] is None and m['code_error_rate'] == 1.0
-
-
-def test_a_babbling_assistant():
-    """It speaks all the time in turns of 5 frames with a frame between: into every question it starts anew."""
-    m = measure(*[turn('assistant', at, at + 5, 'bla') for at in range(1, 64, 6)])
-    assert m['false_start_rate'] == 1.0 and m['answer_accuracy'] == 0.0
-
-
-def test_who_cannot_wait():
-    """After the answer to c? at 48 to 60 it adds a remark at 64: after one of three user turns."""
-    assert measure(*ANSWERS, turn('assistant', 64, 68, 'oh'))['unprompted_rate'] == pytest.approx(1 / 3)
-
-
-def test_who_never_stops_never_takes_the_turn():
-    m = measure(turn('assistant', 0, 70, 'bla'))
-    assert (m['assistant_acc_by_25'], m['response_ms'], m['user_acc_by_25']) == (0.0, None, 0.0)
-
-
-def test_a_stubborn_assistant():
-    """It talks on through the barge-ins at 20 and 42 until frame 50: yields after 30 and 8 frames, 760 ms on the average, once
-    within 25; and that speech, begun before, is no false start."""
-    m = measure(turn('assistant', 10, 50, 'on and on'))
-    assert (m['user_acc_by_25'], m['yield_ms'], m['false_start_rate']) == (0.5, 760.0, 0.0)
-
-
-def test_the_right_text_however_written():
+def test_answers_against_the_reference():
+    """The first answer is cut off, so two can be compared. Both right; then 'It is D.' for 'It is B.': one of 6 words, half of the answers."""
+    found = compare(*ANSWERS)
+    assert found == dict(n_answer=2, answer_accuracy=1.0, answer_wer=0.0, answer_cer=None, code_error_rate=0.0, code_error_rate_of_another_answer=1.0)
+    found = compare(ANSWERS[0], dict(ANSWERS[1], text='It is D.'), dict(ANSWERS[2], text='it is  c'))
+    assert (found['answer_accuracy'], found['answer_wer']) == (0.5, pytest.approx(1 / 6))
     assert plain('It is  PARIS.') == plain('it is paris') != plain('it is rome')
-    m = measure(ANSWERS[0], dict(ANSWERS[1], text='it is b'), dict(ANSWERS[2], text='It is B.'))
-    assert m['answer_accuracy'] == 0.5
 
 
-def test_command_line(small_run, run):
+def test_codes_against_the_reference():
+    """'It is C.' ends 6 frames early, half of its 12 codes: 0.5, and 0 for the other. Without texts nothing is said of texts."""
+    found = compare(*[dict(t, text='') for t in ANSWERS[:2]], dict(ANSWERS[2], end=54, text=''))
+    assert found == dict(n_answer=2, code_error_rate=0.25, code_error_rate_of_another_answer=1.0)
+
+
+def test_the_table_leaves_out_what_was_not_measured():
+    rows = table(dict(n_turn=3, n_answer_due=2, assistant_acc_by_5=0.5, assistant_acc_at_5=None, response_ms=120.4, response_median_ms=None))
+    assert rows == [('turns of the user; answers due', '3, 2', '', ''), ('assistant takes the turn, Acc@5: by, at', '50.0 %, -', '53.6 %', '18.8 %'),
+                    ('… response, mean, median', '120 ms, -', '193 ms', '553 ms')]
+
+
+def test_command_line(small_run, run, tmp_path):
     data, checkpoint = small_run
-    out = run('evaluate.py', f'--checkpoint={checkpoint}', f'--data={data}').stdout
-    metrics = json.loads((checkpoint / 'metrics.json').read_text())
-    assert 'answer_accuracy' in out and metrics['n_question'] == 5 and metrics['train_steps'] == 30 and metrics['train_sec'] > 0
+    out = run('evaluate.py', f'--checkpoint={checkpoint}', f'--data={data}', f'--out={tmp_path}', f'--export={tmp_path}/fdb').stdout
+    metrics = json.loads((tmp_path / 'metrics.json').read_text())
+    assert metrics['n_turn'] == 5 and metrics['train_steps'] == 30 and metrics['train_sec'] > 0 and 'Acc@10' in out
+    page = (tmp_path / 'report.html').read_text()
+    assert all(f'd{i}' in page for i in range(5)) and (tmp_path / 'fdb').is_dir()
+    for figures in metrics['loss'].values():
+        assert {'loss', 'text', 'speech', 'silence', 'bits_per_sec'} == set(figures)
+    fails = run('evaluate.py', f'--checkpoint={checkpoint}', f'--data={tmp_path}', fails=True)
+    assert 'no test.arrow' in fails.stderr
+
+
+def test_the_loss_is_what_training_saw(small_run):
+    """On val, where the model was saved: the val loss of the log's last line, with sums in another order."""
+    data, checkpoint = small_run
+    metrics = evaluate.main(evaluate.Config(checkpoint=str(checkpoint), data=str(data), split='val', dtype='float32', n_report=0, out=str(checkpoint / 'on_val')))
+    logged = [json.loads(line) for line in (checkpoint / 'log.jsonl').read_text().splitlines()][-1]
+    assert logged['kind'] == 'val' and metrics['loss']['duplex3']['loss'] == pytest.approx(logged['loss'], rel=1e-5)
+
+
+def test_an_alignment_checkpoint_has_error_rates_and_no_conversation(small_run, tmp_path):
+    data, _ = small_run
+    train.main(train.Config(data=str(data), out_dir=str(tmp_path / 'run'), stages='asr+tts.assistant:2', n_layer=1, n_head=2, n_kv_head=1, n_embd=32, n_inner=32,
+                            block_size=256, batch_size=4, batch_tokens=1024, device='cpu', dtype='float32', tensorboard=False))
+    metrics = evaluate.main(evaluate.Config(checkpoint=str(tmp_path / 'run'), data=str(data)))
+    assert {'asr', 'tts.assistant'} == set(metrics['loss']) and metrics['asr_user_wer'] > 0 and 'n_turn' not in metrics
+    assert 'tts_assistant_wer' in metrics and 'tts_user_wer' not in metrics
+
+
+def test_finished_dialogues_of_another_system(run, tmp_path):
+    """The user hums for a second, the other hums back 0.6 s later; by energy, as webrtcvad wants to hear voices."""
+    wave = 1e-4 * np.random.default_rng(0).standard_normal((16000 * 5, 2)).astype(np.float32)
+    wave[16000:32000, 0] += hum(120, 1.0)
+    wave[41600:57600, 1] += hum(220, 1.0)
+    write_audio(str(tmp_path / 'one.wav'), wave, 16000)
+    out = run('evaluate.py', f'--dialogues={tmp_path}', '--vad=energy').stdout
+    metrics = json.loads((tmp_path / 'evaluation' / 'metrics.json').read_text())
+    assert metrics['n_answer_due'] == 1 and metrics['response_ms'] == pytest.approx(600, abs=80) and 'report.html' in out
+    swapped = evaluate.main(evaluate.Config(dialogues=str(tmp_path), vad='energy', user_channel=1, out=str(tmp_path / 'swapped')))
+    assert swapped['gap_assistant_to_user_ms'] == metrics['gap_user_to_assistant_ms'] and swapped['both_speak'] == metrics['both_speak'] == 0
+
+
+def test_a_judge_scores_answers_and_reference(small_run, tmp_path):
+    """A server that gives 7 to an answer that has more than three letters, else 2."""
+    class Judge(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers['Content-Length'])))['messages'][-1]['content']
+            score = 7 if len(re.findall('"answer": "(.*?)"', asked)[-1]) > 3 else 2
+            body = json.dumps(dict(choices=[dict(message=dict(content=json.dumps(dict(score=score, why='so'))))], usage=dict(prompt_tokens=9, completion_tokens=9))).encode()
+            self.send_response(200)
+            self.send_header('Content-Length', str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    said = [turn('user', 5, 30, 'what?'), turn('assistant', 30, 50, 'a long answer')]
+    asked = conversation('x', 25.0, said[:1], dict(user=np.ones(70), assistant=np.ones(70), turns=said[1:]), [0], expected=[turn('assistant', 30, 50, 'so')])
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Judge)
+    Thread(target=server.serve_forever, daemon=True).start()
+    cfg = evaluate.Config(judge_url=f'http://127.0.0.1:{server.server_port}/v1', judge_model='seven')
+    try:
+        figures = evaluate.judged(cfg, [asked], str(tmp_path / 'judge.jsonl'))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert figures == dict(judge_score_of_answers=7.0, n_judged_answers=1, judge_score_of_reference=2.0, n_judged_reference=1)
+    assert ('judge, 1 to 10: answers judged, score', '1, 7.00', '4.88 en, 5.6 zh', '3.92 en') in table(figures)

@@ -18,6 +18,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from rapidfuzz.distance import Levenshtein
 from tqdm import tqdm
@@ -121,6 +122,12 @@ def table(metrics):
     return rows
 
 
+def laid_out(rows):
+    wide = max(len(label) for label, *_ in rows)
+    lines = [('', 'ours', 'OmniFlatten*', 'Moshi*'), *rows, ('* theirs, from the paper, on other test data', '', '', '')]
+    return '\n'.join(f'{label:{wide}}  {ours:>19}  {theirs:>15}  {moshi:>7}'.rstrip() for label, ours, theirs, moshi in lines)
+
+
 def plain(text):
     """Lower case, letters and digits: 'Paris.' and 'paris' are the same answer."""
     return ' '.join(''.join(c if c.isalnum() else ' ' for c in text.lower()).split())
@@ -164,6 +171,18 @@ def losses(model, vocab, dialogues, names, speech_chunk, text_chunk, device, dty
     return found
 
 
+def can_be_heard(cfg, codec):
+    """Found out before the hours of listening, not after. The figures need no vocoder."""
+    try:
+        codec.decode(np.resize(codec.silence_codes, round(codec.rate_hz)))
+    except ValueError as error:
+        if cfg.whisper or cfg.export:
+            raise
+        print(f'note: the report will be without sound: {error}')
+        return False
+    return True
+
+
 def from_checkpoint(cfg):
     """-> (metrics, conversations, what each turn came to)"""
     device = pick_device(cfg.device)
@@ -186,7 +205,7 @@ def from_checkpoint(cfg):
     if layout.order == 'turn':      # after alignment, as in the paper: whoever goes on to dialogue forgets it
         asr, tts = ([role for role in ROLES if {task, f'{task}.{role}'} & set(names)] for task in ('asr', 'tts'))
         tts = [role for role in tts if role in asr or cfg.whisper]      # an ear that never learned a voice cannot judge it
-        print(f'its ear ({", ".join(asr)}) and its voice ({", ".join(tts) or "which it has no ear for"})', flush=True)
+        print(f'what it hears ({", ".join(asr) or "nobody"}), what it says ({", ".join(tts) or "nothing that it has an ear for"})', flush=True)
         heard = words.alignment(model, vocab, codec, references, asr=asr, tts=tts, whisper=cfg.whisper, text_weight=text_weight)
         metrics |= {f'{name}_{key}': figures[key] for name, figures in heard.items() for key in ('wer', 'cer')}
     both = [reference for reference in references if len(reference['user']) == len(reference['assistant'])]
@@ -195,6 +214,7 @@ def from_checkpoint(cfg):
     if not both:
         raise ValueError(f'{cfg.data} has no two-sided dialogue in {cfg.split}')
     both.sort(key=lambda reference: len(reference['user']))     # those side by side end together
+    has_sound = can_be_heard(cfg, codec)
     decoded, start, n = [], time.perf_counter(), layout.speech_chunk
     batches = [both[at:at + cfg.batch_size] for at in range(0, len(both), cfg.batch_size)]
     with tqdm(total=sum(-(-len(batch[-1]['user']) // n) for batch in batches), desc='listening', unit=' chunks', leave=False, disable=None) as bar:
@@ -207,7 +227,7 @@ def from_checkpoint(cfg):
     conversations = []
     for i, (reference, dialogue) in enumerate(zip(both, decoded)):
         turns = {role: [turn for turn in reference['turns'] if turn['role'] == role] for role in ROLES}
-        wave = render(dialogue, codec) if i < cfg.n_report or cfg.whisper or cfg.export else None
+        wave = render(dialogue, codec) if has_sound and (i < cfg.n_report or cfg.whisper or cfg.export) else None
         conversations.append(conversation(reference['id'], codec.rate_hz, turns['user'], dialogue, codec.silence_codes, n, turns['assistant'], wave, codec.sample_rate))
     found = [find(c) for c in conversations]
     return metrics | answers(found, decoded, both), conversations, found
@@ -232,10 +252,7 @@ def main(cfg):
         metrics |= judged(cfg, conversations, os.path.join(out, 'judge.jsonl'))
         save(metrics, out)
     rows = table(metrics)
-    width = max(len(label) for label, *_ in rows)
-    print(f'\n{"":{width}}  {"ours":>22}  {"OmniFlatten":>15}  {"Moshi":>7}      (theirs: from the paper, other test data)')
-    for label, ours, theirs, moshi in rows:
-        print(f'{label:{width}}  {ours:>22}  {theirs:>15}  {moshi:>7}'.rstrip())
+    print('\n' + laid_out(rows))
     if cfg.export:
         counts = foreign.export_full_duplex_bench(conversations, cfg.export)
         print(f'{cfg.export}: ' + ', '.join(f'{n} of {task}' for task, n in counts.items()))

@@ -46,7 +46,10 @@ say '2: half-duplex';   run train.py config/half_duplex.py  --resume=true "${dia
 say '3: three streams'; run train.py config/duplex3.py      --resume=true "${dialogue[@]}"
 say '4: two streams';   run train.py config/duplex2.py      --resume=true "${dialogue[@]}"
 
-say 'listen'
+say 'listen, and measure'
+for corpus in "${aligned[@]}"; do
+    python evaluate.py --checkpoint=out/align --data="$corpus" --out="out/align/evaluation/$(basename "$corpus")"
+done
 for model in duplex3 duplex2; do
     python sample.py --checkpoint="out/$model" --data=data/dialogues --n_dialogue=8
     python evaluate.py --checkpoint="out/$model" --data=data/dialogues

@@ -1,6 +1,7 @@
 """From checkpoint or recording to the table; the turn-taking itself is proved in test_turns.py."""
 import json
 import re
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -10,6 +11,7 @@ import pytest
 import evaluate
 import train
 from codec import write_audio
+from data.demo.mel import MelCodec
 from evaluate import answers, plain, table
 from measures.turns import conversation, find
 from tests.conftest import hum
@@ -127,3 +129,16 @@ def test_a_judge_scores_answers_and_reference(small_run, tmp_path):
         server.server_close()
     assert figures == dict(judge_score_of_answers=7.0, n_judged_answers=1, judge_score_of_reference=2.0, n_judged_reference=1)
     assert ('judge, 1 to 10: answers judged, score', '1, 7.00', '4.88 en, 5.6 zh', '3.92 en') in table(figures)
+
+
+def test_without_a_vocoder_the_report_has_no_sound(small_run, tmp_path, monkeypatch, capsys):
+    def decode(self, codes):
+        raise ValueError('no vocoder here')
+    data, checkpoint = small_run
+    monkeypatch.setattr(MelCodec, 'decode', decode)
+    cfg = evaluate.Config(checkpoint=str(checkpoint), data=str(data), out=str(tmp_path))
+    assert evaluate.main(cfg)['n_turn'] == 5 and 'note: the report will be without sound: no vocoder here' in capsys.readouterr().out
+    page = (tmp_path / 'report.html').read_text()
+    assert 'd3' in page and 'id="mp3-' not in page
+    with pytest.raises(ValueError, match='no vocoder'):
+        evaluate.main(replace(cfg, export=str(tmp_path / 'fdb')))

@@ -28,7 +28,7 @@ def test_every_command_of_the_big_recipe_parses(tmp_path, monkeypatch):
                    env=dict(os.environ, PATH=f'{tmp_path}:{os.environ["PATH"]}', SPEECH=f'{tmp_path}/libri.jsonl', TEXTS='a.json b.json'))
     asked = [line.rstrip('\x1f').split('\x1f') for line in (tmp_path / 'asked').read_text().splitlines()]
     asked = [[word for word in words if word not in ('--standalone', '--nproc_per_node=8', '--max_restarts=2')] for words in asked]
-    assert [words[0] for words in asked] == ['codec.py', 'data/manifest/prepare.py', 'data/simulate.py'] + 4 * ['train.py'] + 2 * ['sample.py', 'evaluate.py']
+    assert [words[0] for words in asked] == ['codec.py', 'data/manifest/prepare.py', 'data/simulate.py'] + 4 * ['train.py'] + ['evaluate.py'] + 2 * ['sample.py', 'evaluate.py']
     monkeypatch.chdir(ROOT)
     prepared, out = [], {}
     monkeypatch.setattr(tokenise, 'run', lambda items, read, args, recipe: prepared.append(args))

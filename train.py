@@ -11,6 +11,7 @@ out_dir is a Hugging Face model folder with the weights that did best on val, to
 out_dir/step-000300 lies the state to continue from, in log.jsonl every line that was printed, in config.py the settings,
 in report.html the loss curves and what the model answered at the last evaluation, to be heard.
 """
+import gc
 import importlib.util
 import json
 import math
@@ -373,6 +374,7 @@ def main(cfg):
             return both[:-1].view_as(sums), float(both[-1])
         return sums, sec
 
+    gc.freeze()     # Python's collector need not look through all that torch has imported again and again, in the loader's time
     # training: one stage after the other, in one run with one schedule
     metrics, step, first = {}, state['step'], 0
     learned = about_checkpoint(cfg.init_from).get('learned', []) if cfg.init_from else []

@@ -214,7 +214,7 @@ class Loader:
         self.padded = padded            # False: the rows of a batch as one, without padding; a CPU needs no fixed shapes
         self.n_window = -(-len(dialogues) // self.window)
         self.state = dict(epoch=0, window=0, row=0)
-        self.places = np.arange(block_size)
+        self.places, self.is_checked = np.arange(block_size), bytearray(len(dialogues))     # records are not written to: one check is enough
         for layout in layouts:
             if layout.period > block_size + 1:
                 raise ValueError(f'a chunk of {layout.name} has {layout.period} tokens, more than block_size {block_size}')
@@ -264,7 +264,9 @@ class Loader:
 
     def flatten(self, i, layout):
         try:
-            return flatten(self.dialogues[i], layout, self.vocab)
+            documents = flatten(self.dialogues[i], layout, self.vocab, self.is_checked[i])
+            self.is_checked[i] = True
+            return documents
         except ValueError as error:
             raise ValueError(f'{os.path.join(self.dialogues.folder, self.dialogues.split)}.arrow: record {i}: {error}')
 

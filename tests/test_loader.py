@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import data.loader as loader_module
 from codec import Vocabulary
 from data.loader import STREAMS, Dialogues, Loader, Mixture, Prefetch, fill, pack, save_dialogues
-from flatten import flatten, get_layout
+from flatten import check, flatten, get_layout
 
 
 def make_loader(folder, layouts=('duplex3',), block_size=256, **options):
@@ -310,6 +310,23 @@ def test_what_the_loader_raises_the_reader_of_batches_sees(tmp_path, small_data)
         for _ in range(10):
             ahead.next_batch()
     ahead.close()
+
+
+def test_a_dialogue_is_checked_once(small_data, tmp_path, monkeypatch):
+    """In the first epoch, not in the next; one that is refused is refused whenever it is read."""
+    seen = []
+    monkeypatch.setattr('flatten.check', lambda dialogue, n_codes: seen.append(dialogue['id']) or check(dialogue, n_codes))
+    loader = make_loader(small_data, batch_size=1)
+    for _ in range(3 * len(loader.rows)):
+        loader.next_batch()
+    assert loader.state['epoch'] >= 2 and len(seen) == len(set(seen)) == 60
+    shutil.copytree(small_data / 'tokenizer', tmp_path / 'tokenizer')
+    bad = dict(next(make_dialogues(1)), user=[40] * 10, assistant=[1] * 10, turns=[])
+    save_dialogues(str(tmp_path / 'train.arrow'), [*make_dialogues(3), bad], CODEC)
+    loader = make_loader(tmp_path)
+    for _ in range(2):
+        with pytest.raises(ValueError, match='record 3: .* user code 40 at frame 0'):
+            loader.flatten(3, loader.layouts[0])
 
 
 def test_a_rank_lays_its_own_rows_only(small_data, monkeypatch):

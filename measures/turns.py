@@ -81,6 +81,7 @@ def find(conversation):
       pauses       [(start, end, taken)]: the user's pauses inside the turn, did the assistant begin to speak there
       unprompted   frame at which it began a second time after its answer, before the user's next turn; or None
       yielded      from the start of the turn until the assistant was silent; None where it was not speaking, or never stopped
+      was_speaking the assistant, when the turn began
       goes_on      has the assistant more to say: the reference's talks on for a second after the turn (without a reference: who knows, True)
       speaks_from_start, speaks_from_end   bool [MAX_K]: the assistant, from the start and from the end of the turn on
       said         the assistant's turns that begin between this turn's start and the next's
@@ -123,6 +124,7 @@ def find(conversation):
             false_start=false_start,
             pauses=[(a, b, any(a < at <= b for at, _ in begun)) for a, b in pauses],
             unprompted=again[0] if answer and again else None,
+            was_speaking=sounding is not None,
             yielded=sounding[1] - start if sounding and sounding[1] < n_frame else None,
             goes_on=expected is None or any(a['start'] < start and a['end'] >= end + rate_hz for a in expected),
             speaks_from_start=speaks[start:start + MAX_K], speaks_from_end=speaks[end:end + MAX_K],
@@ -156,7 +158,7 @@ def summarise(found, rate_hz):
     responses = [max(f['response'], 0) for f in due if f['response'] is not None and f['response'] <= patience]
     cut = [f for f in found if f['kind'] == 'interruption']
     yields = [f['yielded'] for f in cut if f['yielded'] is not None and f['yielded'] <= patience]
-    mhm = [f for f in found if f['kind'] == 'backchannel' and f['goes_on'] and f['yielded'] is not None]
+    mhm = [f for f in found if f['kind'] == 'backchannel' and f['goes_on'] and f['was_speaking']]
     pauses = [taken for f in found for *_, taken in f['pauses']]
 
     def acc(yields):
@@ -179,7 +181,7 @@ def summarise(found, rate_hz):
         **dict(acc(yields=True)),
         yield_ms=ms(yields, np.mean), yield_median_ms=ms(yields, np.median),
         no_yield_rate=1 - len(yields) / len(cut) if cut else None,
-        backchannel_stopped_rate=share(f['yielded'] <= f['end'] - f['start'] + rate_hz / 2 for f in mhm))
+        backchannel_stopped_rate=share(f['yielded'] is not None and f['yielded'] <= f['end'] - f['start'] + rate_hz / 2 for f in mhm))
 
 
 def who_speaks(conversations):

@@ -142,3 +142,16 @@ def test_without_a_vocoder_the_report_has_no_sound(small_run, tmp_path, monkeypa
     assert 'd3' in page and 'id="mp3-' not in page
     with pytest.raises(ValueError, match='no vocoder'):
         evaluate.main(replace(cfg, export=str(tmp_path / 'fdb')))
+
+
+def test_word_times_of_two_people_and_the_mirror(tmp_path):
+    """Switchboard's style. A asks until 1.48 s, B answers at 1.68 (200 ms) until 3.0; A goes on at 3.4 (400 ms), B says 'uh-huh' into it
+    at 4.0. From the other side B's two turns are the user's: the first is answered after 400 ms, the second is a backchannel to A."""
+    words = [('A', 0.4, 0.8, 'how'), ('A', 0.9, 1.48, 'so'), ('B', 1.68, 2.2, 'well'), ('B', 2.3, 3.0, 'because'), ('A', 3.4, 3.9, 'I'), ('A', 3.9, 5.4, 'see'),
+             ('B', 4.0, 4.3, 'uh-huh')]
+    (tmp_path / 'sw.tsv').write_text('\n'.join('\t'.join(map(str, row)) for row in words))
+    there, back = (evaluate.main(evaluate.Config(dialogues=str(tmp_path), user_name=user, assistant_name=assistant, n_report=0)) for user, assistant in ('AB', 'BA'))
+    assert (there['n_turn'], there['n_answer_due'], there['response_ms'], there['false_start_rate']) == (2, 1, 200, 0.5)
+    assert (back['n_turn'], back['n_answer_due'], back['response_ms'], back['n_backchannel'], back['backchannel_stopped_rate']) == (2, 1, 400, 1, 0)
+    assert (there['gap_user_to_assistant_ms'], there['gap_assistant_to_user_ms']) == (back['gap_assistant_to_user_ms'], back['gap_user_to_assistant_ms'])
+    assert all(there[key] == back[key] for key in ('both_speak', 'neither_speaks', 'sec'))

@@ -21,7 +21,7 @@ demo: install
 	$(BIN)/python sample.py --checkpoint=out/demo --user=out/demo/question.wav
 	$(BIN)/python sample.py --checkpoint=out/demo --data=data/demo --n_dialogue=4
 	$(BIN)/python evaluate.py --checkpoint=out/demo --data=data/demo
-	@echo 'Listen: out/demo/samples/*.wav, the user left, the assistant right; the transcripts lie beside them.'
+	@echo 'Look and listen: out/demo/evaluation/report.html (how it learned: out/demo/report.html); out/demo/samples/*.wav, the user left.'
 
 test: install
 	$(BIN)/ruff check .

@@ -117,7 +117,8 @@ def table(metrics):
             if any(metrics.get(key) is not None for key in keys.split())]
     for name, losses in metrics.get('loss', {}).items():
         kinds = [kind for kind in STREAMS if kind in losses]
-        rows.append((f'loss of {name}, nats a token: {", ".join(kinds)}', ', '.join(f'{losses[kind]:.3f}' for kind in kinds), '', ''))
+        stage = name if name == list(metrics['loss'])[-1] else f'{name}, a stage before'
+        rows.append((f'loss of {stage}, nats a token: {", ".join(kinds)}', ', '.join(f'{losses[kind]:.3f}' for kind in kinds), '', ''))
         rows.append(('… all; bits a second', f'{losses["loss"]:.3f}, {losses["bits_per_sec"]:.1f}', '', ''))
     return rows
 

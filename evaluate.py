@@ -117,9 +117,9 @@ def table(metrics):
             if any(metrics.get(key) is not None for key in keys.split())]
     for name, losses in metrics.get('loss', {}).items():
         kinds = [kind for kind in STREAMS if kind in losses]
-        stage = name if name == list(metrics['loss'])[-1] else f'{name}, a stage before'
-        rows.append((f'loss of {stage}, nats a token: {", ".join(kinds)}', ', '.join(f'{losses[kind]:.3f}' for kind in kinds), '', ''))
-        rows.append(('… all; bits a second', f'{losses["loss"]:.3f}, {losses["bits_per_sec"]:.1f}', '', ''))
+        before = '' if name == list(metrics['loss'])[-1] else ', a stage before'
+        rows.append((f'loss of {name}{before}: {", ".join(kinds)}', ', '.join(f'{losses[kind]:.3f}' for kind in kinds), '', ''))
+        rows.append(('… all, nats a token; bits a second', f'{losses["loss"]:.3f}, {losses["bits_per_sec"]:.1f}', '', ''))
     return rows
 
 
@@ -259,7 +259,7 @@ def main(cfg):
         print(f'{cfg.export}: ' + ', '.join(f'{n} of {task}' for task, n in counts.items()))
     if conversations and cfg.n_report:
         path = os.path.join(out, 'report.html')
-        report.write(path, os.path.normpath(out), conversations[:cfg.n_report], found[:cfg.n_report],
+        report.write(path, cfg.dialogues or cfg.checkpoint, conversations[:cfg.n_report], found[:cfg.n_report],
                      [(label, ours, ' / '.join(filter(None, (theirs, moshi)))) for label, ours, theirs, moshi in rows],
                      note=(cfg.dialogues or f'{cfg.data}, {cfg.split}') + f': {len(conversations)} dialogues. Theirs: OmniFlatten / Moshi, from the paper, on other test data.')
         print(f'look and listen: {path}')

@@ -3,6 +3,7 @@ import json
 import pathlib
 import re
 import shlex
+import textwrap
 
 import pytest
 
@@ -74,6 +75,12 @@ def test_ratios():
     section = README[README.index('## Efficiency'):README.index('## Use your own')]
     ratios = [f'{figure["median"]:.3g} x' for figure in figures if figure['unit'] == 'x']
     assert len(ratios) >= 8 and sorted(ratios) == sorted(re.findall(r'[\d.]+ x(?= \|)', section))
+
+
+def test_the_demos_table():
+    """It is what evaluate.py printed of bench/results/demo.json, which make demo left in out/demo/evaluation/metrics.json."""
+    printed = evaluate.laid_out(evaluate.table(json.loads((ROOT / 'bench/results/demo.json').read_text())))
+    assert textwrap.indent(printed, '    ') in README
 
 
 def test_layouts():

@@ -17,6 +17,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -65,6 +66,8 @@ class Config:
     def __post_init__(self):
         if self.batch_size < 1 or self.n_dialogue < 0 or self.n_report < 0:
             raise ValueError('batch_size has to be at least 1, n_dialogue and n_report not below 0')
+        if self.dtype not in ('auto', 'float32', 'bfloat16'):
+            raise ValueError(f"dtype is {self.dtype!r}, known are 'auto', 'float32' and 'bfloat16'")
         if self.user_channel not in (0, 1):
             raise ValueError(f'user_channel is {self.user_channel}: a stereo file has 0 and 1')
 
@@ -136,9 +139,8 @@ def plain(text):
 
 def answers(found, decoded, references):
     """
-    Answers against the reference's, where the user lets it finish: is the text the same (answer_accuracy), how many of its words
-    are wrong, and how many of the codes (edit distance; as a yardstick that to the next question's answer). Answers with a text
-    only, so nothing of duplex2's texts. -> figures
+    -> figures: the answers against the reference's, where the user lets it finish: is the text the same, how many of its words are
+    wrong, and of its codes (edit distance; as a yardstick that to the next question's answer). duplex2 writes no text: codes only.
     """
     pairs, codes = [], []
     for turns, dialogue, reference in zip(found, decoded, references):
@@ -151,7 +153,7 @@ def answers(found, decoded, references):
     others = [Levenshtein.normalized_distance(said, other) for (said, _), (_, other), (text, _), (another, _) in
               zip(codes, codes[1:] + codes[:1], pairs, pairs[1:] + pairs[:1]) if plain(text) != plain(another)]
     figures = dict(n_answer=len(pairs), code_error_rate=share(distances), code_error_rate_of_another_answer=share(others))
-    if any(written for _, written in pairs):
+    if any(text for _, text in pairs):
         errors = words.error_rate(*zip(*pairs))
         figures |= dict(answer_accuracy=share(plain(due) == plain(text) for due, text in pairs), answer_wer=errors['wer'], answer_cer=errors['cer'])
         for due, text in [pair for pair in pairs if plain(pair[0]) != plain(pair[1])][:5]:
@@ -164,8 +166,7 @@ def losses(model, vocab, dialogues, names, speech_chunk, text_chunk, device, dty
     found, block_size = {}, model.config.block_size
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     for name in names:
-        layout = get_layout(name, speech_chunk if name.startswith('duplex') else None, text_chunk if name.startswith('duplex') else None)
-        loader = Loader(dialogues, [layout], vocab, block_size, max(1, 8192 // block_size), padded=device.type != 'cpu')
+        loader = Loader(dialogues, [get_layout(name, speech_chunk, text_chunk)], vocab, block_size, max(1, 8192 // block_size), padded=device.type != 'cpu')
         sums, sec = loss_sums(model, loader, device, autocast)
         if sec:
             found[name] = by_stream(sums, sec)
@@ -214,15 +215,16 @@ def from_checkpoint(cfg):
         return metrics, [], []
     if not both:
         raise ValueError(f'{cfg.data} has no two-sided dialogue in {cfg.split}')
-    both.sort(key=lambda reference: len(reference['user']))     # those side by side end together
     has_sound = can_be_heard(cfg, codec)
-    decoded, start, n = [], time.perf_counter(), layout.speech_chunk
-    batches = [both[at:at + cfg.batch_size] for at in range(0, len(both), cfg.batch_size)]
-    with tqdm(total=sum(-(-len(batch[-1]['user']) // n) for batch in batches), desc='listening', unit=' chunks', leave=False, disable=None) as bar:
+    decoded, start, n = [None] * len(both), time.perf_counter(), layout.speech_chunk
+    order = sorted(range(len(both)), key=lambda i: len(both[i]['user']))        # those side by side end together
+    batches = [order[at:at + cfg.batch_size] for at in range(0, len(both), cfg.batch_size)]
+    with tqdm(total=sum(-(-len(both[batch[-1]]['user']) // n) for batch in batches), desc='listening', unit=' chunks', leave=False, disable=None) as bar:
         for batch in batches:
-            decoded += converse(model, vocab, layout, [reference['user'] for reference in batch], int(codec.silence_codes[0]), bar.update, seed=cfg.seed,
-                                text_weight=text_weight, text_temperature=cfg.text_temperature, speech_temperature=cfg.speech_temperature,
-                                silence_bias=cfg.silence_bias, dtype=dtype)[0]
+            said, _ = converse(model, vocab, layout, [both[i]['user'] for i in batch], int(codec.silence_codes[0]), bar.update, seed=cfg.seed, dtype=dtype,
+                               text_weight=text_weight, text_temperature=cfg.text_temperature, speech_temperature=cfg.speech_temperature, silence_bias=cfg.silence_bias)
+            for i, dialogue in zip(batch, said):
+                decoded[i] = dialogue
     metrics['decode_sec'] = time.perf_counter() - start
     print(f'{len(both)} dialogues heard in {metrics["decode_sec"]:.0f} s', flush=True)
     conversations = []
@@ -238,7 +240,8 @@ def main(cfg):
     """Measures what cfg names, prints and writes it. Returns the metrics."""
     out = cfg.out or os.path.join(cfg.dialogues or cfg.checkpoint, 'evaluation')
     if cfg.dialogues:
-        conversations = list(foreign.read(cfg.dialogues, user_channel=cfg.user_channel, user_name=cfg.user_name, assistant_name=cfg.assistant_name, vad=cfg.vad))
+        read = foreign.read(cfg.dialogues, user_channel=cfg.user_channel, user_name=cfg.user_name, assistant_name=cfg.assistant_name, vad=cfg.vad)
+        conversations = list(islice(read, cfg.n_dialogue or None))
         metrics, found = {}, [find(c) for c in conversations]
     else:
         metrics, conversations, found = from_checkpoint(cfg)

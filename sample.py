@@ -59,6 +59,8 @@ class Config:
     def __post_init__(self):
         if self.compile and pick_device(self.device).type == 'cpu':
             raise ValueError('compile is for a GPU: on a CPU the packed weights are faster than what is compiled')
+        if self.dtype not in ('auto', 'float32', 'bfloat16', 'int8'):
+            raise ValueError(f"dtype is {self.dtype!r}, known are 'auto', 'float32', 'bfloat16' and 'int8'")
         if (self.user is None) == (self.data is None):
             raise ValueError('give --user=FILE.wav or --data=FOLDER, one of them')
         for name in ('n_dialogue', 'reply_sec', 'text_temperature', 'speech_temperature', 'text_top_k', 'speech_top_k'):

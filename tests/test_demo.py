@@ -69,7 +69,7 @@ def test_train_sample_evaluate(prepared, tmp_path, run):
     user = [turn for turn in dialogue['turns'] if turn['role'] == 'user']
     assert user and 0.3 < user[0]['start'] / 25 < 0.7       # half a second of noise comes first
     measured = evaluate.main(config.load(evaluate.Config, [f'--checkpoint={tmp_path}/run', f'--data={prepared}', '--n_dialogue=8']))
-    assert measured['n_question'] >= 8 and measured['train_steps'] == 12
+    assert measured['n_turn'] >= 8 and measured['train_steps'] == 12
 
 
 @pytest.mark.parametrize('name, stages', [('demo_half_duplex', 'half_duplex:3'), ('demo_duplex2', 'duplex2:3')])

@@ -29,7 +29,7 @@ from data.loader import STREAMS, Dialogues, Loader
 from flatten import ROLES, get_layout
 from measures import foreign, judge, report, words
 from measures.turns import PATIENCE_SEC, conversation, find, share, summarise, who_speaks
-from sample import converse, load_checkpoint, render
+from sample import converse, for_decoding, load_checkpoint, pick_linear, render
 from train import about_checkpoint, by_stream, last_state, loss_sums, pick_device, pick_dtype
 
 
@@ -54,7 +54,7 @@ class Config:
     silence_bias: float = 0.0
     seed: int = 1337
     device: str = 'auto'                # auto: a GPU if there is one
-    dtype: str = 'auto'                 # float32 or bfloat16; auto: bfloat16 where the device multiplies it
+    dtype: str = 'auto'                 # float32, bfloat16, or on a CPU int8; auto: bfloat16 where the device multiplies it
     # others' ears and opinions
     whisper: str | None = None          # a folder with Whisper: does the assistant say what it writes
     judge_url: str | None = None        # an OpenAI-compatible endpoint, 'http://localhost:8000/v1': scores the answers from 1 to 10
@@ -66,8 +66,8 @@ class Config:
     def __post_init__(self):
         if self.batch_size < 1 or self.n_dialogue < 0 or self.n_report < 0:
             raise ValueError('batch_size has to be at least 1, n_dialogue and n_report not below 0')
-        if self.dtype not in ('auto', 'float32', 'bfloat16'):
-            raise ValueError(f"dtype is {self.dtype!r}, known are 'auto', 'float32' and 'bfloat16'")
+        if self.dtype not in ('auto', 'float32', 'bfloat16', 'int8'):
+            raise ValueError(f"dtype is {self.dtype!r}, known are 'auto', 'float32', 'bfloat16' and 'int8'")
         if self.user_channel not in (0, 1):
             raise ValueError(f'user_channel is {self.user_channel}: a stereo file has 0 and 1')
 
@@ -197,7 +197,9 @@ def from_checkpoint(cfg):
         raise ValueError(f'{cfg.data} was made with codec {dialogues.codec["name"]} {dialogues.codec["fingerprint"]}, {cfg.checkpoint} was trained '
                          f'with codec {codec.name} {codec.fingerprint}: prepare the data with the checkpoint\'s codec')
     print(f'{cfg.checkpoint}: losses of {cfg.data}, {cfg.split}', flush=True)
-    metrics = dict(n_param=model.n_param(), loss=losses(model, vocab, dialogues, names, about['speech_chunk'] or None, about['text_chunk'], device, dtype))
+    linear, rest = pick_linear(dtype, device, compile=False)
+    rounded = for_decoding(model, rest, linear) if dtype == torch.int8 else model       # what is lost by it is measured, too
+    metrics = dict(n_param=model.n_param(), loss=losses(rounded, vocab, dialogues, names, about['speech_chunk'] or None, about['text_chunk'], device, rest))
     state = last_state(cfg.checkpoint)
     if state:
         with open(os.path.join(state, 'state.json')) as file:

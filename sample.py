@@ -32,7 +32,7 @@ from measures.turns import conversation, find, stretches
 from model import KVCache, Qwen2
 from train import pick_device, pick_dtype
 
-MAX_REPORT = 100        # dialogues in report.html: 14 MB, if they last half a minute
+MAX_REPORT = 100        # dialogues in report.html: below 20 MB, if they last half a minute
 
 
 @dataclass(frozen=True)

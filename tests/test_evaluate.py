@@ -7,6 +7,7 @@ from threading import Thread
 
 import numpy as np
 import pytest
+import torch
 
 import evaluate
 import train
@@ -78,6 +79,14 @@ def test_the_loss_is_what_training_saw(small_run):
     metrics = evaluate.main(evaluate.Config(checkpoint=str(checkpoint), data=str(data), split='val', dtype='float32', n_report=0, out=str(checkpoint / 'on_val')))
     logged = [json.loads(line) for line in (checkpoint / 'log.jsonl').read_text().splitlines()][-1]
     assert logged['kind'] == 'val' and metrics['loss']['duplex3']['loss'] == pytest.approx(logged['loss'], rel=1e-5)
+
+
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason='no AVX-512 VNNI')
+def test_what_int8_loses_is_measured(small_run, tmp_path):
+    data, checkpoint = small_run
+    whole, rounded = (evaluate.main(evaluate.Config(checkpoint=str(checkpoint), data=str(data), dtype=dtype, n_report=0, out=str(tmp_path)))['loss']['duplex3']['loss']
+                      for dtype in ('float32', 'int8'))
+    assert rounded != whole and rounded == pytest.approx(whole, rel=0.05)
 
 
 def test_an_alignment_checkpoint_has_error_rates_and_no_conversation(small_run, tmp_path):

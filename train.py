@@ -387,7 +387,7 @@ def main(cfg):
         name = '+'.join(layout.name for layout in layouts)
         say(f'stage {name}, steps {first} to {last}: an epoch has {c["dialogues"]} of {sum(map(len, train_data))} dialogues, {c["documents"]} documents, '
             f'{c["sec"] / 3600:.2f} h, {c["tokens"]} tokens, {c["learned"] / c["tokens"]:.0%} learned, '
-            f'{1 - c["tokens"] / (c["rows"] * cfg.block_size + c["documents"]):.1%} padding, {c["too_long"]} documents too long, '
+            + (f'{1 - c["tokens"] / (c["rows"] * cfg.block_size + c["documents"]):.1%} padding' if padded else 'no padding') + f', {c["too_long"]} documents too long, '
             f'{c["text_dropped"]} text tokens dropped; it takes {steps_an_epoch:.3g} steps, the stage {n_stage_step / steps_an_epoch:.3g} epochs')
         for doubt in doubts(cfg, c, n_stage_step, steps_an_epoch, n_step):
             say(f'note: {doubt}')

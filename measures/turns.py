@@ -17,7 +17,7 @@ A conversation is a dict, the same whether a checkpoint had it, another system, 
     wave, sample_rate       float32 [n_sample, 2], user left, assistant right; or None
     chunk_frames            frames a chunk; 0: it was not made in chunks
 
-The paper (OmniFlatten, ACL 2025, section 4) says Acc@K: at the K-th token after the user's last meaningful one the
+The paper (OmniFlatten, arXiv:2410.17799, v2, table 4) says Acc@K: at the K-th token after the user's last meaningful one the
 assistant speaks; at the K-th after the user's first it is silent. Whether that is at or by the K-th is not said: both are given.
 """
 import numpy as np
@@ -77,7 +77,7 @@ def find(conversation):
       response     from the end of the turn to the assistant's first sound before the next turn; below 0 if it began in the last
                    OVERLAP_SEC and went on; None: no such sound, or nobody waited for it (a backchannel)
       expects      is an answer due: the reference has one; without a reference, there were PATIENCE_SEC of time for one
-      false_start  frame at which the assistant began to speak inside the turn, or had for PATIENCE_SEC not let the user have it; or None
+      false_start  frame at which the assistant began to speak inside the turn, or had talked on for PATIENCE_SEC since it began; or None
       pauses       [(start, end, taken)]: the user's pauses inside the turn, did the assistant begin to speak there
       unprompted   frame at which it began a second time after its answer, before the user's next turn; or None
       yielded      from the start of the turn until the assistant was silent; None where it was not speaking, or never stopped
@@ -112,7 +112,7 @@ def find(conversation):
         answer = None if kind == 'backchannel' else early or next(iter(after), None)
         again = [a for a, b in after if (a, b) != answer]
         false_start = next((a for a, b in begun if (a, b) != early), None)
-        if sounding and kind != 'backchannel' and min(sounding[1], end) - start > patience:
+        if sounding and kind != 'backchannel' and sounding[1] - start > patience:
             false_start = start + patience
         silent = stretches(~conversation['speaks']['user'][start:end], rate_hz, 0)
         pauses = [(start + a, start + b) for a, b in silent if b - a >= PAUSE_SEC * rate_hz and 0 < a and start + b < end]

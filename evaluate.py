@@ -241,6 +241,8 @@ def from_checkpoint(cfg):
 def main(cfg):
     """Measures what cfg names, prints and writes it. Returns the metrics."""
     out = cfg.out or os.path.join(cfg.dialogues or cfg.checkpoint, 'evaluation')
+    if cfg.whisper:
+        words.load_whisper(cfg.whisper, pick_device(cfg.device))        # a wrong folder is told now, not after all the listening
     if cfg.dialogues:
         read = foreign.read(cfg.dialogues, user_channel=cfg.user_channel, user_name=cfg.user_name, assistant_name=cfg.assistant_name, vad=cfg.vad)
         conversations = list(islice(read, cfg.n_dialogue or None))
@@ -259,15 +261,15 @@ def main(cfg):
         save(metrics, out)
     rows = table(metrics)
     print('\n' + laid_out(rows))
-    if cfg.export:
-        counts = foreign.export_full_duplex_bench(conversations, cfg.export)
-        print(f'{cfg.export}: ' + ', '.join(f'{n} of {task}' for task, n in counts.items()))
     if conversations and cfg.n_report:
         path = os.path.join(out, 'report.html')
         report.write(path, cfg.dialogues or cfg.checkpoint, conversations[:cfg.n_report], found[:cfg.n_report],
                      [(label, ours, ' / '.join(filter(None, (theirs, moshi)))) for label, ours, theirs, moshi in rows],
                      note=(cfg.dialogues or f'{cfg.data}, {cfg.split}') + f': {len(conversations)} dialogues. Theirs: OmniFlatten / Moshi, from the paper, on other test data.')
         print(f'look and listen: {path}')
+    if cfg.export:
+        counts = foreign.export_full_duplex_bench(conversations, cfg.export)
+        print(f'{cfg.export}: ' + ', '.join(f'{n} of {task}' for task, n in counts.items()))
     return metrics
 
 

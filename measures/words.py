@@ -206,6 +206,8 @@ def said_as_written(conversations, folder, language='en', device='cpu'):
     """Does the assistant say what it writes: error_rate, with pairs, of what Whisper hears in its turns against their texts."""
     texts, heard = [], []
     for talk in conversations:
+        if talk['wave'] is None:
+            raise ValueError(f'conversation {talk["id"]!r} has no audio that Whisper could hear')
         turns, a_frame = whole(talk['turns'], 'assistant'), talk['sample_rate'] / talk['rate_hz']
         waves = [talk['wave'][round(turn['start'] * a_frame):round(turn['end'] * a_frame), 1] for turn in turns]
         texts += [turn['text'] for turn in turns]

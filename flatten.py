@@ -192,7 +192,7 @@ def check(dialogue, n_codes):
 
 def flatten(dialogue, layout, vocab, is_checked=False):
     """dialogue -> [Document]: one, or one per turn for layouts of order 'turn'. Raises ValueError (see check, which takes a
-    fifth of the time: a loader has it done once)."""
+    tenth of the time: a loader has it done once)."""
     if not is_checked:
         check(dialogue, vocab.n_codes)
     if layout.order == 'chunks':

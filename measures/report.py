@@ -28,9 +28,10 @@ from urllib.parse import quote
 
 import numpy as np
 
+from flatten import ROLES
 from measures.turns import KS, MAX_K, PATIENCE_SEC, accuracy, stretches
 
-ROLES, NBSP = ('user', 'assistant'), '\u00a0'
+NBSP = '\u00a0'
 # Speech up to 6 kHz in at most 40 kb/s, 100 dialogues of 30 s in 20 MB of base64; digital silence costs next to nothing. VARIABLE, as with a
 # constant rate below 40 kb/s there is no room for the header that tells the encoder's delay: all would sound 46 to 69 ms late.
 MP3 = dict(format='MP3', bitrate_mode='VARIABLE', compression_level=0.95)

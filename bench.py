@@ -28,15 +28,18 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from codec import BYTE_OF_CHAR, QWEN2_PATTERN, Vocabulary
-from data.loader import Dialogues, Loader, pack, save_dialogues
-from flatten import Parser, get_layout
+from common.device import PEAK_FLOPS, pick_dtype
+from common.files import write_json
+from config import Parser
+from data.dialogues import Dialogues, save_dialogues
+from data.loader import Loader, pack
+from decode import Duplex
+from flatten import get_layout
 from model import ModelConfig, Qwen2, choose_attention, linear_cross_entropy
-from sample import Duplex
-from train import PEAK_FLOPS, pick_dtype
+from vocabulary import BYTE_OF_CHAR, QWEN2_PATTERN, Vocabulary
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-LENGTHS = os.path.join(ROOT, '..', 'shared', 'data', 'packing')
+LENGTHS = os.path.join(ROOT, 'bench', 'lengths')
 QWEN2 = dict(n_layer=24, n_head=14, n_kv_head=2, n_embd=896, n_inner=4864)      # Qwen2-0.5B; 151,936 rows and 4,096 codes: V = 156,032
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_inner=128)
 DEMO = dict(n_layer=4, n_head=3, n_kv_head=1, n_embd=192, n_inner=512)          # config/demo.py
@@ -134,9 +137,7 @@ class Bench:
             versions=dict(python=platform.python_version(), **versions), dtype=str(self.dtype).removeprefix('torch.'), threads=torch.get_num_threads(),
             tiny=self.args.tiny, sec=time.time() - self.start, figures=self.figures, missing=self.missing)
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(path + '.part', 'w') as file:
-            json.dump(about, file, indent=1)
-        os.replace(path + '.part', path)
+        write_json(path, about)
 
 
 def resident(key):
@@ -186,7 +187,7 @@ def hf_config(sizes, V, attention):
 def packing(bench):
     """Waste on the two lists of lengths; and all that a loader does."""
     for name, T, stage in (('asr_1024', 1024, 'asr.user'), ('dialogue_8192', 8192, 'duplex3')):
-        path = os.path.join(LENGTHS, f'lengths_{name}.npy')
+        path = os.path.join(LENGTHS, f'{name}.npy')
         if not os.path.exists(path):
             bench.miss(f'{name}: waste', f'no {os.path.normpath(path)}')
             continue
@@ -529,7 +530,7 @@ def decoding(bench, n_row):
         hf.load_state_dict(model.hf_state_dict(), strict=False)     # lm_head is tied
         return HFLoop(hf, n_row, context, is_static)
     loops = dict(ours=our_loop)
-    if not bench.is_cuda and torch.cpu._is_vnni_supported():       # what sample.pick_linear asks for
+    if not bench.is_cuda and torch.cpu._is_vnni_supported():       # what decode.pick_linear asks for
         loops['ours, int8'] = partial(our_loop, torch.int8)
     if (bench.args.peers or not bench.is_cuda) and bench.has('HF', 'transformers'):
         loops |= {'HF DynamicCache': partial(hf_loop, False)} | ({'HF StaticCache, compiled': partial(hf_loop, True)} if bench.args.peers else {})

@@ -11,7 +11,6 @@ Lets a checkpoint listen to a split's users, and measures: how it takes turns, w
 
 Beside ours the table has the figures of the paper (OmniFlatten, ACL 2025, tables 1 to 4): theirs, on their test data.
 """
-import json
 import os
 import sys
 import time
@@ -25,12 +24,16 @@ from rapidfuzz.distance import Levenshtein
 from tqdm import tqdm
 
 import config
-from data.loader import STREAMS, Dialogues, Loader
-from flatten import ROLES, get_layout
+from checkpoint import check_codec, last_state, load_checkpoint
+from common.device import pick_device, pick_dtype
+from common.files import read_json, write_json
+from data.dialogues import Dialogues
+from data.loader import STREAMS, Loader
+from decode import Sampling, converse, for_decoding, pick_linear, render
+from flatten import ROLES
 from measures import foreign, judge, report, words
+from measures.losses import by_stream, loss_sums
 from measures.turns import PATIENCE_SEC, conversation, find, share, summarise, who_speaks
-from sample import converse, for_decoding, load_checkpoint, pick_linear, render
-from train import about_checkpoint, by_stream, last_state, loss_sums, pick_device, pick_dtype
 
 
 @dataclass(frozen=True)
@@ -161,15 +164,16 @@ def answers(found, decoded, references):
     return figures
 
 
-def losses(model, vocab, dialogues, names, speech_chunk, text_chunk, device, dtype):
+def losses(model, vocab, dialogues, layouts, device, dtype):
     """{layout: loss by stream in nats a token, bits a second of conversation} of all documents of a split."""
     found, block_size = {}, model.config.block_size
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    for name in names:
-        loader = Loader(dialogues, [get_layout(name, speech_chunk, text_chunk)], vocab, block_size, max(1, 8192 // block_size), padded=device.type != 'cpu')
+    n_row = max(1, 8192 // block_size)
+    for layout in layouts:
+        loader = Loader(dialogues, [layout], vocab, block_size, n_row, padded=device.type != 'cpu')
         sums, sec = loss_sums(model, loader, device, autocast)
         if sec:
-            found[name] = by_stream(sums, sec)
+            found[layout.name] = by_stream(sums, sec)
     return found
 
 
@@ -189,21 +193,18 @@ def from_checkpoint(cfg):
     """-> (metrics, conversations, what each turn came to)"""
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
-    model, vocab, layout, codec, text_weight = load_checkpoint(cfg.checkpoint, device)
-    about = about_checkpoint(cfg.checkpoint)
-    names = about.get('learned', [about['layout']])     # checkpoints of before this was noted: the last
+    checkpoint = load_checkpoint(cfg.checkpoint, device)
+    model, vocab, codec, info = checkpoint
+    layout, text_weight, names = checkpoint.layout, info.text_weight, [each.name for each in info.layouts]
     dialogues = Dialogues(cfg.data, cfg.split)
-    if dialogues.codec != codec.about():
-        raise ValueError(f'{cfg.data} was made with codec {dialogues.codec["name"]} {dialogues.codec["fingerprint"]}, {cfg.checkpoint} was trained '
-                         f'with codec {codec.name} {codec.fingerprint}: prepare the data with the checkpoint\'s codec')
+    check_codec(cfg.checkpoint, codec.describe(), dialogues)
     print(f'{cfg.checkpoint}: losses of {cfg.data}, {cfg.split}', flush=True)
     linear, rest = pick_linear(dtype, device, compile=False)
     rounded = for_decoding(model, rest, linear) if dtype == torch.int8 else model       # what is lost by it is measured, too
-    metrics = dict(n_param=model.n_param(), loss=losses(rounded, vocab, dialogues, names, about['speech_chunk'] or None, about['text_chunk'], device, rest))
+    metrics = dict(n_param=model.n_param(), loss=losses(rounded, vocab, dialogues, info.layouts, device, rest))
     state = last_state(cfg.checkpoint)
     if state:
-        with open(os.path.join(state, 'state.json')) as file:
-            trained = json.load(file)
+        trained = read_json(os.path.join(state, 'state.json'))
         metrics.update(train_sec=trained['train_sec'], train_steps=trained['step'], hours_heard=trained['sec_heard'] / 3600)
     references = [dialogues[i] for i in range(min(cfg.n_dialogue or len(dialogues), len(dialogues)))]
     if layout.order == 'turn':      # after alignment, as in the paper: whoever goes on to dialogue forgets it
@@ -223,8 +224,8 @@ def from_checkpoint(cfg):
     batches = [order[at:at + cfg.batch_size] for at in range(0, len(both), cfg.batch_size)]
     with tqdm(total=sum(-(-len(both[batch[-1]]['user']) // n) for batch in batches), desc='listening', unit=' chunks', leave=False, disable=None) as bar:
         for batch in batches:
-            said, _ = converse(model, vocab, layout, [both[i]['user'] for i in batch], int(codec.silence_codes[0]), bar.update, seed=cfg.seed, dtype=dtype,
-                               text_weight=text_weight, text_temperature=cfg.text_temperature, speech_temperature=cfg.speech_temperature, silence_bias=cfg.silence_bias)
+            said, _ = converse(model, vocab, layout, [both[i]['user'] for i in batch], int(codec.silence_codes[0]), bar.update, dtype=dtype,
+                               sampling=Sampling(cfg.text_temperature, cfg.speech_temperature, silence_bias=cfg.silence_bias, text_weight=text_weight, seed=cfg.seed))
             for i, dialogue in zip(batch, said):
                 decoded[i] = dialogue
     metrics['decode_sec'] = time.perf_counter() - start
@@ -255,10 +256,10 @@ def main(cfg):
         said = words.said_as_written(conversations, cfg.whisper, device=pick_device(cfg.device))
         metrics |= dict(said_wer=said['wer'], said_cer=said['cer'])
     os.makedirs(out, exist_ok=True)
-    save(metrics, out)
+    write_json(os.path.join(out, 'metrics.json'), metrics)
     if conversations and cfg.judge_url:     # last: a server that fails does not take the rest along
         metrics |= judged(cfg, conversations, os.path.join(out, 'judge.jsonl'))
-        save(metrics, out)
+        write_json(os.path.join(out, 'metrics.json'), metrics)
     rows = table(metrics)
     print('\n' + laid_out(rows))
     if conversations and cfg.n_report:
@@ -271,13 +272,6 @@ def main(cfg):
         counts = foreign.export_full_duplex_bench(conversations, cfg.export)
         print(f'{cfg.export}: ' + ', '.join(f'{n} of {task}' for task, n in counts.items()))
     return metrics
-
-
-def save(metrics, out):
-    path = os.path.join(out, 'metrics.json')
-    with open(path + '.part', 'w') as file:
-        json.dump(metrics, file, indent=1)
-    os.replace(path + '.part', path)
 
 
 def judged(cfg, conversations, cache):

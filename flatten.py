@@ -36,16 +36,14 @@ Back again: what a layout carries returns exactly; duplex layouts carry no turns
 >>> unflatten(flatten(dialogue, get_layout('duplex3'), vocab)[0].ids, get_layout('duplex3'), vocab, silence_code=9)['turns']
 [{'role': 'assistant', 'start': 5, 'end': 9, 'text': 'me'}]
 
-    python flatten.py --show data/demo                                       a dialogue as a coloured grid
     python flatten.py --layout=duplex3 --tokenizer=FOLDER FILE.jsonl         dialogues in, {"id", "ids", "learned"} out
     python flatten.py --layout=duplex3 --tokenizer=FOLDER --inverse FILE     and the other way
 
-numpy only; a vocabulary is anything with .control, .code_start, .n_codes, .encode(text) and .decode(ids) (codec.py has it).
+A vocabulary is anything with .control, .code_start, .n_codes, .encode(text) and .decode(ids): vocabulary.py's, or Letters.
 """
 import argparse
 import difflib
 import json
-import os
 import re
 import signal
 import sys
@@ -56,11 +54,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-CONTROL = {     # name: words that describe it, from which its embedding can start (train.py --new_rows=words)
-    '<|asr|>': 'transcribe the speech', '<|tts|>': 'read the text aloud',
-    '<|sos|>': 'start of speech', '<|eos|>': 'end of speech', '<|sot|>': 'start of text', '<|eot|>': 'end of text',
-    '<|silent_text|>': 'silent text', '<|silent_speech|>': 'silent speech',
-}
+from common.files import read_jsonl
+from config import Parser
+from vocabulary import CONTROL, Vocabulary
+
 ROLES = ('user', 'assistant')
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,6 +92,7 @@ class Layout:
     name: str
     order: str
     slots: dict     # role -> [Slot]; a layout in chunks has one list, of both roles, under 'user' and 'assistant' alike
+    learn_user_text: bool = True
 
     @cached_property
     def chunk(self):
@@ -111,6 +109,15 @@ class Layout:
     @cached_property
     def speech_chunk(self):
         return next((slot.n for slot in self.chunk if slot.kind == 'speech'), 0)    # frames a chunk
+
+    @cached_property
+    def text_chunk(self):
+        return next((slot.n for slot in self.chunk if slot.kind == 'text'), 0)      # text tokens a chunk
+
+    def settings(self):
+        """What get_layout(**settings) makes this layout of again."""
+        return dict(name=self.name, speech_chunk=self.speech_chunk or None, text_chunk=self.text_chunk or None,
+                    learn_user_text=self.learn_user_text)
 
 
 def get_layout(name, speech_chunk=None, text_chunk=None, learn_user_text=True):
@@ -136,7 +143,7 @@ def get_layout(name, speech_chunk=None, text_chunk=None, learn_user_text=True):
             slots[role] = [slot._replace(n=sizes[slot.kind] or slot.n) for slot in slots[role]]
         elif role == 'user' and not learn_user_text:
             slots[role] = [slot._replace(learned=slot.learned and slot.kind != 'text') for slot in slots[role]]
-    return Layout(name + ('.' + only_role if only_role else ''), order, slots)
+    return Layout(name + ('.' + only_role if only_role else ''), order, slots, learn_user_text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,7 +160,7 @@ START = itemgetter('start')
 
 
 def check(dialogue, n_codes):
-    """Raises ValueError, one sentence with the id, unless the dialogue is a record as design.md has it."""
+    """Raises ValueError, one sentence with the id, unless the dialogue is a record as docs/format.md has it."""
     name = f'dialogue {dialogue.get("id")!r}'
     for key in ('id', 'user', 'assistant', 'turns'):
         if key not in dialogue:
@@ -242,6 +249,11 @@ def lay_chunks(dialogue, layout, vocab):
     return Document(ids.reshape(-1), learned.reshape(-1), n_dropped)
 
 
+def is_broken_off(turn, turns):
+    """Does another role speak into the turn, and still when it ends? That is a barge-in; an "mhm" is over before."""
+    return any([turn['start'] < other['start'] < turn['end'] <= other['end'] for other in turns if other['role'] != turn['role']])
+
+
 def lay_text(dialogue, role, n_chunk, text_chunk, speech_chunk, vocab):
     """A turn's text starts in the chunk in which its speech starts. Text that outlasts the turn runs on into the
     silence after it, until the role's next turn starts or the dialogue ends; when the other side spoke into the turn
@@ -249,12 +261,11 @@ def lay_text(dialogue, role, n_chunk, text_chunk, speech_chunk, vocab):
     stream = np.empty(n_chunk * text_chunk, np.int32)
     stream.fill(vocab.control['<|silent_text|>'])
     turns = sorted([t for t in dialogue['turns'] if t['role'] == role], key=START)
-    others = [(t['start'], t['end']) for t in dialogue['turns'] if t['role'] != role]
     n_dropped = 0
     for turn, following in zip(turns, turns[1:] + [None]):
         first = turn['start'] // speech_chunk
         limit = following['start'] // speech_chunk if following else n_chunk
-        if any([turn['start'] < start < turn['end'] <= end for start, end in others]):
+        if is_broken_off(turn, dialogue['turns']):
             limit = min(limit, (turn['end'] - 1) // speech_chunk + 1)
         tokens = vocab.encode(turn['text'])
         room = (limit - first) * text_chunk
@@ -409,87 +420,15 @@ def draw(document, layout, vocab):
     return '\n'.join(line.rstrip() for line in lines)
 
 
-GREY, GREEN, YELLOW, CYAN, RED, BOLD, PLAIN = (f'\033[{n}m' for n in (90, 32, 33, 36, 31, 1, 0))
-
-
-def print_coloured(text):
-    """Without its colours where nobody would see them; NO_COLOR and FORCE_COLOR overrule (no-color.org, force-color.org)."""
-    is_coloured = sys.stdout.isatty() or os.environ.get('FORCE_COLOR')
-    print(text if is_coloured and not os.environ.get('NO_COLOR') else re.sub('\033\\[\\d+m', '', text))
-
-
-def show(dialogue, layout, vocab, rate_hz, columns=110):
-    """The dialogue against time, a character a frame: grey is fed, green is learned, yellow is both speaking."""
-    document, = flatten(dialogue, layout, vocab)
-    n = layout.speech_chunk
-    grid = document.ids.reshape(-1, layout.period)      # (N chunks, K tokens a chunk)
-    said = {role: np.zeros(len(grid) * n, bool) for role in ROLES}
-    words = np.full(len(grid) * n, ' ', '<U1')          # what the user said, a letter a frame from where the turn starts
-    for turn in dialogue['turns']:
-        said[turn['role']][turn['start']:turn['end']] = True
-        if turn['role'] == 'user':
-            letters = list(turn['text'])[:len(words) - turn['start']]
-            words[turn['start']:turn['start'] + len(letters)] = letters
-    both, at = said['user'] & said['assistant'], 0
-    rows = [('seconds', '', [f'{c * n / rate_hz:.1f}' for c in range(len(grid))]),
-            ('user words', '', [''.join(row) for row in words.reshape(-1, n)])]
-    for slot in layout.chunk:
-        role = slot.what.split('.')[0]
-        if slot.kind == 'text':
-            cells = [''.join(spell(i, vocab) for i in row[at:at + slot.n]) for row in grid]
-        else:
-            cells = [''.join('█▓'[int(both[f])] if said[role][f] else '▁' for f in range(c * n, c * n + n)) for c in range(len(grid))]
-        rows.append((slot.what, GREEN if slot.learned else GREY, cells))
-        at += slot.n
-    margin = max(len(name) for name, _, _ in rows)
-    wide = max([n] + [len(cell) for _, _, cells in rows for cell in cells])
-    n_shown = max(1, (columns - margin) // (wide + 1))
-    lines = [f'{BOLD}{dialogue["id"]}{PLAIN}  {len(grid)} chunks of {n} frames, {document.ids.size} tokens, '
-             f'{document.learned.sum()} learned, {document.n_dropped} text tokens dropped']
-    for first in range(0, len(grid), n_shown):
-        for name, colour, cells in rows:
-            line = f'{GREY}|{PLAIN}{colour}'.join(f'{cell:{wide}}' for cell in cells[first:first + n_shown])
-            lines.append(f'{name:{margin}} {colour}' + re.sub('▓+', lambda run: YELLOW + run.group() + PLAIN + colour, line) + PLAIN)   # noqa: B023
-        lines.append('')
-    return '\n'.join(lines)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the command line
 
-def read_jsonl(path):
-    """(row, object) of each line; SystemExit names the file, the row and what is wrong."""
-    try:
-        file = sys.stdin if path == '-' else open(path, encoding='utf-8')
-        with file:
-            for row, line in enumerate(file, 1):
-                if line.strip():
-                    value = json.loads(line)
-                    if not isinstance(value, dict):
-                        raise SystemExit(f'{path}:{row}: not a JSON object')
-                    yield row, value
-    except OSError as error:
-        raise SystemExit(f'{path}: {error.strerror}')
-    except UnicodeDecodeError:
-        raise SystemExit(f'{path}: not a text file in UTF-8')
-    except (json.JSONDecodeError, RecursionError) as error:     # RecursionError: a line of 100,000 brackets
-        raise SystemExit(f'{path}:{row}: not JSON ({error})')
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):       # one sentence and code 1, as for any other mistake
-        raise SystemExit(f'{message}; see --help')
-
-
 def main():
     parser = Parser(description=__doc__.split('\n\n')[0].strip(), formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('path', help='JSON lines of dialogues (or, with --inverse, of ids), - for standard input; with --show a data folder')
+    parser.add_argument('path', help='JSON lines of dialogues (or, with --inverse, of ids), - for standard input')
     parser.add_argument('--layout', default='duplex3', help=', '.join(LAYOUTS))
-    parser.add_argument('--tokenizer', help='folder with tokenizer.json, or vocab.json and merges.txt')
+    parser.add_argument('--tokenizer', required=True, help='folder with tokenizer.json, or vocab.json and merges.txt')
     parser.add_argument('--inverse', action='store_true', help='from ids back to dialogues')
-    parser.add_argument('--show', action='store_true', help='draw a dialogue of a data folder, in colour')
-    parser.add_argument('--split', default='test', help='with --show: train, val or test')
-    parser.add_argument('--index', type=int, default=0, help='with --show: which dialogue')
     parser.add_argument('--speech_chunk', type=int, help="frames a chunk, None: the layout's own")
     parser.add_argument('--text_chunk', type=int, help="text tokens a chunk, None: the layout's own")
     parser.add_argument('--learn_user_text', choices=('true', 'false'), default='true', help='half_duplex: is the text of the user a target')
@@ -497,42 +436,33 @@ def main():
     parser.add_argument('--silence_code', type=int, default=0, help='with --inverse: stands where the assistant is silent')
     args = parser.parse_args()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # python flatten.py … | head
-    from codec import Vocabulary  # tiktoken is not needed for anything above
-    try:
-        layout = get_layout(args.layout, args.speech_chunk, args.text_chunk, args.learn_user_text == 'true')
-        if args.show:
-            from data.loader import Dialogues
-            dialogues = Dialogues(args.path, args.split)
-            if layout.order != 'chunks':
-                raise ValueError(f'--show draws layouts in chunks, not {layout.name}')
-            vocab = Vocabulary.load(args.tokenizer or os.path.join(args.path, 'tokenizer'), dialogues.codec['n_codes'])
-            if not 0 <= args.index < len(dialogues):
-                raise ValueError(f'--index={args.index}: {args.path} has {len(dialogues)} dialogues in {args.split}')
-            return print_coloured(show(dialogues[args.index], layout, vocab, dialogues.codec['rate_hz'], os.get_terminal_size().columns if sys.stdout.isatty() else 110))
-        if not args.tokenizer:
-            raise ValueError('--tokenizer=FOLDER is needed, a folder with tokenizer.json or vocab.json and merges.txt')
-        if args.n_codes < 1:
-            raise ValueError(f'--n_codes={args.n_codes}: a codebook has at least one code')
-        vocab = Vocabulary.load(args.tokenizer, args.n_codes)
-        if not 0 <= args.silence_code < vocab.n_codes:
-            raise ValueError(f'--silence_code={args.silence_code} is out of range, the codec has 0 to {vocab.n_codes - 1}')
-    except ValueError as error:
-        raise SystemExit(str(error))
+    layout = get_layout(args.layout, args.speech_chunk, args.text_chunk, args.learn_user_text == 'true')
+    if args.n_codes < 1:
+        raise ValueError(f'--n_codes={args.n_codes}: a codebook has at least one code')
+    vocab = Vocabulary.load(args.tokenizer, args.n_codes)
+    if not 0 <= args.silence_code < vocab.n_codes:
+        raise ValueError(f'--silence_code={args.silence_code} is out of range, the codec has 0 to {vocab.n_codes - 1}')
     n_dropped = 0
     for row, value in read_jsonl(args.path):
         try:
             if args.inverse:
-                print(json.dumps(unflatten(value['ids'], layout, vocab, args.silence_code, value['id']), ensure_ascii=False))
+                dialogue = unflatten(value['ids'], layout, vocab, args.silence_code, value['id'])
+                print(json.dumps(dialogue, ensure_ascii=False))
                 continue
             for document in flatten(value, layout, vocab):
                 n_dropped += document.n_dropped
-                print(json.dumps(dict(id=value['id'], ids=document.ids.tolist(), learned=document.learned.astype(int).tolist())))
+                learned = document.learned.astype(int).tolist()
+                print(json.dumps(dict(id=value['id'], ids=document.ids.tolist(), learned=learned)))
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             what = f'no field {error}' if isinstance(error, KeyError) else error
-            raise SystemExit(f'{args.path}:{row}: {what}')
+            raise ValueError(f'{args.path}:{row}: {what}') from None
     if n_dropped:
-        print(f'{n_dropped} text tokens found no room and were dropped; a larger --text_chunk keeps them', file=sys.stderr)
+        print(f'{n_dropped} text tokens found no room and were dropped; a larger --text_chunk keeps them',
+              file=sys.stderr)
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except ValueError as error:
+        raise SystemExit(str(error))

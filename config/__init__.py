@@ -7,6 +7,7 @@ A config file is Python: assignments with remarks, arithmetic welcome; names tha
 not a field of the dataclass, in a file or on the command line, ends the run with the nearest name there is, and every
 value has to fit the type of its field.
 """
+import argparse
 import ast
 import difflib
 import inspect
@@ -96,3 +97,10 @@ def save(cfg, path):
     with open(path, 'w', encoding='utf-8') as file:
         for field in fields(cfg):
             file.write(f'{field.name} = {getattr(cfg, field.name)!r}\n')
+
+
+class Parser(argparse.ArgumentParser):
+    """For the scripts with few settings: a mistake ends in one sentence and code 1, as any other."""
+
+    def error(self, message):
+        raise SystemExit(f'{message}; see --help')

@@ -1,9 +1,6 @@
 """
-Dialogues on disk, and the rows that a model is trained on.
-
-A data folder holds train.arrow, val.arrow and test.arrow (or train-00000-of-00008.arrow …): Arrow IPC files of records
-as design.md describes them, memory-mapped, tokenised once. The layout is applied here, when they are loaded, so one
-data set serves every stage and chunk size:
+The rows that a model is trained on. The layout is applied here, when dialogues are loaded, so one data set serves every
+stage and chunk size:
 
     dialogues ─ shuffle ─ flatten ─ cut at chunk borders ─ pack ─► rows of block_size ─► Batch
 
@@ -14,8 +11,6 @@ Documents in a row are neighbours by chance and must not see each other: Batch.d
 The order of rows depends on seed and epoch only. Rank r of w takes rows r, r + w, …, so ranks share nothing, miss
 nothing, and a run on two machines reads what it would read on one.
 """
-import glob
-import json
 import os
 import time
 from bisect import bisect_left, bisect_right, insort
@@ -24,111 +19,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import cache, lru_cache
-from itertools import accumulate, chain
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from flatten import flatten
-
-_SPAN = [('text', pa.string()), ('start', pa.int32()), ('end', pa.int32())]
-SCHEMA = pa.schema([
-    ('id', pa.string()),
-    ('user', pa.list_(pa.uint16())),            # a code a frame
-    ('assistant', pa.list_(pa.uint16())),
-    ('turns', pa.list_(pa.struct([('role', pa.string()), ('start', pa.int32()), ('end', pa.int32()), ('text', pa.string()),
-                                  ('words', pa.list_(pa.struct(_SPAN)))]))),
-])
-
-
-def save_dialogues(path, dialogues, codec, **notes):
-    """Writes an Arrow file of dialogues with the codec's description, and notes, in its metadata; it appears whole or not at all."""
-    table = pa.Table.from_pylist(list(dialogues), SCHEMA.with_metadata({'nanoduplex': json.dumps(dict(notes, codec=codec))}))
-    with pa.OSFile(path + '.part', 'wb') as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    os.replace(path + '.part', path)
-
-
-class Dialogues:
-    """The records of one split of a data folder. len, [i] -> dict(id, user uint16 [n_frame], assistant, turns), .codec."""
-
-    def __init__(self, folder, split):
-        shards = sorted(glob.glob(os.path.join(glob.escape(folder), f'{split}-?????-of-?????.arrow')))
-        paths = shards or [os.path.join(folder, f'{split}.arrow')]
-        if not os.path.isdir(folder):
-            raise ValueError(f'no data folder {folder}; prepare it first (for the demo: python data/demo/prepare.py)')
-        if not os.path.exists(paths[0]):
-            raise ValueError(f'{folder} holds no {split}.arrow; prepare it first (for the demo: python data/demo/prepare.py)')
-        if shards and len(shards) != int(shards[0][-11:-6]):
-            raise ValueError(f'{folder} holds {len(shards)} of the {int(shards[0][-11:-6])} files of {split}')
-        self.folder, self.split, self.parts, self.codec = folder, split, [], None
-        for path in paths:
-            try:
-                table = pa.ipc.open_file(pa.memory_map(path)).read_all()
-                codec = json.loads(table.schema.metadata[b'nanoduplex'])['codec']
-                columns = [Columns(batch) for batch in table.to_batches() if batch.num_rows]
-            except (pa.ArrowInvalid, TypeError, KeyError, ValueError) as error:
-                raise ValueError(f'{path} is not a file of dialogues ({error}); prepare it again')
-            if self.codec and codec != self.codec:
-                raise ValueError(f'{path} was made with codec {codec}, {paths[0]} with {self.codec}')
-            self.codec = codec
-            self.parts += columns
-        self.firsts = [0, *accumulate(map(len, self.parts))]
-        self.n_frame = [np.concatenate([np.zeros(0, np.int32), *(np.diff(part.codes[role][0]) for part in self.parts)]) for role in ('user', 'assistant')]
-
-    def __len__(self):
-        return self.firsts[-1]
-
-    def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        part = bisect_right(self.firsts, i) - 1
-        return self.parts[part][i - self.firsts[part]]
-
-
-class Columns:
-    """A record batch as numpy views into the mapped file: no copy, and nothing is parsed but the record asked for."""
-
-    def __init__(self, batch):
-        columns = {name: batch.column(name) for name in SCHEMA.names}
-        self.codes = {role: (columns[role].offsets.to_numpy(), columns[role].values.to_numpy()) for role in ('user', 'assistant')}
-        turns = columns['turns']
-        fields = {key: turns.values.field(key) for key in ('role', 'start', 'end', 'text')}
-        for key, values in dict(fields, id=columns['id']).items():
-            if values.null_count:
-                raise ValueError(f'{values.null_count} have no {key}')
-        self.turn_offsets, self.start, self.end = turns.offsets.to_numpy(), fields['start'].to_numpy(), fields['end'].to_numpy()
-        self.id, self.role, self.text = Strings(columns['id']), Strings(fields['role']), Strings(fields['text'])
-
-    def __len__(self):
-        return len(self.turn_offsets) - 1
-
-    def __getitem__(self, i):
-        codes = {role: values[offsets[i]:offsets[i + 1]] for role, (offsets, values) in self.codes.items()}
-        of = slice(*self.turn_offsets[i:i + 2].tolist())
-        turns = [dict(role=role, start=start, end=end, text=text) for role, start, end, text in
-                 zip(self.role[of], self.start[of].tolist(), self.end[of].tolist(), self.text[of])]
-        return dict(id=self.id[i:i + 1][0], **codes, turns=turns)
-
-
-class Strings:
-    """A column of strings: [slice] -> list, without pyarrow's microseconds a call."""
-
-    def __init__(self, array):
-        _, offsets, letters = array.buffers()
-        self.offsets = np.frombuffer(offsets, np.int32)[array.offset:]
-        self.letters = memoryview(letters or b'')
-
-    def __getitem__(self, of):
-        offsets = self.offsets[of.start:of.stop + 1].tolist()
-        first, last = offsets[0], offsets[-1]
-        whole = str(self.letters[first:last], 'utf8')
-        if len(whole) == last - first:      # ASCII: a byte a letter
-            return [whole[start - first:end - first] for start, end in zip(offsets, offsets[1:])]
-        return [str(self.letters[start:end], 'utf8') for start, end in zip(offsets, offsets[1:])]
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 

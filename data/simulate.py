@@ -34,11 +34,10 @@ from collections import Counter
 
 import numpy as np
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
-from codec import read_audio, write_audio  # noqa: E402
-from data import tokenise  # noqa: E402
-from data.tts import HAN, SAMPLE_RATE, CosyVoice, Espeak, noises  # noqa: E402
-from flatten import ROLES  # noqa: E402
+from common.audio import read_audio, write_audio
+from data import tokenise
+from data.tts import HAN, SAMPLE_RATE, CosyVoice, Espeak, noises
+from flatten import ROLES
 
 LEVEL = 0.05                    # root mean square of every voice, -26 dB
 FADE_SEC = 0.01                 # of a voice that stops inside a word

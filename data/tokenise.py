@@ -20,20 +20,21 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
-from codec import load_codec  # noqa: E402
-from data.loader import SCHEMA, save_dialogues  # noqa: E402
-from flatten import ROLES, Parser, check  # noqa: E402
-from train import pick_device  # noqa: E402
+from codec import load_codec
+from common.device import pick_device
+from common.files import read_json, whole, write_json
+from config import Parser
+from data.dialogues import SCHEMA, save_dialogues
+from flatten import ROLES, check
 
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'vocab.json', 'merges.txt', 'config.json')
 
@@ -77,14 +78,16 @@ def run(items, read, args, recipe):
     codec.device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if device.type == 'cuda' else device
     ids = list(items)
     parts = [ids[at:at + args.part] for at in range(0, len(ids), args.part)]
-    about = dict(recipe, codec=codec.about(), part=args.part, seed=args.seed, val_share=args.val_share, test_share=args.test_share,
+    about = dict(recipe, codec=codec.describe(), part=args.part, seed=args.seed, val_share=args.val_share, test_share=args.test_share,
                  max_mismatch_sec=args.max_mismatch_sec, n_item=len(ids), ids=hashlib.sha256('\n'.join(ids).encode()).hexdigest()[:16])
     marker, folder = os.path.join(args.out, 'prepared.json'), os.path.join(args.out, 'parts')
     if is_prepared(marker, about):
         return print(f'{args.out} is prepared already')
     os.makedirs(folder, exist_ok=True)
     if not is_prepared(os.path.join(folder, 'recipe.json'), about):
-        write_json(os.path.join(folder, 'recipe.json'), dict(recipe=about))
+        # every process writes it, each through a file of its own
+        with whole(os.path.join(folder, 'recipe.json'), f'.{os.getpid()}.part') as part, open(part, 'w') as file:
+            json.dump(dict(recipe=about), file)
 
     progress, lock = Progress(len(parts)), open(os.path.join(args.out, '.lock'), 'w')
     with ThreadPoolExecutor(args.n_thread) as pool:
@@ -112,19 +115,11 @@ def run(items, read, args, recipe):
 def is_prepared(path, about):
     if not os.path.exists(path):
         return False
-    with open(path) as file:
-        before = json.load(file)['recipe']
+    before = read_json(path)['recipe']
     if before != json.loads(json.dumps(about)):
         changed = ', '.join(key for key in sorted(before.keys() | about.keys()) if before.get(key) != json.loads(json.dumps(about.get(key))))
         raise ValueError(f'{os.path.dirname(path)} was made from other material or settings ({changed}); choose another --out, or delete it')
     return True
-
-
-def write_json(path, content):
-    part = f'{path}.{os.getpid()}.part'
-    with open(part, 'w', encoding='utf-8') as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-    os.replace(part, path)
 
 
 class Claim:
@@ -195,7 +190,7 @@ def make_part(path, ids, items, read, codec, args, pool):
             check(record, codec.n_codes)
             records.append(record)
             n_lost += lost
-    save_dialogues(path, records, codec.about(), skipped=skipped, lost_turns=n_lost)
+    save_dialogues(path, records, codec.describe(), skipped=skipped, lost_turns=n_lost)
     return sum(max(len(record['user']), len(record['assistant'])) for record in records) / codec.rate_hz
 
 
@@ -296,16 +291,16 @@ def finish(args, about, codec, ids, n_part):
     unread = {entry['id'] for entry in skipped}
     splits = split_ids([id for id in ids if id not in unread], args.val_share, args.test_share, args.seed)
     counts = Statistics(codec.rate_hz)
-    metadata = {'nanoduplex': json.dumps({'codec': codec.about()})}
-    for split in ('train', 'val', 'test'):
-        path = os.path.join(args.out, f'{split}.arrow')
-        with pa.OSFile(path + '.part', 'wb') as sink, pa.ipc.new_file(sink, SCHEMA.with_metadata(metadata)) as writer:
-            for table in read:
-                chosen = table.filter(pa.array([splits[id] == split for id in table['id'].to_pylist()], pa.bool_()))
-                counts.add(split, chosen)
-                writer.write_table(chosen.replace_schema_metadata(metadata))
-    for split in ('train', 'val', 'test'):
-        os.replace(os.path.join(args.out, f'{split}.arrow.part'), os.path.join(args.out, f'{split}.arrow'))
+    metadata = {'nanoduplex': json.dumps({'codec': codec.describe()})}
+    schema = SCHEMA.with_metadata(metadata)
+    with ExitStack() as all_appear:     # the three files at once, or none
+        for split in ('train', 'val', 'test'):
+            path = all_appear.enter_context(whole(os.path.join(args.out, f'{split}.arrow')))
+            with pa.OSFile(path, 'wb') as sink, pa.ipc.new_file(sink, schema) as writer:
+                for table in read:
+                    chosen = table.filter(pa.array([splits[id] == split for id in table['id'].to_pylist()], pa.bool_()))
+                    counts.add(split, chosen)
+                    writer.write_table(chosen.replace_schema_metadata(metadata))
     with open(os.path.join(args.out, 'skipped.jsonl'), 'w', encoding='utf-8') as file:
         file.writelines(json.dumps(entry, ensure_ascii=False) + '\n' for entry in skipped)
     if os.path.realpath(args.codec) != os.path.realpath(args.out):

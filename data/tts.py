@@ -20,6 +20,9 @@ import threading
 
 import numpy as np
 
+from codec.worker import Worker
+from common.audio import read_audio
+
 SAMPLE_RATE = 16000
 HAN = '\u3400-\u4dbf\u4e00-\u9fff'      # for character classes
 # of espeak-ng's variants: jokes, and voices without a voice
@@ -105,17 +108,15 @@ class Espeak:
 
 
 class CosyVoice:
-    """Speaks through a worker (data/cosyvoice/worker.py), one turn at a time."""
+    """Speaks through a worker (codec/cosyvoice.py), one turn at a time."""
 
     def __init__(self, command, voices):
-        from data.cosyvoice.s3 import Worker
         self.worker, self.voices = Worker(command), voices
 
     def style(self, rng):
         return {}       # the prompt's
 
     def say(self, text, voice):
-        from codec import read_audio
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, 'said.wav')
             try:

@@ -22,8 +22,8 @@ import shutil
 
 import numpy as np
 
-from codec import read_audio, write_audio
-from data.moshi_finetune.prepare import turns_of
+from common.audio import read_audio, write_audio
+from data.recordings import turns_of
 from flatten import ROLES
 from measures.turns import find, stretches
 

@@ -26,6 +26,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 
+from common.files import whole
+from config import Parser
+
 PROMPT = str(pathlib.Path(__file__).with_suffix('.txt'))
 MAX_WAIT_SEC = 600      # a server that asks for a longer pause has had enough for today
 MAX_LOST = 8            # so many answers in a row not taken: the server will not take the next either
@@ -229,7 +232,6 @@ def read_transcript(path):
 
 
 def main():
-    from flatten import Parser
     parser = Parser(description=__doc__.strip().split('\n\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('transcripts', nargs='+', help='JSON lines as sample.py writes them, one file a dialogue')
     parser.add_argument('--url', required=True, help='of the endpoint, with /v1')
@@ -246,11 +248,10 @@ def main():
                      usd_per_m_in=args.usd_per_m_in, usd_per_m_out=args.usd_per_m_out)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error))
-    with open(args.out + '.jsonl.part', 'w', encoding='utf-8') as file:
+    with whole(args.out + '.jsonl') as part, open(part, 'w', encoding='utf-8') as file:
         for item, row in zip(items, rows):
             file.write(json.dumps(dict(item, **row), ensure_ascii=False) + '\n')
             print(f'{row["score"] or "-":>4}  {item["question"][:40]:40}  {item["answer"][:40]:40}  {row.get("why") or row.get("error")}')
-    os.replace(file.name, args.out + '.jsonl')
     print(f'written: {args.out}.jsonl')
 
 

@@ -18,8 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from codec import load_codec, write_audio
+from codec import load_codec
+from common.audio import write_audio
 from data.loader import STREAMS
+from decode import Sampling, converse, render, write_transcript
 from measures import turns
 from measures.report import write
 
@@ -30,8 +32,8 @@ N_POINT = 500           # of a curve, about what a screen can show
 class Listener:
     """hear(step, model, layouts) -> [conversation], written to out_dir/listen; report(step, conversations) writes out_dir/report.html."""
 
-    def __init__(self, cfg, vocab, val_data, dtype, say):
-        self.cfg, self.vocab, self.dtype, self.say, self.noted = cfg, vocab, dtype, say, set()
+    def __init__(self, cfg, vocab, val_data, dtype):
+        self.cfg, self.vocab, self.dtype, self.noted = cfg, vocab, dtype, set()
         self.folder, self.rate_hz = val_data[0].folder, val_data[0].codec['rate_hz']
         both = ((data, i) for data in val_data for i, (n_user, n_assistant) in enumerate(zip(*data.n_frame)) if n_user == n_assistant > 0)
         self.dialogues = [cut(data[i], round(LISTEN_SEC * self.rate_hz)) for data, i in islice(both, cfg.n_listen)]
@@ -40,11 +42,10 @@ class Listener:
 
     def note(self, text):
         if text not in self.noted:
-            self.say(f'note: {text}')
+            print(f'note: {text}')
         self.noted.add(text)
 
     def hear(self, step, model, layouts):
-        from sample import converse, write_transcript  # sample.py imports train.py, which imports this
         if not self.cfg.n_listen:
             return []
         layout = next((layout for layout in reversed(layouts) if layout.order == 'chunks'), None)
@@ -60,7 +61,7 @@ class Listener:
             self.note(f'nothing is heard: {error}')
             return []
         decoded, _ = converse(model, self.vocab, layout, [d['user'] for d in self.dialogues], int(codec.silence_codes[0]), dtype=self.dtype,
-                              text_weight=self.cfg.text_weight, max_context=max(self.cfg.block_size, 2 * layout.period))    # two chunks, or it cannot go on
+                              sampling=Sampling(text_weight=self.cfg.text_weight), max_context=max(self.cfg.block_size, 2 * layout.period))    # two chunks, or it cannot go on
         os.makedirs(os.path.join(self.cfg.out_dir, 'listen'), exist_ok=True)
         conversations = []
         for reference, dialogue in zip(self.dialogues, decoded):
@@ -76,7 +77,6 @@ class Listener:
 
     def render(self, reference, dialogue, codec):
         """-> float32 [n_sample, 2]. Where nothing here can make it, None, and a note once: training goes on, the transcript says what was said."""
-        from sample import render
         if not self.mute_because:
             try:
                 if reference['id'] not in self.user_waves:

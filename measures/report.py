@@ -28,6 +28,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from common.files import whole
 from flatten import ROLES
 from measures.turns import KS, MAX_K, PATIENCE_SEC, accuracy, stretches
 
@@ -194,6 +195,5 @@ def write(path, title, conversations, found=None, figures=None, curves=None, not
                  sounds='\n'.join(sounds),
                  summary=table(figures or []) + (f'<div class="plots">{"".join(plots)}</div>' if plots else ''),
                  dialogues=json.dumps(page, ensure_ascii=False, separators=(',', ':')).replace('<', '\\u003c'))
-    with open(path + '.part', 'w', encoding='utf-8') as file:
+    with whole(path) as part, open(part, 'w', encoding='utf-8') as file:
         file.write(re.sub(r'{{(\w+)}}', lambda match: parts[match[1]], template))      # in one pass: a text with {{title}} in it stays one
-    os.replace(path + '.part', path)

@@ -5,14 +5,13 @@ Are the words right: error rates of what the model hears and says.
     the turn's text ─► its TTS ─► codes ─► its own ASR ─► text, likewise        tts_assistant; asr_assistant is the same ear on true codes
                                        └─► codec ─► Whisper ─► text, likewise   tts_assistant_whisper, beside asr_assistant_whisper
 
-    model, vocab, _, codec, text_weight = load_checkpoint('out/align')          # train.py config/demo.py --stages=asr+tts.assistant:400
-    figures = alignment(model, vocab, codec, dialogues, tts=['assistant'], text_weight=text_weight)
+    model, vocab, codec, info = load_checkpoint('out/align')        # train.py config/demo.py --stages=asr+tts.assistant:400
+    figures = alignment(model, vocab, codec, dialogues, tts=['assistant'], text_weight=info.text_weight)
     figures['asr_user']['wer'], figures['asr_user']['pairs'][0]                 # a share, (what was said, what was heard)
 
 Texts are compared as in Whisper's paper (arXiv 2212.04356, appendix C): by its normaliser, then jiwer. Chinese, Japanese and
 others that put no spaces between words are counted in characters. pip install jiwer whisper-normalizer; for Whisper transformers soxr.
 """
-import json
 import math
 import os
 import re
@@ -21,7 +20,8 @@ from functools import cache
 import numpy as np
 import torch
 
-from flatten import ROLES, check, get_layout, lay_turn
+from common.files import read_json
+from flatten import ROLES, check, get_layout, is_broken_off, lay_turn
 from model import KVCache
 
 # Thai, Lao, Burmese, Khmer, kana, Han
@@ -118,9 +118,7 @@ def speak(model, vocab, texts, batch_size=32, text_weight=1.0, frames_a_token=32
 
 def whole(turns, role):
     """The role's turns that have a text and were not broken off by the other side, as then there is more text than speech."""
-    others = [(turn['start'], turn['end']) for turn in turns if turn['role'] != role]
-    return [turn for turn in turns if turn['role'] == role and turn['text'].strip()
-            and not any(turn['start'] < start < turn['end'] <= end for start, end in others)]
+    return [turn for turn in turns if turn['role'] == role and turn['text'].strip() and not is_broken_off(turn, turns)]
 
 
 def alignment(model, vocab, codec, dialogues, asr=ROLES, tts=ROLES, whisper=None, language='en', batch_size=32, text_weight=1.0):
@@ -159,8 +157,7 @@ def load_whisper(folder, device):
     path = os.path.join(folder, 'config.json')
     if not os.path.isfile(path):
         raise ValueError(f'no Whisper in {folder}: it has no config.json (download all files of openai/whisper-large-v3, and give their folder)')
-    with open(path) as file:
-        kind = json.load(file).get('model_type')
+    kind = read_json(path).get('model_type')
     if kind != 'whisper':       # transformers would warn, and draw random weights
         raise ValueError(f'{path} is of a {kind} model: give the folder of a Whisper')
     try:

@@ -22,7 +22,7 @@ say() { echo; echo "== $*"; }
 
 say 'codec: CosyVoice tokens, 4096 codes at 25 Hz'
 worker="$COSYVOICE_PYTHON data/cosyvoice/worker.py --checkout=$COSYVOICE_CHECKOUT --model=$COSYVOICE --voice=$ASSISTANT_VOICE"
-[ -f codecs/s3/codec.json ] || python codec.py s3 --checkpoint="$COSYVOICE/speech_tokenizer_v1.onnx" --out=codecs/s3 --vocoder="$worker"
+[ -f codecs/s3/codec.json ] || python -m codec s3 --checkpoint="$COSYVOICE/speech_tokenizer_v1.onnx" --out=codecs/s3 --vocoder="$worker"
 
 say 'speech with its text, for alignment'
 aligned=()

@@ -42,7 +42,7 @@ def small_tokenizer(tmp_path_factory):
     """A folder with tokenizer.json: a byte-level BPE cut as Qwen2's is, trained on a few sentences."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-    from codec import QWEN2_PATTERN
+    from vocabulary import QWEN2_PATTERN
     folder = tmp_path_factory.mktemp('tokenizer')
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -73,7 +73,7 @@ def small_data(tmp_path_factory, small_tokenizer):
     """A data folder as a prepare.py leaves it."""
     import shutil
 
-    from data.loader import save_dialogues
+    from data.dialogues import save_dialogues
     folder = tmp_path_factory.mktemp('data')
     shutil.copytree(small_tokenizer, folder / 'tokenizer')
     for split, n in (('train', 60), ('val', 10), ('test', 10)):
@@ -91,7 +91,7 @@ def hum(pitch_hz, n_sec, rate=16000, seed=0):
 @pytest.fixture(scope='session')
 def small_codec():
     """A MelCodec of 32 codes that tells six hums from silence."""
-    from data.demo.mel import MelCodec
+    from codec.mel import MelCodec
     waves, labels = [], []
     for i in range(24):
         waves.append(np.concatenate([1e-3 * np.random.default_rng(i).standard_normal(8000), hum(100 + 40 * (i % 6), 1.0, seed=i)]).astype(np.float32))
@@ -105,12 +105,12 @@ def small_run(tmp_path_factory, small_tokenizer, small_codec):
     import shutil
 
     import train
-    from data.loader import save_dialogues
+    from data.dialogues import save_dialogues
     data = tmp_path_factory.mktemp('spoken')
     shutil.copytree(small_tokenizer, data / 'tokenizer')
     small_codec.save(data / 'codec')
     for split, n in (('train', 40), ('val', 5), ('test', 5)):
-        save_dialogues(str(data / f'{split}.arrow'), make_dialogues(n, seed=len(split)), small_codec.about())
+        save_dialogues(str(data / f'{split}.arrow'), make_dialogues(n, seed=len(split)), small_codec.describe())
     out = tmp_path_factory.mktemp('run') / 'run'
     train.main(train.Config(data=str(data), out_dir=str(out), stages='duplex3:30', n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_inner=64,
                             block_size=256, batch_size=4, batch_tokens=1024, eval_interval=30, learning_rate=3e-3, warmup_steps=5,

@@ -6,8 +6,9 @@ import pytest
 import soundfile
 from conftest import hum
 
-from codec import load_codec, read_audio, write_audio
-from data.demo.mel import MelCodec
+from codec import load_codec
+from codec.mel import MelCodec
+from common.audio import read_audio, write_audio
 
 
 def energy_db(wave):
@@ -49,7 +50,7 @@ def test_saved_and_loaded(small_codec, tmp_path):
     small_codec.save(tmp_path / 'codec')
     for folder in (tmp_path, tmp_path / 'codec'):       # a data folder or checkpoint, or the codec's own
         again = load_codec(str(folder))
-        assert again.about() == small_codec.about() and (again.encode(hum(180, 1)) == small_codec.encode(hum(180, 1))).all()
+        assert again.describe() == small_codec.describe() and (again.encode(hum(180, 1)) == small_codec.encode(hum(180, 1))).all()
     settings = json.loads((tmp_path / 'codec' / 'codec.json').read_text())
     (tmp_path / 'codec' / 'codec.json').write_text(json.dumps(dict(settings, fingerprint='0' * 16)))
     with pytest.raises(ValueError, match='codec.safetensors'):
@@ -103,9 +104,9 @@ def test_channel_out_of_range(tmp_path):
 def test_command_line(tmp_path, small_codec, run):
     small_codec.save(tmp_path / 'codec')
     write_audio(str(tmp_path / 'a.wav'), hum(200, 1.0), 16000)
-    out = run('codec.py', 'encode', tmp_path / 'a.wav', f'--codec={tmp_path}').stdout
+    out = run('codec', 'encode', tmp_path / 'a.wav', f'--codec={tmp_path}').stdout
     assert len(json.loads(out)) == 25
-    run('codec.py', 'decode', '-', f'--codec={tmp_path}', f'--out={tmp_path}/b.wav', input=out)
+    run('codec', 'decode', '-', f'--codec={tmp_path}', f'--out={tmp_path}/b.wav', input=out)
     assert soundfile.info(tmp_path / 'b.wav').frames == 16000
-    bad = run('codec.py', 'decode', '-', f'--codec={tmp_path}', f'--out={tmp_path}/c.wav', input='[1, 99]', fails=True)
+    bad = run('codec', 'decode', '-', f'--codec={tmp_path}', f'--out={tmp_path}/c.wav', input='[1, 99]', fails=True)
     assert bad.stderr == '-: code 99 at frame 1 is out of range, the codec has 0 to 31\n' and not (tmp_path / 'c.wav').exists()

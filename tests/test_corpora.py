@@ -9,14 +9,14 @@ import pyarrow as pa
 import pytest
 from conftest import ROOT, hum
 
-from codec import Vocabulary
+from codec.s3 import S3Codec
 from data.codes import prepare as codes
-from data.cosyvoice.s3 import S3Codec
+from data.dialogues import Dialogues
 from data.lhotse import prepare as lhotse_cuts
-from data.loader import Dialogues
 from data.manifest import prepare as manifest
 from data.moshi_finetune import prepare as moshi
 from flatten import flatten, get_layout, unflatten
+from vocabulary import Vocabulary
 
 soundfile = pytest.importorskip('soundfile')
 pytest.importorskip('soxr')

@@ -10,7 +10,7 @@ import config
 import evaluate
 import sample
 import train
-from codec import read_audio
+from common.audio import read_audio
 
 ROOT = pathlib.Path(__file__).parent.parent
 PREPARE = ('data/demo/prepare.py', '--n_dialogue=60', '--n_utterance=60', '--n_clip=120')
@@ -34,7 +34,7 @@ def test_prepare(prepared, run):
 
 def test_prepared_twice_is_the_same(prepared, tmp_path, run):
     """The same questions of the same voices at the same times. Not the same bits: espeak-ng's noises differ now and then."""
-    from data.loader import Dialogues
+    from data.dialogues import Dialogues
     run(*PREPARE, f'--out={tmp_path}')
     assert (tmp_path / 'tokenizer/tokenizer.json').read_bytes() == (prepared / 'tokenizer/tokenizer.json').read_bytes()
     for split in ('train', 'test'):
@@ -48,7 +48,7 @@ def test_prepared_twice_is_the_same(prepared, tmp_path, run):
 
 
 def test_test_voices_are_not_heard_in_training(prepared):
-    from data.loader import Dialogues
+    from data.dialogues import Dialogues
     voices = {}
     for split in ('train', 'val', 'test'):
         dialogues = Dialogues(str(prepared), split)

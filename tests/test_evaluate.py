@@ -11,8 +11,8 @@ import torch
 
 import evaluate
 import train
-from codec import write_audio
-from data.demo.mel import MelCodec
+from codec.mel import MelCodec
+from common.audio import write_audio
 from evaluate import answers, plain, table
 from measures.turns import conversation, find
 from tests.conftest import hum

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from codec import Vocabulary
 from model import ModelConfig, Qwen2
+from vocabulary import Vocabulary
 
 QWEN2 = ROOT.parent / 'shared' / 'data' / 'qwen2_tokenizer'
 TEXTS = ['The capital of France is Paris.', '你好，今天天气怎么样？', 'e\u0301 12,345 \n\n <|eot|> <|s_7|> ', "I'LL don't\tstop", '🙂🎈 ｆｕｌｌ']

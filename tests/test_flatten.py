@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flatten as F
-from flatten import CONTROL, LAYOUTS, Letters, check, draw, flatten, get_layout, unflatten
+from flatten import LAYOUTS, Letters, check, draw, flatten, get_layout, unflatten
+from measures.draw import show
 
 VOCAB = Letters()
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
@@ -61,7 +62,7 @@ def test_the_pictures_in_the_docstring():
 
 def test_shown_against_time():
     """8 chunks of 3 frames at 25 Hz; without its colours the barge-in reads as: the answer from frame 3, both speaking (▓) from 7 to 10."""
-    shown = F.show(EXAMPLES['barge_in'], get_layout('duplex3', speech_chunk=3), VOCAB, rate_hz=25.0)
+    shown = show(EXAMPLES['barge_in'], get_layout('duplex3', speech_chunk=3), VOCAB, rate_hz=25.0)
     lines = re.sub('\033\\[\\d*m', '', shown).splitlines()
     assert lines[0] == 'd  8 chunks of 3 frames, 64 tokens, 40 learned, 2 text tokens dropped'
     assert lines[1].split() == ['seconds', '|'.join(f'{0.12 * c:.1f}' for c in range(8))]
@@ -253,7 +254,7 @@ def test_refused_layouts():
 
 
 def test_every_layout_is_drawn():
-    assert all(name in F.__doc__ for name in LAYOUTS) and set(CONTROL) == set(VOCAB.control)
+    assert all(name in F.__doc__ for name in LAYOUTS) and set(F.CONTROL) == set(VOCAB.control)
 
 
 def test_command_line(tmp_path, small_tokenizer, run):

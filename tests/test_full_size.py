@@ -10,7 +10,7 @@ import torch
 from conftest import CODEC, ROOT, make_dialogues
 
 import train
-from data.loader import save_dialogues
+from data.dialogues import save_dialogues
 from model import ModelConfig, Qwen2
 
 QWEN2 = ROOT.parent / 'shared' / 'data' / 'qwen2_tokenizer'

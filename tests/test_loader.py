@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data.loader as loader_module
-from codec import Vocabulary
-from data.loader import STREAMS, Dialogues, Loader, Mixture, Prefetch, fill, pack, save_dialogues
+from data.dialogues import Dialogues, save_dialogues
+from data.loader import STREAMS, Loader, Mixture, Prefetch, fill, pack
 from flatten import check, flatten, get_layout
+from vocabulary import Vocabulary
 
 
 def make_loader(folder, layouts=('duplex3',), block_size=256, **options):

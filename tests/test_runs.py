@@ -13,7 +13,7 @@ import config
 import evaluate
 import sample
 import train
-from codec import read_audio
+from common.audio import read_audio
 from data import simulate, tokenise
 from data.manifest import prepare as manifest
 
@@ -27,8 +27,8 @@ def test_every_command_of_the_big_recipe_parses(tmp_path, monkeypatch):
     subprocess.run([str(ROOT / 'runs/omniflatten.sh')], check=True, capture_output=True,
                    env=dict(os.environ, PATH=f'{tmp_path}:{os.environ["PATH"]}', SPEECH=f'{tmp_path}/libri.jsonl', TEXTS='a.json b.json'))
     asked = [line.rstrip('\x1f').split('\x1f') for line in (tmp_path / 'asked').read_text().splitlines()]
-    asked = [[word for word in words if word not in ('--standalone', '--nproc_per_node=8', '--max_restarts=2')] for words in asked]
-    assert [words[0] for words in asked] == ['codec.py', 'data/manifest/prepare.py', 'data/simulate.py'] + 4 * ['train.py'] + ['evaluate.py'] + 2 * ['sample.py', 'evaluate.py']
+    asked = [[word for word in words if word not in ('--standalone', '--nproc_per_node=8', '--max_restarts=2', '-m')] for words in asked]
+    assert [words[0] for words in asked] == ['codec', 'data/manifest/prepare.py', 'data/simulate.py'] + 4 * ['train.py'] + ['evaluate.py'] + 2 * ['sample.py', 'evaluate.py']
     monkeypatch.chdir(ROOT)
     prepared, out = [], {}
     monkeypatch.setattr(tokenise, 'run', lambda items, read, args, recipe: prepared.append(args))

@@ -17,8 +17,9 @@ from conftest import ROOT, hum, make_dialogues
 import sample
 import train
 from codec import load_codec
-from data.cosyvoice.s3 import VARIANTS, S3Codec, Worker, import_s3tokenizer
-from data.loader import save_dialogues
+from codec.s3 import VARIANTS, S3Codec, import_s3tokenizer
+from codec.worker import Worker
+from data.dialogues import save_dialogues
 
 CLASSES = {'v1': 'S3Tokenizer', 'v2': 'S3TokenizerV2', 'v3': 'S3TokenizerV3'}
 
@@ -254,7 +255,7 @@ def test_description_only(tmp_path):
     codec = S3Codec.create(variant='v1_50hz', silence_codes=[230, 440])
     codec.save(tmp_path)
     again = load_codec(str(tmp_path))
-    assert again.about() == codec.about() == dict(name='s3', rate_hz=50.0, n_codes=4096, sample_rate=16000, fingerprint='23b5a723ed9143ae')
+    assert again.describe() == codec.describe() == dict(name='s3', rate_hz=50.0, n_codes=4096, sample_rate=16000, fingerprint='23b5a723ed9143ae')
     assert again.silence_codes.tolist() == [230, 440] and again.silence_codes.dtype == np.uint16
     with pytest.raises(ValueError, match='only describes v1_50hz; to encode, it needs the weights'):
         again.encode(speech(1))
@@ -340,7 +341,7 @@ def test_from_codes_to_a_conversation(tmp_path, small_tokenizer, stand_in, monke
     monkeypatch.delenv('NANODUPLEX_VOCODER', raising=False)
     codec = S3Codec.create(variant='v1_50hz', silence_codes=[230, 440])
     for split in ('train', 'val', 'test'):
-        save_dialogues(str(tmp_path / f'{split}.arrow'), make_dialogues(8), codec.about())
+        save_dialogues(str(tmp_path / f'{split}.arrow'), make_dialogues(8), codec.describe())
     codec.save(tmp_path / 'codec')
     shutil.copytree(small_tokenizer, tmp_path / 'tokenizer')
     train.main(train.Config(data=str(tmp_path), out_dir=str(tmp_path / 'run'), stages='duplex3:2', speech_chunk=20, n_layer=1, n_head=2, n_kv_head=1, n_embd=32,
@@ -425,7 +426,7 @@ def AutoModel(**kwargs):
 
 @pytest.mark.slow
 def test_cosyvoice_worker(tmp_path, monkeypatch):
-    """data/cosyvoice/worker.py with a package that has CosyVoice's methods and talks as much: both requests, each kind of voice, errors."""
+    """codec/cosyvoice.py with a package that has CosyVoice's methods and talks as much: both requests, each kind of voice, errors."""
     for path, text in (('cli/cosyvoice.py', COSYVOICE), ('utils/file_utils.py', """
 import soundfile, torch
 def load_wav(wav, target_sr, min_sr=16000):
@@ -436,7 +437,7 @@ def load_wav(wav, target_sr, min_sr=16000):
         path.write_text(text)
     soundfile.write(tmp_path / 'prompt.wav', hum(200, 1), 16000)
     (tmp_path / 'prompt.txt').write_text('what was said\n')
-    command = f'{sys.executable} {ROOT}/data/cosyvoice/worker.py --model=x --checkout={tmp_path} --voice={tmp_path}/prompt.wav'
+    command = f'{sys.executable} {ROOT}/codec/cosyvoice.py --model=x --checkout={tmp_path} --voice={tmp_path}/prompt.wav'
     worker, out = Worker(command), str(tmp_path / 'out.wav')
     assert worker.ask(codes=list(range(25)), out=out) == {'ok': True, 'sample_rate': 22050, 'n_sample': 22050}
     first = soundfile.read(out)[0]
@@ -454,19 +455,19 @@ def load_wav(wav, target_sr, min_sr=16000):
 
 
 def test_command_line(small, tmp_path, monkeypatch, capsys):
-    import codec
+    from codec.__main__ import main
     path = tmp_path / 'speech_tokenizer_v1.onnx'
     digest = write_onnx(small, 'v1_25hz', path)
-    monkeypatch.setattr(sys, 'argv', ['codec.py', 's3', f'--checkpoint={path}', '--variant=v1_25hz', f'--sha256={digest}', f'--out={tmp_path}/s3', '--vocoder=x y'])
-    codec.main()
+    monkeypatch.setattr(sys, 'argv', ['codec', 's3', f'--checkpoint={path}', '--variant=v1_25hz', f'--sha256={digest}', f'--out={tmp_path}/s3', '--vocoder=x y'])
+    main()
     assert f'v1_25hz {digest[:16]}, ' in capsys.readouterr().out and os.listdir(tmp_path / 's3') == ['codec.json']
     assert load_codec(str(tmp_path / 's3')).vocoder == 'x y'
-    monkeypatch.setattr(sys, 'argv', ['codec.py', 's3', '--variant=v1_50hz', '--silence_codes=230,440', f'--out={tmp_path}/slam'])
-    codec.main()
+    monkeypatch.setattr(sys, 'argv', ['codec', 's3', '--variant=v1_50hz', '--silence_codes=230,440', f'--out={tmp_path}/slam'])
+    main()
     assert load_codec(str(tmp_path / 'slam')).silence_codes.tolist() == [230, 440]
-    monkeypatch.setattr(sys, 'argv', ['codec.py', 's3', '--variant=v1_50hz', '--silence_codes=230, 440', f'--out={tmp_path}/x'])
+    monkeypatch.setattr(sys, 'argv', ['codec', 's3', '--variant=v1_50hz', '--silence_codes=230, 440', f'--out={tmp_path}/x'])
     with pytest.raises(ValueError, match='no list such as'):
-        codec.main()
+        main()
 
 
 @pytest.mark.slow

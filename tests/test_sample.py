@@ -12,23 +12,26 @@ from safetensors.torch import load_file, save_file
 
 import config
 import sample
-from codec import write_audio
-from data.loader import Dialogues, save_dialogues
+from checkpoint import load_checkpoint
+from common.audio import write_audio
+from data.dialogues import Dialogues, save_dialogues
+from decode import Duplex, Int8, Packed, Sampling, converse, for_decoding
 from flatten import get_layout, unflatten
 from model import KVCache, Qwen2
-from sample import Duplex, converse, load_checkpoint
 
 
 @pytest.fixture(scope='module')
 def loaded(small_run):
     data, checkpoint = small_run
-    return *load_checkpoint(str(checkpoint))[:4], Dialogues(str(data), 'test')
+    checkpoint = load_checkpoint(str(checkpoint))
+    return checkpoint.model, checkpoint.vocab, checkpoint.layout, checkpoint.codec, Dialogues(str(data), 'test')
 
 
 def talk(loaded, users, n_chunk=4, layout=None, **settings):
     """[text], [codes] of each chunk, and all ids, for users int [n_row, n_chunk * 10]."""
     model, vocab, trained, _, _ = loaded
-    duplex = Duplex(model, vocab, layout or trained, len(users), **settings)
+    sampling = Sampling(**{key: settings.pop(key) for key in list(settings) if hasattr(Sampling, key)})
+    duplex = Duplex(model, vocab, layout or trained, len(users), sampling, **settings)
     steps = [duplex.step(users[:, c * 10:c * 10 + 10]) for c in range(n_chunk)]
     return steps, torch.cat(duplex.ids, 1)
 
@@ -134,12 +137,12 @@ def test_packed_layers_equal_plain_ones(loaded, users):
     model, idx = Qwen2(loaded[0].config), torch.randint(0, 300, (2, 11))
     for block in model.model.layers:
         torch.nn.init.normal_(block.self_attn.qkv_proj.bias)
-    packed, plain = (sample.for_decoding(model, torch.bfloat16, linear) for linear in (sample.Packed, None))
+    packed, plain = (for_decoding(model, torch.bfloat16, linear) for linear in (Packed, None))
     with torch.inference_mode():
         for T in (1, 3, 11):
             torch.testing.assert_close(packed(idx[:, :T]), plain(idx[:, :T]), atol=2e-2, rtol=2e-2)
     duplex = Duplex(*loaded[:3], 3, dtype=torch.bfloat16)
-    assert isinstance(duplex.model.model.layers[0].mlp.down_proj, sample.Packed) and isinstance(duplex.head['text'], sample.Packed)
+    assert isinstance(duplex.model.model.layers[0].mlp.down_proj, Packed) and isinstance(duplex.heads['text'].linear, Packed)
     codes = talk(loaded, users, dtype=torch.bfloat16)[1] == talk(loaded, users)[1]
     assert codes.float().mean() > 0.5
 
@@ -151,12 +154,12 @@ needs_vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason='this
 def test_int8_rounds_each_row_by_itself():
     """127 ths of the largest in a row: (127, 1) @ (254, 2) is exact, 0.4 of a 127th is gone. A row of zeros stays one, and the
     error of a row neither depends on the others nor exceeds what 8 bits twice explain: 1 / sqrt(12) of a step, about 1 %."""
-    layer = sample.Int8(torch.tensor([[254.0, 2.0], [0.0, 0.0]]), torch.tensor([0.5, 1.0]))
+    layer = Int8(torch.tensor([[254.0, 2.0], [0.0, 0.0]]), torch.tensor([0.5, 1.0]))
     x = torch.tensor([[127.0, 1.0], [127.0, 0.4], [0.0, 0.0]])
     assert layer(x).tolist() == [[127 * 254 + 2 + 0.5, 1.0], [127 * 254 + 0.5, 1.0], [0.5, 1.0]]
     torch.manual_seed(0)
     weight, x = torch.randn(60, 200), torch.randn(2, 5, 200) * torch.tensor([1e-3, 1.0, 1e3, 1.0, 1.0])[:, None]
-    layer, exact = sample.Int8(weight), x @ weight.T
+    layer, exact = Int8(weight), x @ weight.T
     assert ((layer(x) - exact).norm(dim=-1) / exact.norm(dim=-1)).max() < 0.02
     assert torch.equal(layer(x)[:, 3:4], layer(x[:, 3:4]))
 
@@ -168,7 +171,7 @@ def test_int8_says_much_the_same(loaded, users):
     for row in range(3):
         assert torch.equal(talk(loaded, users[row:row + 1], dtype=torch.int8)[1][0], together[row])
     duplex = Duplex(*loaded[:3], 3, dtype=torch.int8)
-    assert isinstance(duplex.model.model.layers[0].mlp.down_proj, sample.Int8) and isinstance(duplex.head['text'], sample.Int8)
+    assert isinstance(duplex.model.model.layers[0].mlp.down_proj, Int8) and isinstance(duplex.heads['text'].linear, Int8)
     assert duplex.cache.keys.dtype == torch.bfloat16
 
 
@@ -220,7 +223,7 @@ def test_who_has_ended_leaves(loaded, monkeypatch):
     model, vocab, layout, codec, _ = loaded
     lengths, n_row = [15, 90, 4, 52, 88, 30], []
     users = [np.random.default_rng(n).integers(0, 32, n) for n in lengths]
-    talkative = dict(silence_bias=-1e6, text_weight=1e-30)      # never silent, so that nothing is cut off unseen
+    talkative = dict(sampling=Sampling(silence_bias=-1e6, text_weight=1e-30))      # never silent, so that nothing is cut off unseen
     alone = [converse(model, vocab, layout, [codes], 0, **talkative)[0][0] for codes in users]
     step = Duplex.step
     monkeypatch.setattr(Duplex, 'step', lambda self, codes: (n_row.append(self.n_row), step(self, codes))[1])

@@ -292,7 +292,7 @@ def test_nobody_answers_into_a_hesitation(text):
 
 
 def test_noise_is_in_the_users_channel_at_the_level_asked_for(tmp_path):
-    from codec import write_audio
+    from common.audio import write_audio
     rng = np.random.default_rng(0)
     (tmp_path / 'noise/free').mkdir(parents=True)
     write_audio(str(tmp_path / 'noise/free/a.wav'), 0.1 * rng.standard_normal(9000), 22050)      # has to be looped
@@ -416,7 +416,7 @@ class Loud:
     name, rate_hz, sample_rate, n_codes, fingerprint = 'loud', 25.0, 16000, 2, '0' * 16
     silence_codes = np.zeros(1, np.uint16)
 
-    def about(self):
+    def describe(self):
         return dict(name=self.name, rate_hz=self.rate_hz, sample_rate=self.sample_rate, n_codes=self.n_codes, fingerprint=self.fingerprint)
 
     def encode_many(self, waves):
@@ -428,7 +428,7 @@ class Loud:
 
 def test_from_text_to_a_data_folder(tmp_path, monkeypatch, capsys):
     """Both channels of each record are loud where its turns are; statistics are printed; a second run finds it done."""
-    from data.loader import Dialogues
+    from data.dialogues import Dialogues
     monkeypatch.setattr(tokenise, 'load_codec', lambda folder: Loud())
     monkeypatch.setattr(simulate, 'Espeak', Hum)
     (tmp_path / 'talk.json').write_text(json.dumps([dict(data=DIALOGUE + ['{}', 'no'])] * 6))

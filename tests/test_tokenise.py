@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import tokenise
-from data.loader import Dialogues
+from data.dialogues import Dialogues
 from data.tokenise import Recording, fit, on_frames, split_ids
 from flatten import check
 

@@ -123,8 +123,8 @@ def test_opens_in_transformers(toy):
     """The trained folder is a Hugging Face model: same logits, same ids."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from codec import Vocabulary
     from model import Qwen2
+    from vocabulary import Vocabulary
     train.main(toy)
     theirs, ours = AutoModelForCausalLM.from_pretrained(toy.out_dir).eval(), Qwen2.from_pretrained(toy.out_dir).eval()
     tokenizer, vocab = AutoTokenizer.from_pretrained(toy.out_dir), Vocabulary.load(toy.out_dir)
@@ -144,7 +144,7 @@ def test_starts_from_a_hugging_face_folder(toy, small_tokenizer, tmp_path, capsy
 
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    from codec import Vocabulary
+    from vocabulary import Vocabulary
     base = tmp_path / 'base'
     n_text = Vocabulary.load(small_tokenizer).n_text
     torch.manual_seed(0)
@@ -178,12 +178,12 @@ def test_auto_batch_takes_the_most_rows_that_fit(toy, monkeypatch):
             if len(idx) > self.n_row:
                 raise torch.OutOfMemoryError(f'{self.n_row} rows')
             return self.weight.sum() * 0, None
-    cfg, autocast, model = replace(toy, batch_tokens=12 * 128), torch.autocast('cpu', enabled=False), Memory(1, 1)
+    cfg, place, model = replace(toy, batch_tokens=12 * 128), train.Place(torch.device('cpu'), torch.float32, 0, 1), Memory(1, 1)
     for model.n_row, best in ((6, 6), (5, 4), (100, 12)):
-        assert train.find_batch_size(model, cfg, autocast, 1) == best
+        assert train.find_batch_size(model, cfg, place) == best
     model.n_row = 0
     with pytest.raises(ValueError, match='not even one row of block_size=128 fits'):
-        train.find_batch_size(model, cfg, autocast, 1)
+        train.find_batch_size(model, cfg, place)
     with pytest.raises(ValueError, match='auto_batch tries how much the memory of a GPU takes, and there is none'):
         train.main(replace(toy, auto_batch=True))
 
@@ -263,7 +263,7 @@ def test_data_of_another_codec_is_refused(toy, small_data, tmp_path):
 
     from conftest import CODEC, make_dialogues
 
-    from data.loader import save_dialogues
+    from data.dialogues import save_dialogues
     train.main(toy)
     other = tmp_path / 'other'
     shutil.copytree(small_data, other)
@@ -293,7 +293,7 @@ def test_it_is_heard_and_learns_the_same(spoken, tmp_path, capsys):
     states = [load_file(Path(train.last_state(cfg.out_dir)) / 'optimizer.safetensors') for cfg in (spoken, deaf)]
     assert equal(*states) and 'rng' in states[0] and equal(weights(spoken), weights(deaf))
     assert heard(deaf) == [] and heard(spoken) == [f'step-0000{step}-d{i}.{end}' for step in ('05', '10') for i in (0, 1) for end in ('jsonl', 'wav')]
-    from data.loader import Dialogues
+    from data.dialogues import Dialogues
     reference = Dialogues(spoken.data, 'val')[1]
     wave, rate = soundfile.read(Path(spoken.out_dir) / 'listen/step-000010-d1.wav')
     assert wave.shape == (len(reference['user']) * 640, 2) and rate == 16000 and wave[:, 0].any()
@@ -307,7 +307,7 @@ def test_it_is_heard_and_learns_the_same(spoken, tmp_path, capsys):
 @pytest.mark.parametrize('why', ['no vocoder', 'no soundfile'])
 def test_what_cannot_be_heard_does_not_stop_the_run(spoken, monkeypatch, capsys, why):
     """A note, once; what was said is written all the same."""
-    from data.demo.mel import MelCodec
+    from codec.mel import MelCodec
 
     def decode(self, codes):
         raise ValueError('no vocoder here')

@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from codec import CONTROL, QWEN2_PATTERN, Vocabulary
+from vocabulary import CONTROL, QWEN2_PATTERN, Vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 QWEN2 = ROOT.parent / 'shared' / 'data' / 'qwen2_tokenizer'
@@ -221,7 +221,7 @@ def test_command_line(tmp_path):
     vocab = Vocabulary.load(tmp_path)
 
     def run(folder, lines):
-        command = [sys.executable, ROOT / 'codec.py', 'text', folder]
+        command = [sys.executable, '-m', 'codec', 'text', folder]
         return subprocess.run(command, input=lines.encode(), capture_output=True)
 
     done = run(tmp_path, '"Paris"\n"\\ud800 d\\u00e9j\\u00e0 vu"\n""\n"首都"')

@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import CODEC, hum, make_dialogues
 
-from codec import Vocabulary
 from flatten import flatten, get_layout
 from measures import words
 from measures.words import alignment, complete, error_rate, pieces, said_as_written, speak, transcribe, whisper_transcribe, whole
 from model import ModelConfig, Qwen2
+from vocabulary import Vocabulary
 
 STOP, ALLOWED = 49, (5, 40)     # ids of the random model: what lies between and around is never said
 
@@ -177,17 +177,17 @@ def test_an_alignment_checkpoint_learns_its_data_by_heart(tmp_path, small_codec,
     import shutil
 
     import train
-    from data.loader import save_dialogues
-    from sample import load_checkpoint
+    from checkpoint import load_checkpoint
+    from data.dialogues import save_dialogues
     shutil.copytree(small_tokenizer, tmp_path / 'tokenizer')
     small_codec.save(tmp_path / 'codec')
     for split, n in (('train', 40), ('val', 5), ('test', 5)):
-        save_dialogues(str(tmp_path / f'{split}.arrow'), make_dialogues(n, seed=len(split)), small_codec.about())
+        save_dialogues(str(tmp_path / f'{split}.arrow'), make_dialogues(n, seed=len(split)), small_codec.describe())
     train.main(train.Config(data=str(tmp_path), out_dir=str(tmp_path / 'run'), stages='asr+tts.assistant:150', n_layer=2, n_head=2, n_kv_head=1, n_embd=64,
                             n_inner=128, block_size=256, batch_size=4, batch_tokens=1024, eval_interval=150, learning_rate=3e-3, warmup_steps=10,
                             text_weight=5.0, device='cpu', dtype='float32', tensorboard=False))
-    model, vocab, _, codec, text_weight = load_checkpoint(str(tmp_path / 'run'))
-    found = alignment(model, vocab, codec, list(make_dialogues(20, seed=9)), tts=['assistant'], text_weight=text_weight)
+    model, vocab, codec, info = load_checkpoint(str(tmp_path / 'run'))
+    found = alignment(model, vocab, codec, list(make_dialogues(20, seed=9)), tts=['assistant'], text_weight=info.text_weight)
     assert list(found) == ['asr_user', 'asr_assistant', 'tts_assistant']
     assert [each['wer'] for each in found.values()] == [0, 0, 0], {name: [pair for pair in each['pairs'] if pair[0] != pair[1]] for name, each in found.items()}
 

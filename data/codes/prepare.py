@@ -8,7 +8,7 @@ Ready speech codes become dialogues: rows as SLAM-Omni publishes them (worstchan
     assistant             ▓ target_token ▓ gap            ▓ target_token ▓     a dialogue of two channels
     assistant  ▓ target_token ▓                                                else a one-sided utterance for each row
 
-    python codec.py s3 --variant=v1_50hz --silence_codes=230,440,491 --out=codecs/s3_50hz          the codes' description, no checkpoint
+    python -m codec s3 --variant=v1_50hz --silence_codes=230,440,491 --out=codecs/s3_50hz          the codes' description, no checkpoint
     python data/codes/prepare.py rows.jsonl --codec=codecs/s3_50hz --out=data/slam --one_sided
     python data/codes/prepare.py rows.jsonl --codec=codecs/s3 --audio_dir=. --out=data/slam        the user's audio is encoded, by that codec
 
@@ -16,14 +16,12 @@ Nothing in a row says which codec made it: give the right one. Codes that it doe
 """
 import json
 import os
-import sys
 from functools import partial
 
 import numpy as np
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
-from data import tokenise  # noqa: E402
-from data.manifest.prepare import find_audio, read_piece, read_rows  # noqa: E402
+from data import tokenise
+from data.recordings import find_audio, read_piece, read_rows
 
 FIELDS = dict(codes='target_token', text='target_text', user_codes='source_token', user_audio='source_wav', user_text='source_text', round='round')
 

@@ -26,13 +26,14 @@ import tokenizers
 import torch
 from tqdm import tqdm
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, '..', '..'))
-from codec import QWEN2_PATTERN, write_audio  # noqa: E402
-from data.demo.mel import MelCodec  # noqa: E402
-from data.loader import save_dialogues  # noqa: E402
-from data.tts import SAMPLE_RATE, UNUSED_VOICES, Espeak, espeak_variants, noises  # noqa: E402
+from codec.mel import MelCodec
+from common.audio import write_audio
+from common.files import read_json, write_json
+from data.dialogues import save_dialogues
+from data.tts import SAMPLE_RATE, UNUSED_VOICES, Espeak, espeak_variants, noises
+from vocabulary import QWEN2_PATTERN
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 SEED = 1
 N_DIALOGUE = 4000         # to train on; how many the other splits have:
 N_HELD_OUT = {'val': 40, 'test': 100}
@@ -246,9 +247,8 @@ def prepare(out, n_train_dialogue, n_utterance, n_clip):
     if min(n_train_dialogue, n_clip) < N_CODES // 10 or n_utterance < 0:
         raise ValueError(f'--n_dialogue and --n_clip have to be {N_CODES // 10} at least, --n_utterance not below 0')
     if os.path.exists(marker) and all(os.path.exists(os.path.join(out, f'{split}.arrow')) for split in ('train', *N_HELD_OUT)):
-        with open(marker) as f:
-            if json.load(f)['recipe'] == recipe:
-                return print(f'{out} is prepared already')
+        if read_json(marker)['recipe'] == recipe:
+            return print(f'{out} is prepared already')
     os.makedirs(out, exist_ok=True)
     if os.path.exists(marker):
         os.remove(marker)
@@ -278,16 +278,14 @@ def prepare(out, n_train_dialogue, n_utterance, n_clip):
     statistics = {'recipe': recipe, 'n_bpe': n_bpe, **round_trip(espeak, codec)}
     for split, records in found.items():
         records = [records[i] for i in sorted(records)]
-        save_dialogues(os.path.join(out, f'{split}.arrow'), records, codec.about())
+        save_dialogues(os.path.join(out, f'{split}.arrow'), records, codec.describe())
         statistics[split] = dict(
             n_dialogue=n_dialogue[split], n_record=len(records), n_voice=len({record['id'].split('-')[2] for record in records}),
             hours=round(sum(len(record['user']) for record in records) * FRAME / SAMPLE_RATE / 3600, 2),
             n_question=sum(turn['role'] == 'user' for record in records for turn in record['turns']))
     for key, value in statistics.items():
         print(f'{key:20} {value if not isinstance(value, float) else round(value, 4)}')
-    with open(marker + '.part', 'w') as f:
-        json.dump(statistics, f, indent=1)
-    os.replace(marker + '.part', marker)
+    write_json(marker, statistics)
 
 
 def main():

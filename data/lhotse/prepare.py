@@ -24,13 +24,11 @@ import json
 import math
 import os
 import re
-import sys
 import tarfile
 from pathlib import Path
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
-from data import tokenise  # noqa: E402
-from data.manifest.prepare import by_id, find_audio, read_piece, read_rows  # noqa: E402
+from data import tokenise
+from data.recordings import by_id, find_audio, read_piece, read_rows
 
 AUDIO = ('recording', 'target_audio')       # what a cut's audio is called in Shar
 

@@ -10,90 +10,14 @@ Audio with its text, a row each, becomes one-sided utterances: what the alignmen
 
 An utterance is the user's as a rule (ASR); --role=assistant for a voice that the model is to have (TTS). Rows may be gzipped.
 """
-import gzip
-import json
 import os
-import sys
-import zlib
 from functools import partial
 
-import numpy as np
-
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
-from data import tokenise  # noqa: E402
+from data import tokenise
+from data.recordings import by_id, find_audio, read_piece, read_rows
 
 FIELDS = dict(id=('id', 'key'), audio=('audio', 'wav', 'audio_filepath'), text=('text', 'transcript', 'txt'))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# for the neighbours too: what all corpora of rows and files have in common
-
-def read_rows(path):
-    """Yields ('train.jsonl, row 3', the object there or None for anything else, its offset in the file); a row that is no
-    JSON spoils no other."""
-    offset = 0
-    try:
-        with gzip.open(path) if path.endswith('.gz') else open(path, 'rb') as file:
-            for n, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    row = None
-                if line.strip():
-                    yield f'{os.path.basename(path)}, row {n}', row if isinstance(row, dict) else None, offset
-                offset += len(line)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f'{path} cannot be read to its end ({error})')
-
-
-def by_id(pairs):
-    """[(id, what)] -> {id: what}. A second recording of the same id would take the place of the first, unseen."""
-    items = {}
-    for id, what in pairs:
-        if id in items:
-            raise ValueError(f'two recordings have the id {id!r}; every one needs its own')
-        items[id] = what
-    return items
-
-
-def find_audio(path, folder):
-    """Manifests travel, and their paths still start where they were made: an absolute path that exists is taken as it is,
-    of any other the longest end that exists below folder."""
-    if not isinstance(path, str) or '://' in path:
-        raise ValueError(f'{path!r} is no path of a file on this machine')
-    if os.path.isabs(path) and os.path.isfile(path):
-        return path
-    names = [name for name in path.split('/') if name]
-    for at in range(len(names)):
-        found = os.path.join(folder, *names[at:])
-        if os.path.isfile(found):
-            return found
-    raise ValueError(f'no file {path}, nor an end of that path below {folder}; --audio_dir=FOLDER says where the audio is')
-
-
-def read_piece(file, name, sample_rate, start_sec=0.0, end_sec=None, whole_sec=None):
-    """Of a path or bytes -> float32 [n_channel, n_sample] at sample_rate. Only the piece is read: hours of audio may have
-    thousands. whole_sec: how long its manifest thinks the file is; one cut off or replaced has other words than the text."""
-    import soundfile  # pip install soundfile soxr
-    import soxr
-    if isinstance(file, str) and not os.path.isfile(file):
-        raise ValueError(f'no file {name}')
-    try:
-        with soundfile.SoundFile(file) as audio:
-            rate, n_sec = audio.samplerate, audio.frames / audio.samplerate
-            end_sec = n_sec if end_sec is None else end_sec
-            if whole_sec is not None and abs(whole_sec - n_sec) > 0.1:
-                raise ValueError(f'{name} is {n_sec:.2f} s long, but {whole_sec:.2f} s by its manifest; was it cut off, or replaced?')
-            if not 0 <= start_sec < end_sec <= n_sec + 0.1:     # 0.1: manifests round
-                raise ValueError(f'{name} is {n_sec:.2f} s long; there is nothing from {start_sec} s to {end_sec} s')
-            audio.seek(min(round(start_sec * rate), audio.frames))
-            waves = audio.read(round((end_sec - start_sec) * rate), dtype='float32', always_2d=True)
-    except (soundfile.SoundFileError, TypeError) as error:      # TypeError: a .raw file, whose rate nobody knows
-        raise ValueError(f'{name} is not audio that can be read ({error})') from None
-    return np.ascontiguousarray((soxr.resample(waves, rate, sample_rate) if rate != sample_rate else waves).T)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 def pick(row, names):
     return next((row[name] for name in names if name in row), None)

@@ -17,15 +17,10 @@ whole turns (asr, half_duplex) see the assistant only.
 import json
 import math
 import os
-import re
-import sys
 from functools import partial
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
-from data import tokenise  # noqa: E402
-from data.manifest.prepare import by_id, read_piece, read_rows  # noqa: E402
-
-WIDE = '[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]'       # Chinese and Japanese, which have no spaces between words
+from data import tokenise
+from data.recordings import by_id, read_piece, read_rows, turns_of
 
 
 def list_items(path):
@@ -65,20 +60,6 @@ def read_words(path, assistant_speakers):
     except (KeyError, TypeError) as error:
         raise ValueError(f'{path} has no alignments of the form [[word, [start, end], speaker], …] ({error})')
     return {role: sorted(said, key=lambda word: word['start_sec']) for role, said in words.items()}
-
-
-def turns_of(words, gap_sec):
-    turns = []
-    for role, said in words.items():
-        last_end_sec = -math.inf
-        for word in said:
-            if word['start_sec'] - last_end_sec > gap_sec:
-                turns.append(dict(role=role, start_sec=word['start_sec'], words=[]))
-            turns[-1]['words'].append(word)
-            last_end_sec = turns[-1]['end_sec'] = max(last_end_sec, word['end_sec'])
-    for turn in turns:
-        turn['text'] = re.sub(f'(?<={WIDE}) +(?={WIDE})', '', ' '.join(word['text'].strip() for word in turn['words']))
-    return turns
 
 
 def main():

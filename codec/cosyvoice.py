@@ -1,12 +1,12 @@
 """
-CosyVoice, for s3.py's Worker: codes become audio, text becomes audio. It runs in the environment of a CosyVoice checkout,
+CosyVoice, for Worker (worker.py): codes become audio, text becomes audio. It runs in the environment of a CosyVoice checkout,
 of which nanoduplex needs nothing, nor this file anything of nanoduplex:
 
-    codec.py, data/simulate.py   ─ a line of JSON, stdin ─►   this   ─ CosyVoice ─►   a wav   ─ a line of JSON, stdout ─►
+    codec/s3.py, data/simulate.py   ─ a line of JSON, stdin ─►   this   ─ CosyVoice ─►   a wav   ─ a line of JSON, stdout ─►
 
     git clone --recursive https://github.com/FunAudioLLM/CosyVoice /src/CosyVoice             # and install it, as its README says
-    python codec.py s3 --checkpoint=/models/CosyVoice-300M-25Hz/speech_tokenizer_v1.onnx --out=codecs/s3 --vocoder='
-        /envs/cosyvoice/bin/python data/cosyvoice/worker.py --checkout=/src/CosyVoice --model=/models/CosyVoice-300M-25Hz --voice=anna.wav'
+    python -m codec s3 --checkpoint=/models/CosyVoice-300M-25Hz/speech_tokenizer_v1.onnx --out=codecs/s3 --vocoder='
+        /envs/cosyvoice/bin/python codec/cosyvoice.py --checkout=/src/CosyVoice --model=/models/CosyVoice-300M-25Hz --voice=anna.wav'
 
     it says  {"ready": true}
     we say   {"codes": [230, 440], "out": "a.wav"}                      flow matching and HiFi-GAN alone

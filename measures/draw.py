@@ -11,9 +11,61 @@ The rows that a model in training really gets, drawn from nothing but the tensor
 
 A wrong mask shows as a token without its mark, a wrong target as a ! in red.
 """
+import argparse
+import os
+import re
+import sys
+
 import numpy as np
 
-from flatten import BOLD, CYAN, GREEN, GREY, PLAIN, RED, YELLOW, spell
+from config import Parser
+from data.dialogues import Dialogues
+from flatten import ROLES, flatten, get_layout, spell
+from vocabulary import Vocabulary
+
+GREY, GREEN, YELLOW, CYAN, RED, BOLD, PLAIN = (f'\033[{n}m' for n in (90, 32, 33, 36, 31, 1, 0))
+
+
+def print_coloured(text):
+    """Without its colours where nobody would see them; NO_COLOR and FORCE_COLOR overrule (no-color.org, force-color.org)."""
+    is_coloured = sys.stdout.isatty() or os.environ.get('FORCE_COLOR')
+    print(text if is_coloured and not os.environ.get('NO_COLOR') else re.sub('\033\\[\\d+m', '', text))
+
+
+def show(dialogue, layout, vocab, rate_hz, columns=110):
+    """The dialogue against time, a character a frame: grey is fed, green is learned, yellow is both speaking."""
+    document, = flatten(dialogue, layout, vocab)
+    n = layout.speech_chunk
+    grid = document.ids.reshape(-1, layout.period)      # (N chunks, K tokens a chunk)
+    said = {role: np.zeros(len(grid) * n, bool) for role in ROLES}
+    words = np.full(len(grid) * n, ' ', '<U1')          # what the user said, a letter a frame from where the turn starts
+    for turn in dialogue['turns']:
+        said[turn['role']][turn['start']:turn['end']] = True
+        if turn['role'] == 'user':
+            letters = list(turn['text'])[:len(words) - turn['start']]
+            words[turn['start']:turn['start'] + len(letters)] = letters
+    both, at = said['user'] & said['assistant'], 0
+    rows = [('seconds', '', [f'{c * n / rate_hz:.1f}' for c in range(len(grid))]),
+            ('user words', '', [''.join(row) for row in words.reshape(-1, n)])]
+    for slot in layout.chunk:
+        role = slot.what.split('.')[0]
+        if slot.kind == 'text':
+            cells = [''.join(spell(i, vocab) for i in row[at:at + slot.n]) for row in grid]
+        else:
+            cells = [''.join('█▓'[int(both[f])] if said[role][f] else '▁' for f in range(c * n, c * n + n)) for c in range(len(grid))]
+        rows.append((slot.what, GREEN if slot.learned else GREY, cells))
+        at += slot.n
+    margin = max(len(name) for name, _, _ in rows)
+    wide = max([n] + [len(cell) for _, _, cells in rows for cell in cells])
+    n_shown = max(1, (columns - margin) // (wide + 1))
+    lines = [f'{BOLD}{dialogue["id"]}{PLAIN}  {len(grid)} chunks of {n} frames, {document.ids.size} tokens, '
+             f'{document.learned.sum()} learned, {document.n_dropped} text tokens dropped']
+    for first in range(0, len(grid), n_shown):
+        for name, colour, cells in rows:
+            line = f'{GREY}|{PLAIN}{colour}'.join(f'{cell:{wide}}' for cell in cells[first:first + n_shown])
+            lines.append(f'{name:{margin}} {colour}' + re.sub('▓+', lambda run: YELLOW + run.group() + PLAIN + colour, line) + PLAIN)   # noqa: B023
+        lines.append('')
+    return '\n'.join(lines)
 
 
 def draw_batch(batch, layouts, vocab, streams, weights, n_row=1, columns=110, clean=None):
@@ -113,3 +165,32 @@ def paint(cell, wide):
     text, colour = cell
     shown = text.rstrip()       # so that the spaces at the end of a line are its end
     return ' ' * (wide - len(text)) + (f'{colour}{shown}{PLAIN}' if shown else '') + ' ' * (len(text) - len(shown))
+
+
+def main():
+    parser = Parser(prog='python -m measures.draw', description='Draws a dialogue of a data folder, in colour.',
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('folder', help='a data folder, such as data/demo')
+    parser.add_argument('--split', default='test', help='train, val or test')
+    parser.add_argument('--index', type=int, default=0, help='which dialogue')
+    parser.add_argument('--layout', default='duplex3', help='duplex3 or duplex2')
+    parser.add_argument('--speech_chunk', type=int, help="frames a chunk, None: the layout's own")
+    parser.add_argument('--text_chunk', type=int, help="text tokens a chunk, None: the layout's own")
+    parser.add_argument('--tokenizer', help='None: the one in the data folder')
+    args = parser.parse_args()
+    layout = get_layout(args.layout, args.speech_chunk, args.text_chunk)
+    if layout.order != 'chunks':
+        raise ValueError(f'layouts in chunks are drawn here, not {layout.name}')
+    dialogues = Dialogues(args.folder, args.split)
+    vocab = Vocabulary.load(args.tokenizer or os.path.join(args.folder, 'tokenizer'), dialogues.codec['n_codes'])
+    if not 0 <= args.index < len(dialogues):
+        raise ValueError(f'--index={args.index}: {args.folder} has {len(dialogues)} dialogues in {args.split}')
+    columns = os.get_terminal_size().columns if sys.stdout.isatty() else 110
+    print_coloured(show(dialogues[args.index], layout, vocab, dialogues.codec['rate_hz'], columns))
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except ValueError as error:
+        raise SystemExit(str(error))

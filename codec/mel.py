@@ -1,6 +1,6 @@
 """
-The demo's speech codec: 25 integers a second, fitted in half a minute on a CPU to what espeak-ng's voices say (prepare.py).
-A big tokeniser (CosyVoice's: data/cosyvoice/s3.py) is made the same way, of more.
+The demo's speech codec: 25 integers a second, fitted in half a minute on a CPU to what espeak-ng's voices say (data/demo/prepare.py).
+A big tokeniser (CosyVoice's: s3.py) is made the same way, of more.
 """
 import hashlib
 import json
@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+
+from common.files import read_json, write_json
 
 N_FFT, WINDOW, HOP, N_MEL = 512, 400, 160, 40  # 25 ms windows every 10 ms
 PATCH, CONTEXT = 4, 8                          # in 10 ms frames: what a code stands for, and what is looked at on either side
@@ -68,7 +70,7 @@ class MelCodec:
             digest.update(arrays[key].numpy().tobytes())
         self.fingerprint = digest.hexdigest()[:16]
 
-    def about(self):
+    def describe(self):
         """What a data set or a checkpoint notes of the codec, to be compared before their ids are mixed."""
         return {key: getattr(self, key) for key in ('name', 'rate_hz', 'n_codes', 'sample_rate', 'fingerprint')}
 
@@ -189,13 +191,11 @@ class MelCodec:
     def save(self, folder):
         os.makedirs(folder, exist_ok=True)
         save_file(self.arrays, os.path.join(folder, 'codec.safetensors'))
-        with open(os.path.join(folder, 'codec.json'), 'w') as f:
-            json.dump(self.settings | {'fingerprint': self.fingerprint}, f, indent=1)
+        write_json(os.path.join(folder, 'codec.json'), self.settings | {'fingerprint': self.fingerprint})
 
     @classmethod
     def load(cls, folder):
-        with open(os.path.join(folder, 'codec.json')) as f:
-            settings = json.load(f)
+        settings = read_json(os.path.join(folder, 'codec.json'))
         self = cls(load_file(os.path.join(folder, 'codec.safetensors')), settings['silence_codes'])
         if self.fingerprint != settings['fingerprint']:
             raise ValueError(f'{folder}/codec.safetensors is not the one that codec.json was written with: prepare the data again')

@@ -1,29 +1,26 @@
 """
-CosyVoice's speech tokens, the paper's: S3Codec encodes here, and has CosyVoice decode in an environment of its own (worker.py).
+CosyVoice's speech tokens, the paper's: S3Codec encodes here, and has CosyVoice decode in an environment of its own (cosyvoice.py, through worker.py).
 
-    python codec.py s3 --checkpoint=speech_tokenizer_v1.onnx --out=codecs/s3         of CosyVoice-300M-25Hz; then --codec=codecs/s3
+    python -m codec s3 --checkpoint=speech_tokenizer_v1.onnx --out=codecs/s3         of CosyVoice-300M-25Hz; then --codec=codecs/s3
 
     pip install --no-deps s3tokenizer==0.3.0; pip install onnx einops protobuf ml_dtypes tqdm soundfile soxr
 """
 import hashlib
 import importlib.machinery
-import json
 import math
 import os
-import shlex
-import subprocess
 import sys
 import tempfile
-import threading
 import types
 from collections import namedtuple
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from codec import read_audio, read_json
+from codec.worker import Worker
+from common.audio import read_audio
+from common.files import read_json, write_json
 
 # model is s3tokenizer's name for it, sha256 its published file's (s3tokenizer 0.3.0), silence_codes what others found: see S3Codec.create
 Variant = namedtuple('Variant', 'model rate_hz n_codes sha256 silence_codes')
@@ -159,7 +156,7 @@ class S3Codec:
         codes = np.array(codes, dtype=np.int64)[:, second:-second // 2]         # away from the buzz and the end
         return [int(np.bincount(codes[:3].ravel()).argmax()), *np.flatnonzero(np.bincount(codes.ravel()) >= share * codes.size).tolist()]
 
-    def about(self):
+    def describe(self):
         return {key: getattr(self, key) for key in ('name', 'rate_hz', 'n_codes', 'sample_rate', 'fingerprint')}
 
     def encode(self, wave):
@@ -176,7 +173,7 @@ class S3Codec:
         if self.model is None:
             if self.checkpoint is None:
                 raise ValueError(f'this codec only describes {self.variant}; to encode, it needs the weights: '
-                                 'python codec.py s3 --checkpoint=speech_tokenizer_….onnx --out=…')
+                                 'python -m codec s3 --checkpoint=speech_tokenizer_….onnx --out=…')
             if sha256_of(self.checkpoint) != self.sha256:
                 raise ValueError(f'{self.checkpoint} is not the file that codec.json was written with: its SHA-256 is not {self.fingerprint}…')
             self.model, _ = load_s3(self.checkpoint, self.variant)
@@ -214,8 +211,8 @@ class S3Codec:
             return np.empty(0, np.float32)
         command = os.environ.get('NANODUPLEX_VOCODER') or self.vocoder
         if not command:
-            raise ValueError('nothing is known that turns these codes into audio: python codec.py s3 … --vocoder=\'COMMAND\', '
-                             'or NANODUPLEX_VOCODER=\'COMMAND\', where data/cosyvoice/worker.py is such a command')
+            raise ValueError('nothing is known that turns these codes into audio: python -m codec s3 … --vocoder=\'COMMAND\', '
+                             'or NANODUPLEX_VOCODER=\'COMMAND\', where codec/cosyvoice.py is such a command')
         self.worker = self.worker or Worker(command)
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, 'decoded.wav')
@@ -229,61 +226,10 @@ class S3Codec:
 
     def save(self, folder):
         os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, 'codec.json'), 'w') as f:
-            json.dump(self.about() | dict(variant=self.variant, checkpoint=self.checkpoint, sha256=self.sha256, vocoder=self.vocoder,
-                                          silence_codes=self.silence_codes.tolist()), f, indent=1)
+        write_json(os.path.join(folder, 'codec.json'), self.describe() | dict(variant=self.variant, checkpoint=self.checkpoint, sha256=self.sha256,
+                                                                           vocoder=self.vocoder, silence_codes=self.silence_codes.tolist()))
 
     @classmethod
     def load(cls, folder):
-        settings = read_json(Path(folder) / 'codec.json')
+        settings = read_json(os.path.join(folder, 'codec.json'))
         return cls(*(settings[key] for key in ('variant', 'sha256', 'silence_codes', 'checkpoint', 'vocoder')))
-
-
-class Worker:
-    """
-    A program in an environment of its own. Lines of JSON go to and fro, audio lies in files:
-
-        it says  {"ready": true}
-        we say   {"codes": [230, 440], "out": "/tmp/a.wav"}  or  {"text": "Hello.", "voice": "anna", "out": "/tmp/a.wav"}
-        it says  {"ok": true}  or  {"error": "no voice anna"}
-    """
-
-    def __init__(self, command):
-        self.command, self.lock = command, threading.Lock()
-        self.log = tempfile.TemporaryFile()     # its stderr: a pipe that nobody reads would fill up and stop it
-        env, visible = dict(os.environ), os.environ.get('CUDA_VISIBLE_DEVICES', 'all').split(',')
-        if 'LOCAL_RANK' in env and visible != ['']:     # under torchrun each has the GPU of its process, not all of them the first
-            env['CUDA_VISIBLE_DEVICES'] = env['LOCAL_RANK'] if visible == ['all'] else visible[int(env['LOCAL_RANK']) % len(visible)]
-        try:
-            self.process = subprocess.Popen(shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, bufsize=0, env=env)
-        except (OSError, ValueError) as error:
-            raise ValueError(f'cannot start {command!r}: {error}') from None
-        self.listen()
-
-    def listen(self):
-        line = self.process.stdout.readline()
-        if not line:
-            code = self.process.wait()
-            self.log.seek(0)
-            last = self.log.read().decode(errors='replace').strip().splitlines()[-3:]
-            raise ValueError(f'{self.command} has ended with code {code}; its last lines: {" | ".join(last) or "none"}')
-        try:
-            answer = json.loads(line)
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
-            raise ValueError(f'{self.command} said {line[:80]!r}; nothing but JSON objects may go to its standard output')
-        if 'error' in answer:
-            raise ValueError(f'{self.command}: {answer["error"]}')
-        return answer
-
-    def ask(self, **request):
-        with self.lock:
-            try:
-                self.process.stdin.write(json.dumps(request).encode() + b'\n')
-            except BrokenPipeError:
-                pass            # it has died; listen finds out of what
-            return self.listen()
-
-    def close(self):
-        self.process.communicate()      # closes its stdin, upon which it ends

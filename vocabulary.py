@@ -1,5 +1,5 @@
 """
-The world to integers and back. Vocabulary gives text, control tokens and speech codes one id space:
+Text, control tokens and speech codes in one id space, which any Qwen2-like BPE and any codebook can have:
 
     0 .. n_text - 1       byte-level BPE                                  Qwen2: 0 .. 151,642
     n_text ..             the folder's own specials, then CONTROL         Qwen2: 151,643 .. 151,653
@@ -7,30 +7,24 @@ The world to integers and back. Vocabulary gives text, control tokens and speech
     code_start ..         n_codes speech codes                            CosyVoice: 151,936 .. 156,031
     .. size - 1           padding to a multiple of 128                    none: 156,032 = 128 * 1,219
 
-and a speech codec turns a wave into codes and back: CosyVoice's (data/cosyvoice/s3.py), or the one that the demo learns for itself
-(data/demo/mel.py). Anything with the same name, rate_hz, sample_rate, n_codes, fingerprint, silence_codes, about, encode,
-encode_many, decode, save and load will do, and a line in CODECS.
-
-    echo '"The capital of France"' | python codec.py text FOLDER          # Qwen2: [785, 6722, 315, 9625]
-    python codec.py encode question.wav --codec=data/demo/codec           # [17, 17, 203, …], 25 a second
-    python codec.py encode question.wav --codec=data/demo/codec | python codec.py decode - --codec=data/demo/codec --out=back.wav
-    python codec.py s3 --checkpoint=speech_tokenizer_v1.onnx --out=codecs/s3             # of CosyVoice-300M-25Hz; then --codec=codecs/s3
+    vocab = Vocabulary.load(folder)
+    vocab.encode('Hello there.'), vocab.control['<|sot|>'], vocab.code_start + code
 """
-import importlib
 import json
-import os
 import re
-import signal
-import sys
 import unicodedata
 from itertools import count, zip_longest
 from pathlib import Path
 
-import numpy as np
 import tiktoken
-from safetensors import SafetensorError
 
-from flatten import CONTROL, Parser
+from common.files import read_json
+
+CONTROL = {     # name: words that describe it, from which its embedding can start (train.py --new_rows=words)
+    '<|asr|>': 'transcribe the speech', '<|tts|>': 'read the text aloud',
+    '<|sos|>': 'start of speech', '<|eos|>': 'end of speech', '<|sot|>': 'start of text', '<|eot|>': 'end of text',
+    '<|silent_text|>': 'silent text', '<|silent_speech|>': 'silent speech',
+}
 
 # how Qwen2 cuts text into pieces before BPE: tokenizer.json says it, vocab.json and merges.txt do not
 QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -77,14 +71,14 @@ class Vocabulary:
         of ours) says itself where and how many, and n_codes is ignored.
         """
         folder = Path(folder)
+        config, settings, tokenizer, vocab = (read_json(path) if (path := folder / name).is_file() else {}
+                                              for name in ('config.json', 'tokenizer_config.json', 'tokenizer.json', 'vocab.json'))
         missing = [name for name in ('vocab.json', 'merges.txt') if not (folder / name).is_file()]
         try:
-            config, settings = (read_json(folder / name) if (folder / name).is_file() else {}
-                                for name in ('config.json', 'tokenizer_config.json'))
-            if (folder / 'tokenizer.json').is_file():
-                vocab, merges, pattern, added = parse_tokenizer(read_json(folder / 'tokenizer.json'))
+            if tokenizer:
+                vocab, merges, pattern, added = parse_tokenizer(tokenizer)
             elif not missing:
-                vocab, pattern = read_json(folder / 'vocab.json'), QWEN2_PATTERN
+                pattern = QWEN2_PATTERN
                 lines = (folder / 'merges.txt').read_text(encoding='utf-8').split('\n')
                 merges = [tuple(line.split(' ')) for line in lines if line and not line.startswith('#version')]
                 added = settings.get('added_tokens_decoder', {})
@@ -159,16 +153,6 @@ class Vocabulary:
         (folder / 'merges.txt').write_text('#version: 0.2\n' + '\n'.join(merges) + '\n', encoding='utf-8')
 
 
-def read_json(path):
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error: # among them broken UTF-8
-        raise ValueError(f'{path.name} is no JSON ({error})') from None
-    if not isinstance(content, dict):
-        raise ValueError(f'{path.name} holds no JSON object')
-    return content
-
-
 def parse_tokenizer(tokenizer):
     """The content of a tokenizer.json -> vocab, merges, pattern, added tokens."""
     model, normalizer = tokenizer.get('model', {}), tokenizer.get('normalizer')
@@ -198,137 +182,3 @@ def in_merge_order(vocab, merges):
         if token != by_merges:
             raise ValueError(f'id {i} is {token!r}, but {by_merges!r} by the merges; ids have to follow these')
     return tokens
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# audio files
-
-def read_audio(path, sample_rate, channel=None):
-    """-> float32 [n_sample], one channel at sample_rate. Raises ValueError for what cannot be listened to."""
-    import soundfile  # pip install soundfile soxr: only those who touch audio need them
-    import soxr
-    if not os.path.isfile(path):
-        raise ValueError(f'no file {path}')
-    try:
-        wave, rate = soundfile.read(path, dtype='float32', always_2d=True)     # (n_sample, n_channel)
-    except (soundfile.SoundFileError, TypeError) as error:     # TypeError: a .raw file, whose rate nobody knows
-        raise ValueError(f'{path} is not audio that can be read ({error})') from None
-    n_sample, n_channel = wave.shape
-    if channel is None and n_channel > 1:
-        raise ValueError(f'{path} has {n_channel} channels: say which is the user\'s, 0 to {n_channel - 1}, with --user_channel '
-                         '(sample.py) or --channel (codec.py)')
-    if not 0 <= (channel or 0) < n_channel:
-        raise ValueError(f'{path} has {n_channel} channels, 0 to {n_channel - 1}; there is no channel {channel}')
-    if n_sample == 0:
-        raise ValueError(f'{path} has no samples')
-    wave = wave[:, channel or 0]
-    if not np.isfinite(wave).all():
-        at = int(np.argmin(np.isfinite(wave)))
-        raise ValueError(f'{path}: sample {at}, at {at / rate:.3f} s, is {wave[at]}; a file of numbers is needed')
-    return soxr.resample(wave, rate, sample_rate) if rate != sample_rate else wave
-
-
-def write_audio(path, wave, sample_rate):
-    """float32 [n_sample] or [n_sample, n_channel] -> a wav of 16 bits, which appears whole or not at all."""
-    import soundfile
-    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or '.'):
-        raise ValueError(f'cannot write {path}: ' + ('it is a folder' if os.path.isdir(path) else 'its folder does not exist'))
-    soundfile.write(path + '.part', np.clip(wave, -1, 1), sample_rate, format='WAV', subtype='PCM_16')
-    os.replace(path + '.part', path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-CODECS = {'mel': 'data.demo.mel.MelCodec', 's3': 'data.cosyvoice.s3.S3Codec'}     # imported when they are needed
-
-
-def load_codec(folder):
-    """The codec that was saved in a folder, or in codec/ of a data folder or checkpoint. Raises ValueError if there is none."""
-    for place in (folder, os.path.join(folder, 'codec')):
-        path = os.path.join(place, 'codec.json')
-        if os.path.isfile(path):
-            name = read_json(Path(path)).get('name')
-            if name not in CODECS:
-                raise ValueError(f'{path} is of codec {name!r}; known are {", ".join(CODECS)}')
-            try:
-                module, _, kind = CODECS[name].rpartition('.')
-                return getattr(importlib.import_module(module), kind).load(place)
-            except (OSError, KeyError, SafetensorError) as error:
-                raise ValueError(f'{place} holds no complete codec ({error}); prepare the data again')
-    raise ValueError(f'no codec in {folder}: it has no codec.json, nor has {os.path.join(folder, "codec")}')
-
-
-def read_texts(file):
-    for n, line in enumerate(file, 1): # bytes: JSON is UTF-8 whatever the terminal's locale
-        try:
-            string = json.loads(line)
-        except (ValueError, RecursionError): # RecursionError: a line of 100,000 brackets
-            string = None
-        if not isinstance(string, str):
-            raise ValueError(f'line {n} of standard input is no JSON string such as "hello"')
-        yield string
-
-
-def read_codes(path, n_codes):
-    try:
-        with sys.stdin if path == '-' else open(path) as file:
-            codes = json.load(file)
-    except OSError as error:
-        raise ValueError(f'{path}: {error.strerror}')
-    except ValueError as error:
-        raise ValueError(f'{path} is no JSON list of codes ({error})')
-    if not isinstance(codes, list) or not codes or not all(type(code) is int for code in codes):
-        raise ValueError(f'{path} is no JSON list of codes')
-    for frame, code in enumerate(codes):
-        if not 0 <= code < n_codes:
-            raise ValueError(f'{path}: code {code} at frame {frame} is out of range, the codec has 0 to {n_codes - 1}')
-    return codes
-
-
-def main():
-    parser = Parser(description='the world to integers and back')
-    commands = parser.add_subparsers(dest='command', required=True)
-    text = commands.add_parser('text', help='a JSON string per line of standard input -> a JSON list of ids')
-    text.add_argument('folder', help='tokenizer folder: tokenizer.json, or vocab.json and merges.txt')
-    encode = commands.add_parser('encode', help='an audio file -> a JSON list of codes on standard output')
-    encode.add_argument('path', help='wav, flac, ogg, mp3, …, of any rate')
-    encode.add_argument('--channel', type=int, help='which channel, from 0; needed where there are several')
-    s3 = commands.add_parser('s3', help="a codec folder for CosyVoice's speech tokens")
-    s3.add_argument('--out', required=True, help='the folder to write')
-    s3.add_argument('--checkpoint', help='its speech_tokenizer_v*.onnx; without it the folder only describes codes that were made elsewhere')
-    s3.add_argument('--variant', help='v1_25hz, v1_50hz, v2_25hz or v3_25hz: needed without a checkpoint, or with one that was not published')
-    s3.add_argument('--sha256', help='of a checkpoint that was not published: you mean this very file')
-    s3.add_argument('--silence_codes', default='', help='as 230,440,491: more of them, the first one where no checkpoint can be asked')
-    s3.add_argument('--vocoder', default='', help='command of a program that turns codes into audio: data/cosyvoice/worker.py')
-    decode = commands.add_parser('decode', help='a JSON list of codes -> a wav')
-    decode.add_argument('path', help='a file with the list, - for standard input')
-    decode.add_argument('--out', required=True, help='the wav to write')
-    for command in (encode, decode):
-        command.add_argument('--codec', required=True, help='folder with codec.json: data/demo/codec, a data folder, a checkpoint')
-    args = parser.parse_args()
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # python codec.py … | head
-
-    if args.command == 'text':
-        vocab = Vocabulary.load(args.folder)
-        for string in read_texts(sys.stdin.buffer):
-            print(json.dumps(vocab.encode(string)), flush=True)
-        return
-    if args.command == 's3':
-        from data.cosyvoice.s3 import S3Codec
-        if not re.fullmatch(r'(\d+(,\d+)*)?', args.silence_codes):
-            raise ValueError(f'--silence_codes={args.silence_codes} is no list such as 230,440,491')
-        codec = S3Codec.create(args.checkpoint, args.variant, args.sha256, [int(code) for code in args.silence_codes.split(',') if code], args.vocoder)
-        codec.save(args.out)
-        return print(f'{args.out}: {codec.variant} {codec.fingerprint}, {len(codec.silence_codes)} codes of silence, {codec.silence_codes[0]} first')
-    codec = load_codec(args.codec)
-    if args.command == 'encode':
-        print(json.dumps(codec.encode(read_audio(args.path, codec.sample_rate, args.channel)).tolist()))
-    else:
-        write_audio(args.out, codec.decode(np.array(read_codes(args.path, codec.n_codes))), codec.sample_rate)
-
-
-if __name__ == '__main__':
-    try:
-        main()
-    except ValueError as error:
-        raise SystemExit(str(error)) from None

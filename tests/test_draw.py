@@ -4,9 +4,10 @@ import re
 import pytest
 import torch
 
-from data.loader import STREAMS, Dialogues, Loader, Mixture, save_dialogues
+from data.dialogues import Dialogues, save_dialogues
+from data.loader import STREAMS, Loader, Mixture
 from flatten import get_layout
-from measures.batch import draw_batch
+from measures.draw import draw_batch
 from tests.test_flatten import EXAMPLES, GOLDEN, VOCAB
 
 

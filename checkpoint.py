@@ -1,0 +1,156 @@
+"""
+Checkpoints: what a run writes, and how it is read back. Nothing in them is pickled.
+
+    out/demo                    the weights that did best on val: a Hugging Face folder, which transformers opens as it is
+        config.json             its entry "nanoduplex" is Info: layouts, codec, where the codes start
+        model.safetensors       tokenizer.json, vocab.json, merges.txt, …
+        codec/                  the speech codec, or what names it
+        step-001900/            the same of the latest step, and what a run goes on from:
+            optimizer.safetensors, state.json
+
+    checkpoint = load_checkpoint('out/demo')
+    checkpoint.model, checkpoint.vocab, checkpoint.layout, checkpoint.codec
+"""
+import os
+import shutil
+from glob import glob
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from codec import load_codec
+from common.files import read_json, whole, write_json
+from flatten import get_layout
+from model import Qwen2
+from vocabulary import Vocabulary
+
+
+class Info(NamedTuple):
+    """What a checkpoint of ours says of itself."""
+    layouts: list           # [Layout] it was trained in, in this run and those before it; it decodes in the last
+    text_weight: float      # of a text token in the loss
+    code_start: int         # the id of speech code 0
+    n_codes: int
+    codec: dict             # what codec.describe() says
+
+
+class Checkpoint(NamedTuple):
+    model: Qwen2
+    vocab: Vocabulary
+    codec: object
+    info: Info
+
+    @property
+    def layout(self):
+        return self.info.layouts[-1]
+
+
+def write_info(info):
+    """Info -> the entry "nanoduplex" of config.json."""
+    return info._asdict() | dict(layouts=[layout.settings() for layout in info.layouts])
+
+
+def read_info(folder):
+    """The entry "nanoduplex" of a folder's config.json -> Info; None for a model that is not ours."""
+    entry = read_json(os.path.join(folder, 'config.json')).get('nanoduplex')
+    if not entry:
+        return None
+    if 'layouts' not in entry:      # as it was written before November 2026
+        chunks = dict(speech_chunk=entry.pop('speech_chunk') or None, text_chunk=entry.pop('text_chunk'))
+        names = [*entry.pop('learned', []), entry.pop('layout')]
+        entry['layouts'] = [dict(name=name, **chunks) for name in dict.fromkeys(names)]
+    return Info(**entry | dict(layouts=[get_layout(**settings) for settings in entry['layouts']]))
+
+
+def load_checkpoint(folder, device='cpu'):
+    """Reads a folder that train.py wrote. Raises ValueError for any other."""
+    if not os.path.isfile(os.path.join(folder, 'config.json')):
+        raise ValueError(f'{folder} is no checkpoint: it has no config.json (train one: python train.py config/demo.py)')
+    info = read_info(folder)
+    if not info:
+        raise ValueError(f'{folder}/config.json has no entry "nanoduplex": train.py did not write this model, '
+                         'so its layout and codec are unknown')
+    vocab = Vocabulary.load(folder, info.n_codes)
+    model = Qwen2.from_pretrained(folder).to(device).eval()
+    check_vocabulary(folder, model, vocab)
+    codec = load_codec(os.path.join(folder, 'codec'))
+    if codec.describe() != info.codec:
+        raise ValueError(f'{folder} was trained with codec {info.codec}, in its folder lies {codec.describe()}')
+    return Checkpoint(model, vocab, codec, info)
+
+
+def check_vocabulary(folder, model, vocab):
+    """Ids must mean the same to the weights and to the tokenizer."""
+    if model.config.vocab_size != vocab.size:
+        raise ValueError(f'{folder}: its model has {model.config.vocab_size} ids, its tokenizer with {vocab.n_codes} '
+                         f'codes {vocab.size}: the checkpoint is of another vocabulary')
+
+
+def check_codec(folder, codec, dialogues):
+    """Codes must mean the same to the checkpoint in folder, trained with codec, and to the data."""
+    theirs = dialogues.codec
+    if codec != theirs:
+        raise ValueError(f'{dialogues.folder} was made with codec {theirs["name"]} {theirs["fingerprint"]}, {folder} '
+                         f'was trained with codec {codec["name"]} {codec["fingerprint"]}: prepare the data with the '
+                         "checkpoint's codec, or take the checkpoint that goes with the data")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a run's states
+
+def save_state(out_dir, model, optimizer, vocab, info, codec_folder, state):
+    """Writes out_dir/step-000300, all that a run needs to go on as if it had not stopped; removes the one before."""
+    folder = os.path.join(out_dir, f'step-{state["step"]:06d}')
+    names = {p: name for name, p in model.named_parameters()}
+    moments = {f'{names[p]}.{key}': value for p, entry in optimizer.state.items() for key, value in entry.items()}
+    with whole(folder) as part:
+        model.save_pretrained(part, extra={'nanoduplex': write_info(info)})
+        vocab.save(part)
+        if os.path.isdir(codec_folder):
+            shutil.copytree(codec_folder, os.path.join(part, 'codec'))
+        save_file(moments | {'rng': torch.get_rng_state()}, os.path.join(part, 'optimizer.safetensors'))
+        write_json(os.path.join(part, 'state.json'), state)
+    for old in glob(os.path.join(out_dir, 'step-*')):
+        if old != folder:
+            shutil.rmtree(old)
+    return folder
+
+
+def load_state(folder, model, optimizer):
+    """Puts optimizer and random numbers where they were, and returns the rest of the state."""
+    tensors = load_file(os.path.join(folder, 'optimizer.safetensors'))
+    missing = [name for name, _ in model.named_parameters() if f'{name}.exp_avg' not in tensors]
+    if missing:
+        raise ValueError(f'{folder} was saved by another version of this code (it has no state of {missing[0]}): '
+                         f'start from its weights, --init_from={folder}, into another --out_dir')
+    for name, p in model.named_parameters():
+        entries = {key: tensors[f'{name}.{key}'] for key in ('step', 'exp_avg', 'exp_avg_sq')}
+        optimizer.state[p] = {key: value.to(p.device) for key, value in entries.items()}
+    torch.set_rng_state(tensors['rng'])
+    return read_json(os.path.join(folder, 'state.json'))
+
+
+def publish(folder, out_dir):
+    """The files of a saved step become those of out_dir, each replaced whole; the weights come last."""
+    paths = glob(os.path.join(folder, '**'), recursive=True)
+    for path in sorted(paths, key=lambda path: path.endswith('model.safetensors')):
+        target = os.path.join(out_dir, os.path.relpath(path, folder))
+        if os.path.isfile(path) and os.path.basename(path) not in ('optimizer.safetensors', 'state.json'):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            with whole(target) as part:
+                shutil.copy(path, part)
+
+
+def last_state(out_dir):
+    """The latest step-… folder of a run, None where there is none."""
+    return max((path for path in glob(os.path.join(out_dir, 'step-*')) if not path.endswith('.part')), default=None)
+
+
+def move_aside(out_dir):
+    """A run that is not continued is kept, under another name, which is returned."""
+    n = 1
+    while os.path.exists(f'{out_dir}.{n}'):
+        n += 1
+    os.rename(out_dir, f'{out_dir}.{n}')
+    return f'{out_dir}.{n}'

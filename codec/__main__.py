@@ -1,0 +1,93 @@
+"""
+    echo '"The capital of France"' | python -m codec text FOLDER          # Qwen2: [785, 6722, 315, 9625]
+    python -m codec encode question.wav --codec=data/demo                 # [17, 17, 203, …], 25 a second
+    python -m codec encode question.wav --codec=data/demo | python -m codec decode - --codec=data/demo --out=back.wav
+    python -m codec s3 --checkpoint=speech_tokenizer_v1.onnx --out=codecs/s3      # of CosyVoice-300M-25Hz; then --codec=codecs/s3
+"""
+import json
+import re
+import signal
+import sys
+
+import numpy as np
+
+from codec import load_codec
+from common.audio import read_audio, write_audio
+from config import Parser
+from vocabulary import Vocabulary
+
+
+def read_texts(file):
+    for n, line in enumerate(file, 1): # bytes: JSON is UTF-8 whatever the terminal's locale
+        try:
+            string = json.loads(line)
+        except (ValueError, RecursionError): # RecursionError: a line of 100,000 brackets
+            string = None
+        if not isinstance(string, str):
+            raise ValueError(f'line {n} of standard input is no JSON string such as "hello"')
+        yield string
+
+
+def read_codes(path, n_codes):
+    try:
+        with sys.stdin if path == '-' else open(path) as file:
+            codes = json.load(file)
+    except OSError as error:
+        raise ValueError(f'{path}: {error.strerror}')
+    except ValueError as error:
+        raise ValueError(f'{path} is no JSON list of codes ({error})')
+    if not isinstance(codes, list) or not codes or not all(type(code) is int for code in codes):
+        raise ValueError(f'{path} is no JSON list of codes')
+    for frame, code in enumerate(codes):
+        if not 0 <= code < n_codes:
+            raise ValueError(f'{path}: code {code} at frame {frame} is out of range, the codec has 0 to {n_codes - 1}')
+    return codes
+
+
+def main():
+    parser = Parser(prog='python -m codec', description='text and speech to integers, and back')
+    commands = parser.add_subparsers(dest='command', required=True)
+    text = commands.add_parser('text', help='a JSON string per line of standard input -> a JSON list of ids')
+    text.add_argument('folder', help='tokenizer folder: tokenizer.json, or vocab.json and merges.txt')
+    encode = commands.add_parser('encode', help='an audio file -> a JSON list of codes on standard output')
+    encode.add_argument('path', help='wav, flac, ogg, mp3, …, of any rate')
+    encode.add_argument('--channel', type=int, help='which channel, from 0; needed where there are several')
+    s3 = commands.add_parser('s3', help="a codec folder for CosyVoice's speech tokens")
+    s3.add_argument('--out', required=True, help='the folder to write')
+    s3.add_argument('--checkpoint', help='its speech_tokenizer_v*.onnx; without it the folder only describes codes that were made elsewhere')
+    s3.add_argument('--variant', help='v1_25hz, v1_50hz, v2_25hz or v3_25hz: needed without a checkpoint, or with one that was not published')
+    s3.add_argument('--sha256', help='of a checkpoint that was not published: you mean this very file')
+    s3.add_argument('--silence_codes', default='', help='as 230,440,491: more of them, the first one where no checkpoint can be asked')
+    s3.add_argument('--vocoder', default='', help='command of a program that turns codes into audio: codec/cosyvoice.py')
+    decode = commands.add_parser('decode', help='a JSON list of codes -> a wav')
+    decode.add_argument('path', help='a file with the list, - for standard input')
+    decode.add_argument('--out', required=True, help='the wav to write')
+    for command in (encode, decode):
+        command.add_argument('--codec', required=True, help='folder with codec.json: data/demo/codec, a data folder, a checkpoint')
+    args = parser.parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # python -m codec … | head
+
+    if args.command == 'text':
+        vocab = Vocabulary.load(args.folder)
+        for string in read_texts(sys.stdin.buffer):
+            print(json.dumps(vocab.encode(string)), flush=True)
+        return
+    if args.command == 's3':
+        from codec.s3 import S3Codec
+        if not re.fullmatch(r'(\d+(,\d+)*)?', args.silence_codes):
+            raise ValueError(f'--silence_codes={args.silence_codes} is no list such as 230,440,491')
+        codec = S3Codec.create(args.checkpoint, args.variant, args.sha256, [int(code) for code in args.silence_codes.split(',') if code], args.vocoder)
+        codec.save(args.out)
+        return print(f'{args.out}: {codec.variant} {codec.fingerprint}, {len(codec.silence_codes)} codes of silence, {codec.silence_codes[0]} first')
+    codec = load_codec(args.codec)
+    if args.command == 'encode':
+        print(json.dumps(codec.encode(read_audio(args.path, codec.sample_rate, args.channel)).tolist()))
+    else:
+        write_audio(args.out, codec.decode(np.array(read_codes(args.path, codec.n_codes))), codec.sample_rate)
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except ValueError as error:
+        raise SystemExit(str(error)) from None

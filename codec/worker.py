@@ -1,0 +1,57 @@
+"""A program that speaks or decodes in an environment of its own: CosyVoice's (cosyvoice.py beside this)."""
+import json
+import os
+import shlex
+import subprocess
+import tempfile
+import threading
+
+
+class Worker:
+    """
+    A program in an environment of its own. Lines of JSON go to and fro, audio lies in files:
+
+        it says  {"ready": true}
+        we say   {"codes": [230, 440], "out": "/tmp/a.wav"}  or  {"text": "Hello.", "voice": "anna", "out": "/tmp/a.wav"}
+        it says  {"ok": true}  or  {"error": "no voice anna"}
+    """
+
+    def __init__(self, command):
+        self.command, self.lock = command, threading.Lock()
+        self.log = tempfile.TemporaryFile()     # its stderr: a pipe that nobody reads would fill up and stop it
+        env, visible = dict(os.environ), os.environ.get('CUDA_VISIBLE_DEVICES', 'all').split(',')
+        if 'LOCAL_RANK' in env and visible != ['']:     # under torchrun each has the GPU of its process, not all of them the first
+            env['CUDA_VISIBLE_DEVICES'] = env['LOCAL_RANK'] if visible == ['all'] else visible[int(env['LOCAL_RANK']) % len(visible)]
+        try:
+            self.process = subprocess.Popen(shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, bufsize=0, env=env)
+        except (OSError, ValueError) as error:
+            raise ValueError(f'cannot start {command!r}: {error}') from None
+        self.listen()
+
+    def listen(self):
+        line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            self.log.seek(0)
+            last = self.log.read().decode(errors='replace').strip().splitlines()[-3:]
+            raise ValueError(f'{self.command} has ended with code {code}; its last lines: {" | ".join(last) or "none"}')
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise ValueError(f'{self.command} said {line[:80]!r}; nothing but JSON objects may go to its standard output')
+        if 'error' in answer:
+            raise ValueError(f'{self.command}: {answer["error"]}')
+        return answer
+
+    def ask(self, **request):
+        with self.lock:
+            try:
+                self.process.stdin.write(json.dumps(request).encode() + b'\n')
+            except BrokenPipeError:
+                pass            # it has died; listen finds out of what
+            return self.listen()
+
+    def close(self):
+        self.process.communicate()      # closes its stdin, upon which it ends

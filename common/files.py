@@ -1,0 +1,76 @@
+"""Files that appear whole or not at all, and JSON whose errors name the file."""
+import json
+import os
+import shutil
+import sys
+from contextlib import contextmanager
+
+
+@contextmanager
+def whole(path, suffix='.part'):
+    """
+    Gives a path to write to, a file or a folder, which becomes `path` when the block ends. So `path` is never half
+    written: a process that is killed in the block leaves the old one. Where the block raises, nothing is left of it.
+
+        with whole('a.json') as part, open(part, 'w') as file:
+            json.dump(content, file)
+
+    Processes that write the same path at once need a suffix of their own.
+    """
+    path = os.fspath(path)
+    part = path + suffix
+    remove(part)    # of a process that was killed
+    try:
+        yield part
+        if os.path.isdir(part):
+            remove(path)    # a folder takes the place of none but an empty one
+        os.replace(part, path)
+    except BaseException:
+        remove(part)
+        raise
+
+
+def remove(path):
+    """A file, or a folder with all that is in it; nothing where there is neither."""
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    elif os.path.exists(path):
+        os.remove(path)
+
+
+def write_json(path, content):
+    with whole(path) as part, open(part, 'w', encoding='utf-8') as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+
+
+def read_json(path):
+    """The object in a JSON file. Raises ValueError, one sentence with the path, where there is none."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            content = json.load(file)
+    except OSError as error:
+        raise ValueError(f'{path}: {error.strerror}') from None
+    except (ValueError, RecursionError) as error:     # broken UTF-8; RecursionError: 100,000 brackets
+        raise ValueError(f'{path} is no JSON ({error})') from None
+    if not isinstance(content, dict):
+        raise ValueError(f'{path} holds no JSON object')
+    return content
+
+
+def read_jsonl(path):
+    """(row, object) of each line of a file, of standard input if path is '-'. Raises ValueError, with path and row, for a line
+    that is no JSON object."""
+    try:
+        with sys.stdin if path == '-' else open(path, encoding='utf-8') as file:
+            for row, line in enumerate(file, 1):
+                if line.strip():
+                    value = json.loads(line)
+                    if not isinstance(value, dict):
+                        raise ValueError(f'{path}:{row}: not a JSON object')
+                    yield row, value
+    except OSError as error:
+        raise ValueError(f'{path}: {error.strerror}') from None
+    except UnicodeDecodeError:
+        raise ValueError(f'{path}: not a text file in UTF-8') from None
+    except (json.JSONDecodeError, RecursionError) as error:     # RecursionError: a line of 100,000 brackets
+        raise ValueError(f'{path}:{row}: not JSON ({error})') from None

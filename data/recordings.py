@@ -1,0 +1,90 @@
+"""What all corpora of rows and audio files have in common, for the prepare.py of each."""
+import gzip
+import json
+import math
+import os
+import re
+import zlib
+
+import numpy as np
+
+WIDE = '[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]'       # Chinese and Japanese, which have no spaces between words
+
+
+def read_rows(path):
+    """Yields ('train.jsonl, row 3', the object there or None for anything else, its offset in the file); a row that is no
+    JSON spoils no other."""
+    offset = 0
+    try:
+        with gzip.open(path) if path.endswith('.gz') else open(path, 'rb') as file:
+            for n, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    row = None
+                if line.strip():
+                    yield f'{os.path.basename(path)}, row {n}', row if isinstance(row, dict) else None, offset
+                offset += len(line)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f'{path} cannot be read to its end ({error})')
+
+
+def by_id(pairs):
+    """[(id, what)] -> {id: what}. A second recording of the same id would take the place of the first, unseen."""
+    items = {}
+    for id, what in pairs:
+        if id in items:
+            raise ValueError(f'two recordings have the id {id!r}; every one needs its own')
+        items[id] = what
+    return items
+
+
+def find_audio(path, folder):
+    """Manifests travel, and their paths still start where they were made: an absolute path that exists is taken as it is,
+    of any other the longest end that exists below folder."""
+    if not isinstance(path, str) or '://' in path:
+        raise ValueError(f'{path!r} is no path of a file on this machine')
+    if os.path.isabs(path) and os.path.isfile(path):
+        return path
+    names = [name for name in path.split('/') if name]
+    for at in range(len(names)):
+        found = os.path.join(folder, *names[at:])
+        if os.path.isfile(found):
+            return found
+    raise ValueError(f'no file {path}, nor an end of that path below {folder}; --audio_dir=FOLDER says where the audio is')
+
+
+def read_piece(file, name, sample_rate, start_sec=0.0, end_sec=None, whole_sec=None):
+    """Of a path or bytes -> float32 [n_channel, n_sample] at sample_rate. Only the piece is read: hours of audio may have
+    thousands. whole_sec: how long its manifest thinks the file is; one cut off or replaced has other words than the text."""
+    import soundfile  # pip install soundfile soxr
+    import soxr
+    if isinstance(file, str) and not os.path.isfile(file):
+        raise ValueError(f'no file {name}')
+    try:
+        with soundfile.SoundFile(file) as audio:
+            rate, n_sec = audio.samplerate, audio.frames / audio.samplerate
+            end_sec = n_sec if end_sec is None else end_sec
+            if whole_sec is not None and abs(whole_sec - n_sec) > 0.1:
+                raise ValueError(f'{name} is {n_sec:.2f} s long, but {whole_sec:.2f} s by its manifest; was it cut off, or replaced?')
+            if not 0 <= start_sec < end_sec <= n_sec + 0.1:     # 0.1: manifests round
+                raise ValueError(f'{name} is {n_sec:.2f} s long; there is nothing from {start_sec} s to {end_sec} s')
+            audio.seek(min(round(start_sec * rate), audio.frames))
+            waves = audio.read(round((end_sec - start_sec) * rate), dtype='float32', always_2d=True)
+    except (soundfile.SoundFileError, TypeError) as error:      # TypeError: a .raw file, whose rate nobody knows
+        raise ValueError(f'{name} is not audio that can be read ({error})') from None
+    return np.ascontiguousarray((soxr.resample(waves, rate, sample_rate) if rate != sample_rate else waves).T)
+
+
+def turns_of(words, gap_sec):
+    turns = []
+    for role, said in words.items():
+        last_end_sec = -math.inf
+        for word in said:
+            if word['start_sec'] - last_end_sec > gap_sec:
+                turns.append(dict(role=role, start_sec=word['start_sec'], words=[]))
+            turns[-1]['words'].append(word)
+            last_end_sec = turns[-1]['end_sec'] = max(last_end_sec, word['end_sec'])
+    for turn in turns:
+        turn['text'] = re.sub(f'(?<={WIDE}) +(?={WIDE})', '', ' '.join(word['text'].strip() for word in turn['words']))
+    return turns

@@ -1,0 +1,321 @@
+"""
+Listening and talking: the user's speech goes in chunk by chunk, the assistant's text and speech come out.
+
+    user     ─ 10 codes ─┐                    ┌─ 10 codes ─┐
+    assistant            └─► 2 text, 10 codes ┘            └─► 2 text, 10 codes        one chunk, 400 ms at 25 Hz
+
+    Duplex.step     one chunk of every user
+    converse        whole recordings, many side by side
+    render          a decoded dialogue as stereo sound
+"""
+import json
+import math
+import time
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from common.files import whole
+from flatten import ROLES, unflatten
+from model import KVCache, Qwen2
+
+
+class Packed(nn.Module):
+    """
+    A bf16 linear layer on a CPU, its weight stored in the blocks that oneDNN multiplies: F.linear blocks it anew in every
+    call, which for one token takes as long as all else. What torch.compile's freezing does, without a minute of compiling.
+    """
+
+    def __init__(self, weight, bias=None):
+        super().__init__()
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1), bias
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
+
+
+class Int8(nn.Module):
+    """
+    A linear layer whose weight and inputs are rounded to 8 bits, both by 127ths of the largest in the row: of the weight
+    here, of x in each call, for each token by itself. For a few tokens a CPU waits for weights, and these are half of bf16's.
+    """
+
+    def __init__(self, weight, bias=None):
+        super().__init__()
+        weight = weight.detach().float()
+        scale = weight.abs().amax(1).clamp_min(1e-30) / 127
+        rows = (weight / scale[:, None]).round().to(torch.int8)
+        engine = torch.backends.quantized.engine
+        torch.backends.quantized.engine = 'fbgemm'      # 'x86' may pack for oneDNN, which takes half as long again
+        with warnings.catch_warnings():     # such tensors will go (pytorch #184982); onednn.qlinear_prepack, which stays, is slower for a few tokens
+            warnings.simplefilter('ignore', UserWarning)
+            self.weight = torch.ops.quantized.linear_prepack(
+                torch._make_per_channel_quantized_tensor(rows, scale.double(), torch.zeros(len(rows), dtype=torch.int64), 0))
+        torch.backends.quantized.engine = engine
+        self.bias = bias
+
+    def forward(self, x):
+        # linear_dynamic saves 10 us of 80 to 700, but takes one scale for all rows: users would change what others are told
+        scale = x.abs().amax(-1, keepdim=True).clamp_min_(1e-30)
+        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x / scale, 1 / 127, 128, self.weight).mul_(scale)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+def pick_linear(dtype, device, compile):
+    """-> the class that multiplies fastest in dtype, None for nn.Linear; and the dtype of all else."""
+    if dtype == torch.int8:
+        # without VNNI two products are added in 16 bits, which they may exceed
+        if device.type != 'cpu' or compile or not torch.cpu._is_vnni_supported() or 'fbgemm' not in torch.backends.quantized.supported_engines:
+            raise ValueError('dtype int8 is for CPUs with AVX-512 VNNI, and nothing is compiled: take bfloat16 or float32')
+        return Int8, torch.float32
+    # what is packed cannot be compiled, and on a CPU gains more: compiling there is for tests of what a GPU does
+    is_packed = device.type == 'cpu' and not compile and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return Packed if is_packed else None, dtype
+
+
+def for_decoding(model, dtype, linear):
+    """model in dtype, which shares with the original what need not change; its linear layers are of class linear, if given."""
+    with torch.device('meta'):
+        copy = Qwen2(model.config)
+    copy.load_state_dict({name: x.to(dtype) for name, x in model.state_dict().items()}, assign=True)
+    for module in list(copy.model.layers.modules()) if linear else ():
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, linear(child.weight, child.bias))
+    return copy.eval()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen among those that its slot allows."""
+    text_temperature: float = 0.0       # 0: always the likeliest
+    speech_temperature: float = 0.0
+    text_top_k: int = 0                 # sample among the k likeliest; 0: among all
+    speech_top_k: int = 0
+    silence_bias: float = 0.0           # added to the logit of silence in speech slots: below 0 talks sooner
+    text_weight: float = 1.0            # what training weighed text by, which made writing that much likelier than it is
+    seed: int = 1337
+
+
+class SlotHead(nn.Module):
+    """
+    The rows of the model's head that one kind of slot may choose from, text or speech: in a speech slot of the real
+    model 4,097 of 156,032. forward: x (n_row, C) -> logits (n_row, n_id); id = start + index.
+    """
+
+    def __init__(self, model, vocab, kind, sampling, linear):
+        super().__init__()
+        first, end = (0, vocab.n_text) if kind == 'text' else (vocab.code_start, vocab.code_start + vocab.n_codes)
+        silent = vocab.control[f'<|silent_{kind}|>']
+        # one stretch of rows, so that none is copied; what lies in it and is not allowed gets -inf
+        stretch = slice(min(first, silent), max(end, silent + 1))
+        rows = (model.lm_head or model.model.embed_tokens).weight[stretch]      # (n_id, C)
+        bias = torch.full((stretch.stop,), -torch.inf, device=rows.device)
+        bias[first:end] = 0.0
+        bias[silent] = math.log(sampling.text_weight) if kind == 'text' else sampling.silence_bias
+        self.start, self.bias = stretch.start, bias[stretch]
+        if linear:
+            self.linear = linear(rows)
+        else:
+            self.linear = nn.Linear(rows.shape[1], len(rows), bias=False, device='meta')
+            self.linear.weight = nn.Parameter(rows, requires_grad=False)
+        self.temperature = getattr(sampling, f'{kind}_temperature')
+        self.top_k = getattr(sampling, f'{kind}_top_k')
+
+    def forward(self, x):
+        return self.linear(x).float() + self.bias
+
+    def choose(self, logits, noise):
+        """logits (n_row, n_id) -> ids (n_row, 1). noise (n_row, n_id), exponential, where the temperature is above 0."""
+        if noise is not None:
+            logits = logits / self.temperature
+            if self.top_k:
+                least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
+                logits = logits.masked_fill(logits < least, -torch.inf)
+            # the likeliest of p / noise is a draw from p, as torch.multinomial makes it, which waits for the device
+            logits = logits.softmax(-1) / noise
+        return logits.argmax(-1, keepdim=True) + self.start
+
+
+class Duplex:
+    """
+    A model in conversation with n_row users at once. step takes one chunk of each user's codes, int [n_row, n], and
+    returns what the assistant writes and says meanwhile: text ids [n_row, m], speech codes [n_row, n], -1 where silent.
+
+    Only ids that a slot allows are scored. Against sampling from all ids this takes the chance of the others away and
+    shares it out. The user's ids are fed together with the assistant's last one, so a chunk of duplex3 takes 12 passes
+    through the model, not 22. Past max_context tokens the oldest chunks leave.
+
+    Nothing waits for the device between a chunk's first pass and its last. On a GPU the passes of each shape (11 tokens,
+    1 for text, 1 for speech) are captured once as a CUDA graph and replayed.
+    """
+
+    def __init__(self, model, vocab, layout, n_row=1, sampling=None, max_context=None, dtype=None, compile=False):
+        if layout.order != 'chunks':
+            raise ValueError(f'layout {layout.name} has no chunks: it cannot listen and talk at once; '
+                             'sample from a duplex3 or duplex2 checkpoint')
+        max_context = max_context or model.config.block_size
+        if max_context < 2 * layout.period:
+            raise ValueError(f'max_context {max_context} holds no two chunks of {layout.period} tokens')
+        weight = model.model.norm.weight
+        self.vocab, self.layout, self.n_row, self.device = vocab, layout, n_row, weight.device
+        linear, rest = pick_linear(dtype or weight.dtype, self.device, compile)
+        self.model = for_decoding(model, rest, linear)
+        sampling = sampling or Sampling()
+        self.heads = {kind: SlotHead(self.model, vocab, kind, sampling, linear) for kind in ('text', 'speech')}
+        self.generator = torch.Generator(self.device).manual_seed(sampling.seed)
+        cache_dtype = torch.bfloat16 if linear is Int8 else rest    # half of what attention reads
+        bucket = 32 if self.device.type == 'cpu' else 1024
+        self.cache = KVCache(self.model, n_row, max_context, bucket, cache_dtype)
+        # chosen or heard, but not yet read by the model
+        self.unfed = torch.empty(n_row, 0, dtype=torch.int64, device=self.device)
+        self.ids = []               # [n_row, tokens] of the whole conversation, in pieces
+        self.graphs = {}            # shape of a pass -> what was captured; only on a GPU
+        self.read_one = self.model.read_on
+        self.compile = compile
+        if compile:
+            self.compile_pass()
+
+    @torch.inference_mode()
+    def compile_pass(self):
+        """Compiles the passes of one token, 11 of 12, now rather than in the conversation."""
+        self.read_one = torch.compile(self.model.read_on, dynamic=True, fullgraph=True)     # one graph for all buckets of the cache
+        self.sample('speech', self.unfed.new_zeros(self.n_row, 1))
+        self.cache.len = self.cache.next_pos = 0
+
+    @torch.inference_mode()
+    def step(self, user_codes):
+        layout, vocab = self.layout, self.vocab
+        user_codes = np.asarray(user_codes, np.int64).reshape(self.n_row, -1)
+        n_frame = user_codes.shape[1]
+        if n_frame != layout.speech_chunk or user_codes.min() < 0 or user_codes.max() >= vocab.n_codes:
+            raise ValueError(f'a chunk is {layout.speech_chunk} codes from 0 to {vocab.n_codes - 1} '
+                             f'for each of {self.n_row} users')
+        heard = torch.as_tensor(user_codes + vocab.code_start).to(self.device)
+        while self.cache.len + self.unfed.shape[1] + layout.period > self.cache.max_len:
+            self.cache.drop(layout.period)
+        said = dict(text=[], speech=[])
+        for slot in layout.chunk:
+            if not slot.learned:
+                self.feed(heard)
+                continue
+            for _ in range(slot.n):
+                ids, self.unfed = self.unfed, self.unfed[:, :0]
+                token = self.sample(slot.kind, ids)     # (n_row, 1)
+                said[slot.kind].append(token)
+                self.feed(token)
+        n_text = len(said['text'])
+        # the only line that waits for the device
+        tokens = torch.cat(said['text'] + said['speech'], dim=1).cpu().numpy()      # (n_row, m + n)
+        text, speech = tokens[:, :n_text], tokens[:, n_text:]
+        return text, np.where(speech == vocab.control['<|silent_speech|>'], -1, speech - vocab.code_start)
+
+    def feed(self, ids):
+        self.unfed = torch.cat([self.unfed, ids], dim=1)
+        self.ids.append(ids)
+
+    def sample(self, kind, ids):
+        """Reads ids (n_row, T) and chooses one token, (n_row, 1)."""
+        noise, head = None, self.heads[kind]
+        if head.temperature:
+            noise = torch.empty(self.n_row, len(head.bias), device=self.device).exponential_(generator=self.generator)
+        self.cache.advance(ids.shape[1])
+        for x in (ids, self.cache.keys, self.cache.values) if self.compile else ():
+            torch._dynamo.mark_static(x)        # of all sizes only n_slot changes
+        if self.device.type != 'cuda':
+            return self.next_token(kind, ids, noise)
+        shape = kind, ids.shape[1], self.cache.n_slot
+        if shape not in self.graphs:
+            self.graphs[shape] = self.capture(kind, ids, noise)
+        graph, inputs, token = self.graphs[shape]
+        for static, new in zip(inputs, (ids, noise)):
+            if static is not None:
+                static.copy_(new)
+        graph.replay()
+        return token.clone()
+
+    def capture(self, kind, *inputs):
+        """-> a CUDA graph of next_token, the tensors that it reads, the one that it writes. Reading twice changes nothing: the
+        same keys go into the same slots."""
+        inputs = [x if x is None else x.clone() for x in inputs]
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):   # libraries make their workspaces, which they may not during a capture
+            self.next_token(kind, *inputs)
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode='thread_local'):    # in training another thread allocates meanwhile
+            token = self.next_token(kind, *inputs)
+        return graph, inputs, token
+
+    def next_token(self, kind, ids, noise):
+        read = self.read_one if ids.shape[1] == 1 else self.model.read_on
+        x = self.model.model.norm(read(ids, self.cache)[:, -1])     # (n_row, C)
+        head = self.heads[kind]
+        return head.choose(head(x), noise)
+
+    def keep(self, n_row):
+        """Goes on with the first n_row users only."""
+        self.cache.keep(n_row)
+        self.n_row, self.unfed, self.graphs = n_row, self.unfed[:n_row], {}
+        self.ids = [ids[:n_row] for ids in self.ids]
+
+
+def converse(model, vocab, layout, users, silence_code, on_chunk=lambda: None, **settings):
+    """
+    users: [codes of each] -> ([dialogue as decoded], seconds each chunk took); settings are Duplex's. All users are
+    listened to side by side. The last chunk of each is filled up with silence, and who has ended soon leaves the batch.
+    """
+    n = layout.speech_chunk
+    n_chunk = [-(-len(codes) // n) for codes in users]
+    order = sorted(range(len(users)), key=lambda i: -n_chunk[i])    # the longest first: who leaves is at the end
+    heard = np.full((len(users), max(n_chunk) * n), silence_code, np.int64)
+    for row, i in zip(heard, order):
+        row[:len(users[i])] = users[i]
+    duplex = Duplex(model, vocab, layout, len(users), **settings)
+    chunk_sec, ids = [], [None] * len(users)
+    for c in range(max(n_chunk) + 1):
+        n_row = sum(c < m for m in n_chunk)
+        # not whenever one ends: the others' keys and values are copied, and graphs captured anew on a GPU
+        if n_row <= 0.75 * duplex.n_row:
+            rows = torch.cat(duplex.ids, dim=1).cpu().numpy()       # (n_row, chunks * K)
+            for row, i in zip(rows, order[:duplex.n_row]):
+                ids[i] = row[:n_chunk[i] * layout.period]
+            duplex.keep(n_row)
+        if n_row:
+            start = time.perf_counter()
+            duplex.step(heard[:duplex.n_row, c * n:c * n + n])
+            chunk_sec.append(time.perf_counter() - start)
+            on_chunk()
+    return [to_dialogue(row, layout, vocab, silence_code, len(codes)) for row, codes in zip(ids, users)], chunk_sec
+
+
+def to_dialogue(ids, layout, vocab, silence_code, n_frame):
+    """ids of a whole conversation -> its dialogue, cut off after n_frame frames, where the user ended."""
+    dialogue = unflatten(ids, layout, vocab, silence_code)
+    turns = [dict(turn, end=min(turn['end'], n_frame)) for turn in dialogue['turns'] if turn['start'] < n_frame]
+    return dict(dialogue, turns=turns, **{role: dialogue[role][:n_frame] for role in ROLES})
+
+
+def render(dialogue, codec, user_wave=None):
+    """float32 [n_sample, 2]: the user left (their own recording where there is one), the assistant right."""
+    n_frame, hop = len(dialogue['user']), round(codec.sample_rate / codec.rate_hz)
+    wave = np.zeros((n_frame * hop, 2), np.float32)
+    user_wave = codec.decode(np.asarray(dialogue['user'])) if user_wave is None else user_wave[:len(wave)]
+    wave[:len(user_wave), 0] = user_wave
+    for turn in dialogue['turns']:
+        if turn['role'] == 'assistant':     # between its turns the assistant is silent, not quietly noisy
+            said = codec.decode(np.asarray(dialogue['assistant'][turn['start']:turn['end']]))
+            wave[turn['start'] * hop:turn['end'] * hop, 1] = said
+    return wave
+
+
+def write_transcript(path, dialogue, rate_hz):
+    """A JSON line a turn: role, start_sec, end_sec, text."""
+    with whole(path) as part, open(part, 'w', encoding='utf-8') as file:
+        for turn in sorted(dialogue['turns'], key=lambda turn: turn['start']):
+            times = dict(start_sec=round(turn['start'] / rate_hz, 3), end_sec=round(turn['end'] / rate_hz, 3))
+            file.write(json.dumps(dict(role=turn['role'], **times, text=turn['text']), ensure_ascii=False) + '\n')

@@ -1,0 +1,41 @@
+"""Losses by stream: nats a token, and bits a second of conversation, which compare across layouts."""
+import math
+
+import torch
+
+from data.loader import STREAMS
+
+
+def stream_sums(losses, batch, device):
+    """losses (N) -> float64 (2, 3): the sum in nats and the number of tokens by stream."""
+    sums = torch.zeros(2, len(STREAMS), dtype=torch.float64, device=device)
+    sums[0].index_add_(0, batch.stream, losses.detach().double())
+    sums[1].index_add_(0, batch.stream, torch.ones_like(losses, dtype=torch.float64))
+    return sums
+
+
+def loss_sums(model, loader, device, autocast):
+    """-> stream_sums over every document of a loader once, and the seconds of conversation that they are."""
+    sums, sec = torch.zeros(2, len(STREAMS), dtype=torch.float64, device=device), 0.0
+    model.eval()
+    with torch.no_grad(), autocast:
+        for batch in loader.epoch():
+            batch = batch.to(device)
+            losses = model(batch.idx, batch.pos, batch.doc, batch.learn, batch.targets)
+            sums += stream_sums(losses, batch, device)
+            sec += batch.sec
+    model.train()
+    return sums, sec
+
+
+def by_stream(sums, sec):
+    """Sums by stream -> {'loss': nats a token, each stream's likewise, 'bits_per_sec': of conversation}."""
+    nats, counts = sums.tolist()
+    values = {name: nats[i] / counts[i] for i, name in enumerate(STREAMS) if counts[i]}
+    return dict(loss=sum(nats) / sum(counts), **values, bits_per_sec=sum(nats) / math.log(2) / sec)
+
+
+def format_losses(values):
+    """'loss  0.024 text  0.026 speech  0.024 silence  0.023 |     1.0 b/s'"""
+    streams = ' '.join(f'{key} {values[key]:6.3f}' if key in values else f'{key}    -  ' for key in STREAMS)
+    return f'loss {values["loss"]:6.3f} {streams} | {values["bits_per_sec"]:7.1f} b/s'

@@ -1,0 +1,58 @@
+"""Imports run one way: from the scripts down to the ground floor, and in no circle."""
+import ast
+
+from conftest import ROOT
+
+# each floor imports from those above its line here, and from its own as long as no circle comes of it
+FLOORS = [
+    ['config', 'common', 'vocabulary'],
+    ['flatten', 'model', 'codec'],
+    ['data'],
+    ['decode', 'checkpoint'],
+    ['measures'],
+    ['train', 'sample', 'evaluate', 'bench'],       # imported by nobody
+]
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+
+
+def modules():
+    """{'data.loader': its path} of all that is ours, tests left out."""
+    paths = [path for name in FLOOR for path in [ROOT / f'{name}.py', *(ROOT / name).rglob('*.py')] if path.is_file()]
+    return {'.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__'): path for path in paths}
+
+
+def imports(path, known):
+    """Names of our modules that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f'{node.module}.{alias.name}' for alias in node.names}
+    return found & known
+
+
+def test_imports_run_one_way():
+    files = modules()
+    arrows = {name: imports(path, files.keys()) for name, path in files.items()}
+    assert len(arrows) > 30
+    for name, others in arrows.items():
+        for other in others:
+            here, there = FLOOR[name.split('.')[0]], FLOOR[other.split('.')[0]]
+            assert there <= here and there < len(FLOORS) - 1, f'{name} imports {other}, which stands above it'
+            assert 'prepare' not in other, f'{name} imports the script {other}'
+
+
+def test_there_is_no_circle():
+    files = modules()
+    left = {name: imports(path, files.keys()) - {name} for name, path in files.items()}
+    while left:
+        ground = {name for name, others in left.items() if not others & left.keys()}
+        assert ground, f'a circle among {", ".join(sorted(left))}'
+        left = {name: others for name, others in left.items() if name not in ground}
+
+
+def test_no_path_is_patched():
+    for name, path in modules().items():
+        if name != 'codec.cosyvoice':       # which runs in CosyVoice's own environment
+            assert 'sys.path' not in path.read_text(encoding='utf-8'), f'{name} changes sys.path; pip install -e . does that'

@@ -28,7 +28,8 @@ from vocabulary import Vocabulary
 
 class Info(NamedTuple):
     """What a checkpoint of ours says of itself."""
-    layouts: list           # [Layout] it was trained in, in this run and those before it; it decodes in the last
+    # [Layout] it was trained in, in this run and those before it; it decodes in the last
+    layouts: list
     text_weight: float      # of a text token in the loss
     code_start: int         # the id of speech code 0
     n_codes: int
@@ -66,24 +67,28 @@ def read_info(folder):
 def load_checkpoint(folder, device='cpu'):
     """Reads a folder that train.py wrote. Raises ValueError for any other."""
     if not os.path.isfile(os.path.join(folder, 'config.json')):
-        raise ValueError(f'{folder} is no checkpoint: it has no config.json (train one: python train.py config/demo.py)')
+        raise ValueError(f'{folder} is no checkpoint: it has no config.json (train one: python train.py '
+                         'config/demo.py)')
     info = read_info(folder)
     if not info:
-        raise ValueError(f'{folder}/config.json has no entry "nanoduplex": train.py did not write this model, '
+        raise ValueError(f'{folder}/config.json has no entry "nanoduplex": train.py did not write this '
+                         'model, '
                          'so its layout and codec are unknown')
     vocab = Vocabulary.load(folder, info.n_codes)
     model = Qwen2.from_pretrained(folder).to(device).eval()
     check_vocabulary(folder, model, vocab)
     codec = load_codec(os.path.join(folder, 'codec'))
     if codec.describe() != info.codec:
-        raise ValueError(f'{folder} was trained with codec {info.codec}, in its folder lies {codec.describe()}')
+        raise ValueError(f'{folder} was trained with codec {info.codec}, in its folder lies '
+                         f'{codec.describe()}')
     return Checkpoint(model, vocab, codec, info)
 
 
 def check_vocabulary(folder, model, vocab):
     """Ids must mean the same to the weights and to the tokenizer."""
     if model.config.vocab_size != vocab.size:
-        raise ValueError(f'{folder}: its model has {model.config.vocab_size} ids, its tokenizer with {vocab.n_codes} '
+        raise ValueError(f'{folder}: its model has {model.config.vocab_size} ids, its tokenizer with '
+                         f'{vocab.n_codes} '
                          f'codes {vocab.size}: the checkpoint is of another vocabulary')
 
 
@@ -91,8 +96,10 @@ def check_codec(folder, codec, dialogues):
     """Codes must mean the same to the checkpoint in folder, trained with codec, and to the data."""
     theirs = dialogues.codec
     if codec != theirs:
-        raise ValueError(f'{dialogues.folder} was made with codec {theirs["name"]} {theirs["fingerprint"]}, {folder} '
-                         f'was trained with codec {codec["name"]} {codec["fingerprint"]}: prepare the data with the '
+        raise ValueError(f'{dialogues.folder} was made with codec {theirs["name"]} {theirs["fingerprint"]}, '
+                         f'{folder} '
+                         f'was trained with codec {codec["name"]} {codec["fingerprint"]}: prepare the data '
+                         'with the '
                          "checkpoint's codec, or take the checkpoint that goes with the data")
 
 
@@ -100,10 +107,12 @@ def check_codec(folder, codec, dialogues):
 # a run's states
 
 def save_state(out_dir, model, optimizer, vocab, info, codec_folder, state):
-    """Writes out_dir/step-000300, all that a run needs to go on as if it had not stopped; removes the one before."""
+    """Writes out_dir/step-000300, all that a run needs to go on as if it had not stopped; removes the one
+    before."""
     folder = os.path.join(out_dir, f'step-{state["step"]:06d}')
     names = {p: name for name, p in model.named_parameters()}
-    moments = {f'{names[p]}.{key}': value for p, entry in optimizer.state.items() for key, value in entry.items()}
+    moments = {
+        f'{names[p]}.{key}': value for p, entry in optimizer.state.items() for key, value in entry.items()}
     with whole(folder) as part:
         model.save_pretrained(part, extra={'nanoduplex': write_info(info)})
         vocab.save(part)
@@ -122,7 +131,8 @@ def load_state(folder, model, optimizer):
     tensors = load_file(os.path.join(folder, 'optimizer.safetensors'))
     missing = [name for name, _ in model.named_parameters() if f'{name}.exp_avg' not in tensors]
     if missing:
-        raise ValueError(f'{folder} was saved by another version of this code (it has no state of {missing[0]}): '
+        raise ValueError(f'{folder} was saved by another version of this code (it has no state of '
+                         f'{missing[0]}): '
                          f'start from its weights, --init_from={folder}, into another --out_dir')
     for name, p in model.named_parameters():
         entries = {key: tensors[f'{name}.{key}'] for key in ('step', 'exp_avg', 'exp_avg_sq')}
@@ -144,7 +154,8 @@ def publish(folder, out_dir):
 
 def last_state(out_dir):
     """The latest step-… folder of a run, None where there is none."""
-    return max((path for path in glob(os.path.join(out_dir, 'step-*')) if not path.endswith('.part')), default=None)
+    return max((path for path in glob(os.path.join(out_dir, 'step-*')) if not path.endswith('.part')),
+               default=None)
 
 
 def move_aside(out_dir):

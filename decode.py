@@ -25,8 +25,9 @@ from model import KVCache, Qwen2
 
 class Packed(nn.Module):
     """
-    A bf16 linear layer on a CPU, its weight stored in the blocks that oneDNN multiplies: F.linear blocks it anew in every
-    call, which for one token takes as long as all else. What torch.compile's freezing does, without a minute of compiling.
+    A bf16 linear layer on a CPU, its weight stored in the blocks that oneDNN multiplies: F.linear blocks it
+    anew in every call, which for one token takes as long as all else. What torch.compile's freezing does,
+    without a minute of compiling.
     """
 
     def __init__(self, weight, bias=None):
@@ -39,8 +40,9 @@ class Packed(nn.Module):
 
 class Int8(nn.Module):
     """
-    A linear layer whose weight and inputs are rounded to 8 bits, both by 127ths of the largest in the row: of the weight
-    here, of x in each call, for each token by itself. For a few tokens a CPU waits for weights, and these are half of bf16's.
+    A linear layer whose weight and inputs are rounded to 8 bits, both by 127ths of the largest in the row: of
+    the weight here, of x in each call, for each token by itself. For a few tokens a CPU waits for weights,
+    and these are half of bf16's.
     """
 
     def __init__(self, weight, bias=None):
@@ -49,18 +51,24 @@ class Int8(nn.Module):
         scale = weight.abs().amax(1).clamp_min(1e-30) / 127
         rows = (weight / scale[:, None]).round().to(torch.int8)
         engine = torch.backends.quantized.engine
-        torch.backends.quantized.engine = 'fbgemm'      # 'x86' may pack for oneDNN, which takes half as long again
-        with warnings.catch_warnings():     # such tensors will go (pytorch #184982); onednn.qlinear_prepack, which stays, is slower for a few tokens
+        # 'x86' may pack for oneDNN, which takes half as long again
+        torch.backends.quantized.engine = 'fbgemm'
+        # such tensors will go (pytorch #184982); onednn.qlinear_prepack, which stays, is slower for a few
+        # tokens
+        with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning)
             self.weight = torch.ops.quantized.linear_prepack(
-                torch._make_per_channel_quantized_tensor(rows, scale.double(), torch.zeros(len(rows), dtype=torch.int64), 0))
+                torch._make_per_channel_quantized_tensor(rows, scale.double(),
+                                                         torch.zeros(len(rows), dtype=torch.int64), 0))
         torch.backends.quantized.engine = engine
         self.bias = bias
 
     def forward(self, x):
-        # linear_dynamic saves 10 us of 80 to 700, but takes one scale for all rows: users would change what others are told
+        # linear_dynamic saves 10 us of 80 to 700, but takes one scale for all rows: users would change what
+        # others are told
         scale = x.abs().amax(-1, keepdim=True).clamp_min_(1e-30)
-        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x / scale, 1 / 127, 128, self.weight).mul_(scale)
+        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            x / scale, 1 / 127, 128, self.weight).mul_(scale)
         return y if self.bias is None else y.add_(self.bias)
 
 
@@ -68,16 +76,21 @@ def pick_linear(dtype, device, compile):
     """-> the class that multiplies fastest in dtype, None for nn.Linear; and the dtype of all else."""
     if dtype == torch.int8:
         # without VNNI two products are added in 16 bits, which they may exceed
-        if device.type != 'cpu' or compile or not torch.cpu._is_vnni_supported() or 'fbgemm' not in torch.backends.quantized.supported_engines:
-            raise ValueError('dtype int8 is for CPUs with AVX-512 VNNI, and nothing is compiled: take bfloat16 or float32')
+        if device.type != 'cpu' or compile or not torch.cpu._is_vnni_supported(
+        ) or 'fbgemm' not in torch.backends.quantized.supported_engines:
+            raise ValueError('dtype int8 is for CPUs with AVX-512 VNNI, and nothing is compiled: take '
+                             'bfloat16 or float32')
         return Int8, torch.float32
-    # what is packed cannot be compiled, and on a CPU gains more: compiling there is for tests of what a GPU does
-    is_packed = device.type == 'cpu' and not compile and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # what is packed cannot be compiled, and on a CPU gains more: compiling there is for tests of what a GPU
+    # does
+    is_packed = device.type == 'cpu' and not compile and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported(
+    )
     return Packed if is_packed else None, dtype
 
 
 def for_decoding(model, dtype, linear):
-    """model in dtype, which shares with the original what need not change; its linear layers are of class linear, if given."""
+    """model in dtype, which shares with the original what need not change; its linear layers are of class
+    linear, if given."""
     with torch.device('meta'):
         copy = Qwen2(model.config)
     copy.load_state_dict({name: x.to(dtype) for name, x in model.state_dict().items()}, assign=True)
@@ -96,19 +109,22 @@ class Sampling:
     text_top_k: int = 0                 # sample among the k likeliest; 0: among all
     speech_top_k: int = 0
     silence_bias: float = 0.0           # added to the logit of silence in speech slots: below 0 talks sooner
-    text_weight: float = 1.0            # what training weighed text by, which made writing that much likelier than it is
+    # what training weighed text by, which made writing that much likelier than it is
+    text_weight: float = 1.0
     seed: int = 1337
 
 
 class SlotHead(nn.Module):
     """
-    The rows of the model's head that one kind of slot may choose from, text or speech: in a speech slot of the real
+    The rows of the model's head that one kind of slot may choose from, text or speech: in a speech slot of
+    the real
     model 4,097 of 156,032. forward: x (n_row, C) -> logits (n_row, n_id); id = start + index.
     """
 
     def __init__(self, model, vocab, kind, sampling, linear):
         super().__init__()
-        first, end = (0, vocab.n_text) if kind == 'text' else (vocab.code_start, vocab.code_start + vocab.n_codes)
+        first, end = (0, vocab.n_text) if kind == 'text' else (vocab.code_start,
+                                                               vocab.code_start + vocab.n_codes)
         silent = vocab.control[f'<|silent_{kind}|>']
         # one stretch of rows, so that none is copied; what lies in it and is not allowed gets -inf
         stretch = slice(min(first, silent), max(end, silent + 1))
@@ -129,31 +145,35 @@ class SlotHead(nn.Module):
         return self.linear(x).float() + self.bias
 
     def choose(self, logits, noise):
-        """logits (n_row, n_id) -> ids (n_row, 1). noise (n_row, n_id), exponential, where the temperature is above 0."""
+        """logits (n_row, n_id) -> ids (n_row, 1). noise (n_row, n_id), exponential, where the temperature is
+        above 0."""
         if noise is not None:
             logits = logits / self.temperature
             if self.top_k:
                 least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < least, -torch.inf)
-            # the likeliest of p / noise is a draw from p, as torch.multinomial makes it, which waits for the device
+            # the likeliest of p / noise is a draw from p, as torch.multinomial makes it, which waits for the
+            # device
             logits = logits.softmax(-1) / noise
         return logits.argmax(-1, keepdim=True) + self.start
 
 
 class Duplex:
     """
-    A model in conversation with n_row users at once. step takes one chunk of each user's codes, int [n_row, n], and
-    returns what the assistant writes and says meanwhile: text ids [n_row, m], speech codes [n_row, n], -1 where silent.
+    A model in conversation with n_row users at once. step takes one chunk of each user's codes, int [n_row,
+    n], and returns what the assistant writes and says meanwhile: text ids [n_row, m], speech codes [n_row,
+    n], -1 where silent.
 
-    Only ids that a slot allows are scored. Against sampling from all ids this takes the chance of the others away and
-    shares it out. The user's ids are fed together with the assistant's last one, so a chunk of duplex3 takes 12 passes
-    through the model, not 22. Past max_context tokens the oldest chunks leave.
+    Only ids that a slot allows are scored. Against sampling from all ids this takes the chance of the others
+    away and shares it out. The user's ids are fed together with the assistant's last one, so a chunk of
+    duplex3 takes 12 passes through the model, not 22. Past max_context tokens the oldest chunks leave.
 
-    Nothing waits for the device between a chunk's first pass and its last. On a GPU the passes of each shape (11 tokens,
-    1 for text, 1 for speech) are captured once as a CUDA graph and replayed.
+    Nothing waits for the device between a chunk's first pass and its last. On a GPU the passes of each shape
+    (11 tokens, 1 for text, 1 for speech) are captured once as a CUDA graph and replayed.
     """
 
-    def __init__(self, model, vocab, layout, n_row=1, sampling=None, max_context=None, dtype=None, compile=False):
+    def __init__(self, model, vocab, layout, n_row=1, sampling=None, max_context=None, dtype=None,
+                 compile=False):
         if layout.order != 'chunks':
             raise ValueError(f'layout {layout.name} has no chunks: it cannot listen and talk at once; '
                              'sample from a duplex3 or duplex2 checkpoint')
@@ -165,7 +185,8 @@ class Duplex:
         linear, rest = pick_linear(dtype or weight.dtype, self.device, compile)
         self.model = for_decoding(model, rest, linear)
         sampling = sampling or Sampling()
-        self.heads = {kind: SlotHead(self.model, vocab, kind, sampling, linear) for kind in ('text', 'speech')}
+        self.heads = {
+            kind: SlotHead(self.model, vocab, kind, sampling, linear) for kind in ('text', 'speech')}
         self.generator = torch.Generator(self.device).manual_seed(sampling.seed)
         cache_dtype = torch.bfloat16 if linear is Int8 else rest    # half of what attention reads
         bucket = 32 if self.device.type == 'cpu' else 1024
@@ -182,7 +203,8 @@ class Duplex:
     @torch.inference_mode()
     def compile_pass(self):
         """Compiles the passes of one token, 11 of 12, now rather than in the conversation."""
-        self.read_one = torch.compile(self.model.read_on, dynamic=True, fullgraph=True)     # one graph for all buckets of the cache
+        # one graph for all buckets of the cache
+        self.read_one = torch.compile(self.model.read_on, dynamic=True, fullgraph=True)
         self.sample('speech', self.unfed.new_zeros(self.n_row, 1))
         self.cache.len = self.cache.next_pos = 0
 
@@ -221,7 +243,8 @@ class Duplex:
         """Reads ids (n_row, T) and chooses one token, (n_row, 1)."""
         noise, head = None, self.heads[kind]
         if head.temperature:
-            noise = torch.empty(self.n_row, len(head.bias), device=self.device).exponential_(generator=self.generator)
+            noise = torch.empty(self.n_row, len(head.bias),
+                                device=self.device).exponential_(generator=self.generator)
         self.cache.advance(ids.shape[1])
         for x in (ids, self.cache.keys, self.cache.values) if self.compile else ():
             torch._dynamo.mark_static(x)        # of all sizes only n_slot changes
@@ -238,8 +261,8 @@ class Duplex:
         return token.clone()
 
     def capture(self, kind, *inputs):
-        """-> a CUDA graph of next_token, the tensors that it reads, the one that it writes. Reading twice changes nothing: the
-        same keys go into the same slots."""
+        """-> a CUDA graph of next_token, the tensors that it reads, the one that it writes. Reading twice
+        changes nothing: the same keys go into the same slots."""
         inputs = [x if x is None else x.clone() for x in inputs]
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
@@ -247,7 +270,8 @@ class Duplex:
             self.next_token(kind, *inputs)
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode='thread_local'):    # in training another thread allocates meanwhile
+        # in training another thread allocates meanwhile
+        with torch.cuda.graph(graph, capture_error_mode='thread_local'):
             token = self.next_token(kind, *inputs)
         return graph, inputs, token
 
@@ -266,12 +290,14 @@ class Duplex:
 
 def converse(model, vocab, layout, users, silence_code, on_chunk=lambda: None, **settings):
     """
-    users: [codes of each] -> ([dialogue as decoded], seconds each chunk took); settings are Duplex's. All users are
-    listened to side by side. The last chunk of each is filled up with silence, and who has ended soon leaves the batch.
+    users: [codes of each] -> ([dialogue as decoded], seconds each chunk took); settings are Duplex's. All
+    users are listened to side by side. The last chunk of each is filled up with silence, and who has ended
+    soon leaves the batch.
     """
     n = layout.speech_chunk
     n_chunk = [-(-len(codes) // n) for codes in users]
-    order = sorted(range(len(users)), key=lambda i: -n_chunk[i])    # the longest first: who leaves is at the end
+    # the longest first: who leaves is at the end
+    order = sorted(range(len(users)), key=lambda i: -n_chunk[i])
     heard = np.full((len(users), max(n_chunk) * n), silence_code, np.int64)
     for row, i in zip(heard, order):
         row[:len(users[i])] = users[i]
@@ -290,13 +316,15 @@ def converse(model, vocab, layout, users, silence_code, on_chunk=lambda: None, *
             duplex.step(heard[:duplex.n_row, c * n:c * n + n])
             chunk_sec.append(time.perf_counter() - start)
             on_chunk()
-    return [to_dialogue(row, layout, vocab, silence_code, len(codes)) for row, codes in zip(ids, users)], chunk_sec
+    return [to_dialogue(row, layout, vocab, silence_code, len(codes)) for row, codes in zip(ids, users)
+            ], chunk_sec
 
 
 def to_dialogue(ids, layout, vocab, silence_code, n_frame):
     """ids of a whole conversation -> its dialogue, cut off after n_frame frames, where the user ended."""
     dialogue = unflatten(ids, layout, vocab, silence_code)
-    turns = [dict(turn, end=min(turn['end'], n_frame)) for turn in dialogue['turns'] if turn['start'] < n_frame]
+    turns = [
+        dict(turn, end=min(turn['end'], n_frame)) for turn in dialogue['turns'] if turn['start'] < n_frame]
     return dict(dialogue, turns=turns, **{role: dialogue[role][:n_frame] for role in ROLES})
 
 
@@ -318,4 +346,5 @@ def write_transcript(path, dialogue, rate_hz):
     with whole(path) as part, open(part, 'w', encoding='utf-8') as file:
         for turn in sorted(dialogue['turns'], key=lambda turn: turn['start']):
             times = dict(start_sec=round(turn['start'] / rate_hz, 3), end_sec=round(turn['end'] / rate_hz, 3))
-            file.write(json.dumps(dict(role=turn['role'], **times, text=turn['text']), ensure_ascii=False) + '\n')
+            file.write(
+                json.dumps(dict(role=turn['role'], **times, text=turn['text']), ensure_ascii=False) + '\n')

@@ -57,7 +57,8 @@ class ModelConfig:
     def head_dim(self):
         return self.n_embd // self.n_head
 
-@cache # of the compiled functions; torch.compile imports seconds' worth of modules, so not before it is called for
+# of the compiled functions; torch.compile imports seconds' worth of modules, so not before it is called for
+@cache
 def compiled(function, **settings):
     return torch.compile(function, **settings)
 
@@ -73,20 +74,25 @@ def attend_dense(q, k, v, mask=None):
 
 def attend_by_document(q, k, v, lengths):
     """
-    The same on packed rows, a causal call per document: on a CPU 2 to 3 times as fast as a mask. Those of a length in
-    between take 0.6 times as long again in plain bf16 matmuls; the longer want too much memory that way, T * T * H a layer.
+    The same on packed rows, a causal call per document: on a CPU 2 to 3 times as fast as a mask. Those of a
+    length in between take 0.6 times as long again in plain bf16 matmuls; the longer want too much memory that
+    way, T * T * H a layer.
     """
-    attend = [attend_in_blocks if q.dtype == torch.bfloat16 and 64 <= T <= 1024 else attend_dense for T in lengths]
+    attend = [
+        attend_in_blocks if q.dtype == torch.bfloat16 and 64 <= T <= 1024 else attend_dense for T in lengths]
     q, k, v = (x.flatten(0, 1).split(lengths) for x in (q, k, v)) # of each document (length, heads, D)
-    return torch.cat([attend(*(x[None] for x in qkv)) for attend, *qkv in zip(attend, q, k, v, strict=True)], dim=1)
+    return torch.cat([attend(*(x[None] for x in qkv)) for attend, *qkv in zip(attend, q, k, v, strict=True)],
+                     dim=1)
 
 @cache
 def causal_bias(start, n, G, dtype):
-    """(1, n * G, start + n), 0 where query start .. start + n - 1 may look at a key, else -inf; a row for each head of a group"""
+    """(1, n * G, start + n), 0 where query start .. start + n - 1 may look at a key, else -inf; a row for
+    each head of a group"""
     return torch.full((n, start + n), -torch.inf, dtype=dtype).triu(start + 1).repeat_interleave(G, 0)[None]
 
 def attend_in_blocks(q, k, v, n=128):
-    """q (B, T, H, D), k, v (B, T, K, D) -> (B, T, H, D), causal: n queries after the other, each against the keys up to its end."""
+    """q (B, T, H, D), k, v (B, T, K, D) -> (B, T, H, D), causal: n queries after the other, each against the
+    keys up to its end."""
     (B, T, H, D), K = q.size(), k.size(2)
     G = H // K # query heads that share k and v lie together, as more rows of the same matmul
     q = q.view(B, T, K, G, D).transpose(1, 2).reshape(B * K, T * G, D)
@@ -121,10 +127,11 @@ def document_starts(doc):
 
 def document_blocks(doc, size=128):
     """
-    doc (B, T) -> the BlockMask that create_block_mask makes of (2, 8192) in 0.9 s on a CPU, in 2 ms and without a word from the device.
-    Documents start further right the further right a query is. So the size queries of block i see something of key
-    blocks first .. i, first being where the document of its first query starts; and all of key blocks whole .. i - 1,
-    those right of where the document of its last query starts. In between, and at i itself, some see some:
+    doc (B, T) -> the BlockMask that create_block_mask makes of (2, 8192) in 0.9 s on a CPU, in 2 ms and
+    without a word from the device. Documents start further right the further right a query is. So the size
+    queries of block i see something of key blocks first .. i, first being where the document of its first
+    query starts; and all of key blocks whole .. i - 1, those right of where the document of its last query
+    starts. In between, and at i itself, some see some:
 
         first = 0, whole = 2, i = 4:   some  some  all  all  some
     """
@@ -135,29 +142,36 @@ def document_blocks(doc, size=128):
     padded = F.pad(start, (0, n * size - T), value=T) # queries that are none see nothing
     first = padded[:, ::size] // size # (B, n)
     whole = ((padded[:, size - 1::size] + size - 1) // size).minimum(i)
-    some, all_ = (first[:, :, None] + i).minimum(i[:, None]), (whole[:, :, None] + i).minimum(i[:, None]) # (B, n, n)
+    # (B, n, n)
+    some, all_ = (first[:, :, None] + i).minimum(i[:, None]), (whole[:, :, None] + i).minimum(i[:, None])
     n_some = whole - first + 1
     some = torch.where(i == n_some[:, :, None] - 1, i[:, None], some) # the last of them is i itself
     lists = [x.int()[:, None] for x in (n_some, some, i - whole, all_)] # one for all heads
-    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=size, seq_lengths=(T, T),
-                                    mask_mod=lambda b, h, query, key: (key >= start[b, query]) & (key <= query))
+    return BlockMask.from_kv_blocks(
+        *lists, BLOCK_SIZE=size, seq_lengths=(T, T), mask_mod=lambda b, h, query, key:
+        (key >= start[b, query]) & (key <= query))
 
 def attend_flex(q, k, v, block_mask):
-    """On Hopper; one fused kernel once compiled, so where the block around it is not, it is compiled by itself."""
-    flex = compiled(flex_attention, dynamic=False) if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
-    # k and v are parts of larger tensors, whose start a CPU's kernel takes for theirs (pytorch #157612); a copy takes 33 MB for 32,768 tokens
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous() # (B, heads, T, D)
+    """On Hopper; one fused kernel once compiled, so where the block around it is not, it is compiled by
+    itself."""
+    flex = compiled(flex_attention,
+                    dynamic=False) if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    # k and v are parts of larger tensors, whose start a CPU's kernel takes for theirs (pytorch #157612); a
+    # copy takes 33 MB for 32,768 tokens
+    # (B, heads, T, D)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
     return flex(q, k, v, block_mask=block_mask, enable_gqa=True).transpose(1, 2)
 
 def document_ends(doc):
     """
-    doc (B, T) -> int32, 0 and where each document ends among the B * T positions. Padded to a fixed length, as
-    FlashAttention would be prepared anew for another, with documents of length 0, as these are tried and left at once:
-    B * T / 64, or 256, when a row of 1,024 tokens of speech recognition holds 3 documents.
+    doc (B, T) -> int32, 0 and where each document ends among the B * T positions. Padded to a fixed length,
+    as FlashAttention would be prepared anew for another, with documents of length 0, as these are tried and
+    left at once: B * T / 64, or 256, when a row of 1,024 tokens of speech recognition holds 3 documents.
     """
     n_document = max(doc.numel() // 64, 256)
     number = is_start(doc).flatten().cumsum(0) - 1 # (B * T)
-    torch._assert_async(number[-1] < n_document, f'over {n_document} documents in a batch of {tuple(doc.shape)} tokens')
+    torch._assert_async(number[-1] < n_document, f'over {n_document} documents in a batch of '
+                                                 f'{tuple(doc.shape)} tokens')
     return torch.searchsorted(number, torch.arange(n_document + 1, device=doc.device), out_int32=True)
 
 def attend_varlen(q, k, v, ends):
@@ -167,7 +181,8 @@ def attend_varlen(q, k, v, ends):
     if q.size(2) != k.size(2): # torch 2.11 has no enable_gqa here
         k, v = (x.repeat_interleave(H // x.size(2), dim=2) for x in (k, v)) # (B, T, H, D)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    return varlen_attn(q, k, v, ends, ends, T, T, window_size=(-1, 0)).view(B, T, H, D) # all to the left, none to the right
+    # all to the left, none to the right
+    return varlen_attn(q, k, v, ends, ends, T, T, window_size=(-1, 0)).view(B, T, H, D)
 
 def fastest_attention(device):
     if device.type != 'cuda':
@@ -189,8 +204,9 @@ def choose_attention(doc, name):
 
 def attend_grouped(q, k, v, mask):
     """
-    The same for few queries, mask (H / K * T, S) added to the scores: the heads that share k and v follow each other as one
-    head's queries. So k and v are read once, not H / K times: in bf16 on a CPU one token at S = 512 takes 0.07 ms instead of 0.79.
+    The same for few queries, mask (H / K * T, S) added to the scores: the heads that share k and v follow
+    each other as one head's queries. So k and v are read once, not H / K times: in bf16 on a CPU one token at
+    S = 512 takes 0.07 ms instead of 0.79.
     """
     (B, T, H, D), K = q.size(), k.size(2)
     rows = q.transpose(1, 2).reshape(B, K, H // K * T, D).to(k.dtype)
@@ -200,25 +216,28 @@ def attend_grouped(q, k, v, mask):
 
 class KVCache:
     """
-    Keys and values of the latest positions, in a ring: position p lies in slot p % max_len, so forgetting the oldest
-    moves nothing. Keys are stored after their rotation, and a score depends on the distance of query and key only:
-    positions just keep counting (next_pos), beyond max_len too. After an hour of conversation, 200,000 tokens, an
-    fp32 angle is still good to 0.01 rad.
+    Keys and values of the latest positions, in a ring: position p lies in slot p % max_len, so forgetting the
+    oldest moves nothing. Keys are stored after their rotation, and a score depends on the distance of query
+    and key only: positions just keep counting (next_pos), beyond max_len too. After an hour of conversation,
+    200,000 tokens, an fp32 angle is still good to 0.01 rad.
 
-    A pass is begun by advance() on the host; all else is work on the device from tensors that stay where they are,
-    which can be captured in a CUDA graph and replayed.
+    A pass is begun by advance() on the host; all else is work on the device from tensors that stay where they
+    are, which can be captured in a CUDA graph and replayed.
     """
 
     def __init__(self, model, n_row, max_len, bucket=256, dtype=None):
-        config, weight = model.config, model.model.norm.weight # stored in the model's dtype, if not in another; on its device
-        # one slot more than are used: all of them would be another case to torch.compile than some, and compiled anew
+        # stored in the model's dtype, if not in another; on its device
+        config, weight = model.config, model.model.norm.weight
+        # one slot more than are used: all of them would be another case to torch.compile than some, and
+        # compiled anew
         shape = (config.n_layer, n_row, config.n_kv_head, max_len + 1, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype or weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
         self.max_len, self.bucket = max_len, bucket
         self.len = 0        # positions held
         self.next_pos = 0   # positions ever seen
-        self.oldest, self.first_new = torch.zeros(2, dtype=torch.int64, device=weight.device) # the same for the device
+        # the same for the device
+        self.oldest, self.first_new = torch.zeros(2, dtype=torch.int64, device=weight.device)
 
     def advance(self, T):
         """Makes room for T new positions."""
@@ -235,9 +254,11 @@ class KVCache:
         pos = self.first_new + torch.arange(T, device=self.keys.device)
         self.new_slots = pos % self.max_len
         slots = torch.arange(self.n_slot, device=self.keys.device)
-        held = pos[-1] - (pos[-1] - slots) % self.max_len # the last position put into each slot, below 0: none yet
+        # the last position put into each slot, below 0: none yet
+        held = pos[-1] - (pos[-1] - slots) % self.max_len
         may = (held >= self.oldest) & (held <= pos[:, None])
-        return pos, torch.zeros_like(may, dtype=self.keys.dtype).masked_fill_(~may, -torch.inf) # as all layers add it
+        # as all layers add it
+        return pos, torch.zeros_like(may, dtype=self.keys.dtype).masked_fill_(~may, -torch.inf)
 
     def extend(self, layer, k, v):
         """k, v (B, T, K, D) of the new positions -> those of all slots, (B, S, K, D)"""
@@ -262,8 +283,10 @@ def score(logits, targets, weights):
     x = logits.float()
     lse = x.logsumexp(-1, keepdim=True) # (n, 1)
     losses = lse - x.gather(1, targets[:, None]) # (n, 1)
-    logits.copy_(x.sub_(lse).exp_().mul_(weights[:, None])) # weights * probability, in one pass where it is compiled
-    logits.scatter_(1, targets[:, None], (torch.expm1(-losses) * weights[:, None]).type_as(logits)) # less the weight at the target
+    # weights * probability, in one pass where it is compiled
+    logits.copy_(x.sub_(lse).exp_().mul_(weights[:, None]))
+    # less the weight at the target
+    logits.scatter_(1, targets[:, None], (torch.expm1(-losses) * weights[:, None]).type_as(logits))
     return losses[:, 0]
 
 
@@ -290,7 +313,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             part = slice(i, i + chunk)
             logits = rows[part] @ matrix.T # (n, V)
             if x.is_cuda:
-                losses[part] = compiled(score, dynamic=True)(logits, targets[part], weights[part]) # the last chunk's size varies
+                # the last chunk's size varies
+                losses[part] = compiled(score, dynamic=True)(logits, targets[part], weights[part])
             else: # 32 rows, 20 MB in fp32, stay in the cache
                 parts = zip(*(y.split(32) for y in (logits, targets[part], weights[part])), strict=True)
                 losses[part] = torch.cat([score(*y) for y in parts])
@@ -307,16 +331,17 @@ class LinearCrossEntropy(torch.autograd.Function):
         assert ctx.gradients is not None, 'backward ran twice; the gradients were given away, as a copy takes 0.6 GB'
         (d_rows, d_head), ctx.gradients = ctx.gradients, None
         x_dtype, head_dtype = ctx.dtypes
-        return d_rows.mul_(d_total).to(x_dtype), d_head.mul_(d_total).to(head_dtype), None, None, None, None, None
+        return d_rows.mul_(d_total).to(x_dtype), d_head.mul_(d_total).to(
+            head_dtype), None, None, None, None, None
 
 
 def linear_cross_entropy(x, head, targets, weights=None, chunk=4096):
     """
-    x (N, C), head (V, C), targets (N), weights (N) or None for ones -> total: the sum of weights * losses, and
-    losses (N) without gradient, both fp32. The gradients of x and head are worked out chunk rows at a time on the
-    way forward, 3 matmuls where recomputing takes 4; the head's is summed in fp32, also where matmuls are in bf16.
-    Many rows a chunk, as each reads the head twice and its gradient once: at 256 rows a GPU spends longer on that
-    than on the matmuls.
+    x (N, C), head (V, C), targets (N), weights (N) or None for ones -> total: the sum of weights * losses,
+    and losses (N) without gradient, both fp32. The gradients of x and head are worked out chunk rows at a
+    time on the way forward, 3 matmuls where recomputing takes 4; the head's is summed in fp32, also where
+    matmuls are in bf16. Many rows a chunk, as each reads the head twice and its gradient once: at 256 rows a
+    GPU spends longer on that than on the matmuls.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -341,7 +366,8 @@ class Attention(nn.Module):
         C, D = config.n_embd, config.head_dim
         self.layer, self.head_dim = layer, D
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        self.qkv_proj = nn.Linear(C, (config.n_head + 2 * config.n_kv_head) * D) # Qwen2 has biases here and nowhere else
+        # Qwen2 has biases here and nowhere else
+        self.qkv_proj = nn.Linear(C, (config.n_head + 2 * config.n_kv_head) * D)
         self.o_proj = nn.Linear(config.n_head * D, C, bias=False)
 
     def forward(self, x, cos, sin, attend, kv_cache):
@@ -385,7 +411,8 @@ class Qwen2(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.attention = None # on packed rows: 'flex', 'varlen', 'by_document', 'dense'; None: what is fastest on the device
+        # on packed rows: 'flex', 'varlen', 'by_document', 'dense'; None: what is fastest on the device
+        self.attention = None
         self.model = nn.ModuleDict(dict(
             embed_tokens = nn.Embedding(config.vocab_size, config.n_embd),
             layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
@@ -393,7 +420,8 @@ class Qwen2(nn.Module):
         ))
         is_tied = config.tie_embeddings
         self.lm_head = None if is_tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # 1 / sqrt(n_embd) lets a branch keep the size of what it reads; 0.02, as for GPT-2's width, makes the demo learn
+        # 1 / sqrt(n_embd) lets a branch keep the size of what it reads; 0.02, as for GPT-2's width, makes the
+        # demo learn
         # half as fast. 2 * n_layer branches add up, so each starts that much smaller
         std = config.n_embd ** -0.5
         for name, p in self.named_parameters():
@@ -406,13 +434,15 @@ class Qwen2(nn.Module):
             elif p.dim() == 2: # embedding and head: logits start small
                 nn.init.normal_(p, std=0.02)
 
-    def forward(self, idx, pos=None, doc=None, learn=None, targets=None, weights=None, kv_cache=None, ids=None):
+    def forward(self, idx, pos=None, doc=None, learn=None, targets=None, weights=None, kv_cache=None,
+                ids=None):
         """
         idx (B, T)
         pos (B, T)  positions, which restart with each document; None: 0 .. T-1
         doc (B, T)  number of the document that a position belongs to; None: a row is one document
         learn (N)   indices into the B*T positions, flattened: only these pass the head; None: all do
-        targets (N) what follows them: returns the cross-entropy of each, losses (N) in fp32; where gradients are
+        targets (N) what follows them: returns the cross-entropy of each, losses (N) in fp32; where gradients
+        are
                     enabled (total, losses), and the gradients are those of total, the sum of weights * losses
         weights (N) in that sum; None: ones
         kv_cache    the rows go on where it ends
@@ -469,9 +499,10 @@ class Qwen2(nn.Module):
     @torch.no_grad()
     def grow(self, vocab_size, new, n_text, how='spread', scale=0.5, words=None, seed=0):
         """
-        Makes the vocabulary vocab_size long and gives the rows `new` a start, of the embedding and of an untied head
-        alike; all others stay as they are. The paper doesn't say how; transformers' resize_token_embeddings draws
-        with 1e-9 of the old covariance, by which all codes start the same. Here, by `how`:
+        Makes the vocabulary vocab_size long and gives the rows `new` a start, of the embedding and of an
+        untied head alike; all others stay as they are. The paper doesn't say how; transformers'
+        resize_token_embeddings draws with 1e-9 of the old covariance, by which all codes start the same.
+        Here, by `how`:
             spread  mean of the n_text old rows, plus scale times their standard deviation, drawn for each
             words   the mean of the rows words[i] (ids that describe i); for those without description, spread
             normal  N(0, 0.02)
@@ -528,16 +559,21 @@ class Qwen2(nn.Module):
             if shape != asked:
                 raise ValueError(f'{folder}: {name} is {shape}, but {asked} by config.json; correct that')
             if weights[name].dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                raise ValueError(f'{folder}: {name} is {weights[name].dtype}, a quantised export; take the original in bfloat16')
-        joined = {name: torch.cat([weights[part].float() for part in hf_names(name)]) for name in model.state_dict()}
+                raise ValueError(f'{folder}: {name} is {weights[name].dtype}, a quantised export; take the '
+                                 'original in bfloat16')
+        joined = {
+            name: torch.cat([weights[part].float()
+                             for part in hf_names(name)])
+            for name in model.state_dict()}
         model.load_state_dict(joined, assign=True)
         return model
 
     def hf_state_dict(self):
         """The weights under Hugging Face's names, as views: what is one matrix here is up to three there."""
         config, weights = self.config, {}
-        sizes = dict(qkv_proj=[n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)],
-                     gate_up_proj=[config.n_inner] * 2)
+        sizes = dict(
+            qkv_proj=[n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)],
+            gate_up_proj=[config.n_inner] * 2)
         for name, x in self.state_dict().items():
             owner = name.split('.')[-2]
             weights.update(zip(hf_names(name), x.split(sizes.get(owner, len(x))), strict=True))
@@ -567,10 +603,12 @@ class Qwen2(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / 'config.json').write_text(json.dumps(about | extra, indent=2) + '\n')
         (folder / 'generation_config.json').write_text(json.dumps(generation, indent=2) + '\n')
-        save_file(self.hf_state_dict(), folder / 'model.safetensors', metadata={'format': 'pt'}) # tied: no lm_head.weight
+        # tied: no lm_head.weight
+        save_file(self.hf_state_dict(), folder / 'model.safetensors', metadata={'format': 'pt'})
 
 
-# matrices that read the same x are one here, as one large matmul is faster: their rows in the files, one under the other
+# matrices that read the same x are one here, as one large matmul is faster: their rows in the files, one
+# under the other
 FUSED = dict(qkv_proj=('q_proj', 'k_proj', 'v_proj'), gate_up_proj=('gate_proj', 'up_proj'))
 
 def hf_names(name):

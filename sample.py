@@ -7,8 +7,8 @@ Listens and talks: the user's speech goes in chunk by chunk, the assistant's tex
     user     ─ 10 codes ─┐                    ┌─ 10 codes ─┐
     assistant            └─► 2 text, 10 codes ┘            └─► 2 text, 10 codes        one chunk, 400 ms at 25 Hz
 
-Each dialogue becomes a stereo wav (user left, assistant right) and a transcript, a JSON line a turn with its times; all of them
-report.html, to look at and listen to.
+Each dialogue becomes a stereo wav (user left, assistant right) and a transcript, a JSON line a turn with its
+times; all of them report.html, to look at and listen to.
 """
 import os
 import re
@@ -36,7 +36,8 @@ MAX_REPORT = 100        # dialogues in report.html: below 20 MB, if they last ha
 class Config:
     checkpoint: str = 'out/demo'        # a folder that train.py wrote: model, tokenizer, codec and layout
     user: str | None = None             # a wav (flac, ogg, mp3, …) of the user
-    user_channel: int | None = None     # which channel of it is the user's, from 0; needed where there are several
+    # which channel of it is the user's, from 0; needed where there are several
+    user_channel: int | None = None
     data: str | None = None             # or a data folder, whose dialogues' user channels are listened to
     split: str = 'test'
     n_dialogue: int = 8                 # the first so many of the split; 0: all
@@ -46,21 +47,27 @@ class Config:
     speech_temperature: float = 0.0
     text_top_k: int = 0                 # sample among the k likeliest; 0: among all
     speech_top_k: int = 0
-    silence_bias: float = 0.0           # added to the logit of silence in speech slots: below 0 talks sooner, above 0 later
-    max_context: int | None = None      # tokens remembered, then the oldest chunks leave; None: the model's block_size
+    # added to the logit of silence in speech slots: below 0 talks sooner, above 0 later
+    silence_bias: float = 0.0
+    # tokens remembered, then the oldest chunks leave; None: the model's block_size
+    max_context: int | None = None
     seed: int = 1337
     device: str = 'auto'                # auto: a GPU if there is one
-    dtype: str = 'auto'                 # float32, bfloat16, or on a CPU int8; auto: bfloat16 where the device multiplies it
-    compile: bool = False               # on a GPU: fuses what lies between the matmuls, for a minute's compiling at the start
+    # float32, bfloat16, or on a CPU int8; auto: bfloat16 where the device multiplies it
+    dtype: str = 'auto'
+    # on a GPU: fuses what lies between the matmuls, for a minute's compiling at the start
+    compile: bool = False
 
     def __post_init__(self):
         if self.compile and pick_device(self.device).type == 'cpu':
-            raise ValueError('compile is for a GPU: on a CPU the packed weights are faster than what is compiled')
+            raise ValueError('compile is for a GPU: on a CPU the packed weights are faster than what is '
+                             'compiled')
         if self.dtype not in ('auto', 'float32', 'bfloat16', 'int8'):
             raise ValueError(f"dtype is {self.dtype!r}, known are 'auto', 'float32', 'bfloat16' and 'int8'")
         if (self.user is None) == (self.data is None):
             raise ValueError('give --user=FILE.wav or --data=FOLDER, one of them')
-        for name in ('n_dialogue', 'reply_sec', 'text_temperature', 'speech_temperature', 'text_top_k', 'speech_top_k'):
+        for name in ('n_dialogue', 'reply_sec', 'text_temperature', 'speech_temperature', 'text_top_k',
+                     'speech_top_k'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name} is {getattr(self, name)}, it cannot be negative')
 
@@ -80,14 +87,15 @@ def main(cfg):
     checkpoint = load_checkpoint(cfg.checkpoint, device)
     codec, layout = checkpoint.codec, checkpoint.layout
     silence_code = int(codec.silence_codes[0])
-    codec.decode(np.resize(codec.silence_codes, round(codec.rate_hz)))  # a vocoder that cannot start: now, not at the end
+    # a vocoder that cannot start: now, not at the end
+    codec.decode(np.resize(codec.silence_codes, round(codec.rate_hz)))
     start = time.perf_counter()
     heard = [listen_to_file(cfg, codec)] if cfg.user else listen_to_data(cfg, codec)
     codec_sec = time.perf_counter() - start
     sampling = Sampling(cfg.text_temperature, cfg.speech_temperature, cfg.text_top_k, cfg.speech_top_k,
                         cfg.silence_bias, checkpoint.info.text_weight, cfg.seed)
-    decoded, chunk_sec = converse(checkpoint.model, checkpoint.vocab, layout, [each.codes for each in heard], silence_code,
-                                  sampling=sampling, max_context=cfg.max_context,
+    decoded, chunk_sec = converse(checkpoint.model, checkpoint.vocab, layout, [each.codes for each in heard],
+                                  silence_code, sampling=sampling, max_context=cfg.max_context,
                                   dtype=pick_dtype(cfg.dtype, device), compile=cfg.compile)
     out = cfg.out or os.path.join(cfg.checkpoint, 'samples')
     os.makedirs(out, exist_ok=True)
@@ -111,7 +119,8 @@ def main(cfg):
     heard_sec = sum(len(each.codes) for each in heard) / codec.rate_hz
     print(f'chunk {1e3 * layout.speech_chunk / codec.rate_hz:.0f} ms | '
           f'model {1e3 * np.median(chunk_sec):.1f} ms a chunk for {len(heard)} at once | '
-          f'codec {1e3 * codec_sec:.0f} ms in all | real-time factor {(sum(chunk_sec) + codec_sec) / heard_sec:.3f} | '
+          f'codec {1e3 * codec_sec:.0f} ms in all | real-time factor '
+          f'{(sum(chunk_sec) + codec_sec) / heard_sec:.3f} | '
           f'first reply {first_reply}')
     page = os.path.join(out, 'report.html')
     note = f'{cfg.checkpoint} listens to {cfg.user or f"{cfg.data}, {cfg.split}"}.'
@@ -125,7 +134,8 @@ def listen_to_file(cfg, codec):
     wave = np.concatenate([wave, np.zeros(round(cfg.reply_sec * codec.sample_rate), np.float32)])
     codes = codec.encode(wave)
     spans = stretches(~np.isin(codes, codec.silence_codes), codec.rate_hz)
-    turns = [dict(role='user', start=start, end=end, text='') for start, end in spans]  # nobody wrote down what was said
+    # nobody wrote down what was said
+    turns = [dict(role='user', start=start, end=end, text='') for start, end in spans]
     return Heard(os.path.splitext(os.path.basename(cfg.user))[0], codes, turns, None, wave)
 
 

@@ -37,7 +37,8 @@ BYTE_OF_CHAR = dict(zip(VISIBLE + list(range(256, 324)), VISIBLE + INVISIBLE, st
 
 
 class Vocabulary:
-    """vocab = Vocabulary.load(folder), then vocab.encode(text), vocab.control[name], vocab.code_start + code"""
+    """vocab = Vocabulary.load(folder), then vocab.encode(text), vocab.control[name], vocab.code_start +
+    code"""
 
     def __init__(self, tokens, merges, pattern, added, settings, n_row, code_start, n_codes):
         self.tokens, self.merges, self.pattern, self.settings = tokens, merges, pattern, settings
@@ -54,7 +55,8 @@ class Vocabulary:
         self.added = [entry for entry in added if not is_ours(entry['content'])]
         free = count(max([self.n_text - 1] + [entry['id'] for entry in self.added]) + 1)
         self.control = {name: named[name] if name in named else next(free) for name in CONTROL}
-        self.untrained = [i for name, i in self.control.items() if name not in named]      # spare rows that now mean something
+        # spare rows that now mean something
+        self.untrained = [i for name, i in self.control.items() if name not in named]
         first = next(free)
         if code_start is None:
             code_start = max(first, n_row)
@@ -67,12 +69,13 @@ class Vocabulary:
     def load(cls, folder, n_codes=0):
         """
         Reads tokenizer.json, or vocab.json and merges.txt. Codes start at the vocab_size of the folder's
-        config.json, if any: the rows of its model are left alone. A folder that has codes already (a checkpoint
-        of ours) says itself where and how many, and n_codes is ignored.
+        config.json, if any: the rows of its model are left alone. A folder that has codes already (a
+        checkpoint of ours) says itself where and how many, and n_codes is ignored.
         """
         folder = Path(folder)
         config, settings, tokenizer, vocab = (read_json(path) if (path := folder / name).is_file() else {}
-                                              for name in ('config.json', 'tokenizer_config.json', 'tokenizer.json', 'vocab.json'))
+                                              for name in ('config.json', 'tokenizer_config.json',
+                                                           'tokenizer.json', 'vocab.json'))
         missing = [name for name in ('vocab.json', 'merges.txt') if not (folder / name).is_file()]
         try:
             if tokenizer:
@@ -80,11 +83,13 @@ class Vocabulary:
             elif not missing:
                 pattern = QWEN2_PATTERN
                 lines = (folder / 'merges.txt').read_text(encoding='utf-8').split('\n')
-                merges = [tuple(line.split(' ')) for line in lines if line and not line.startswith('#version')]
+                merges = [
+                    tuple(line.split(' ')) for line in lines if line and not line.startswith('#version')]
                 added = settings.get('added_tokens_decoder', {})
                 added = [{'id': int(i), **entry} for i, entry in added.items()]
             else:
-                raise ValueError(f'no tokenizer here: neither tokenizer.json nor {" and ".join(missing)} found')
+                raise ValueError(f'no tokenizer here: neither tokenizer.json nor {" and ".join(missing)} '
+                                 'found')
             added_ids = {entry['id'] for entry in added} # GPT-2 and others list theirs among the text tokens
             tokens = in_merge_order({token: i for token, i in vocab.items() if i not in added_ids}, merges)
             ours = config.get('nanoduplex') or {}
@@ -95,8 +100,8 @@ class Vocabulary:
 
     def encode(self, text):
         """
-        Text is NFC-normalised, as Qwen2's was. Names of special tokens stay text: a user who types <|eot|> does
-        not end a turn. Half a surrogate pair, which JSON can smuggle in, becomes U+FFFD.
+        Text is NFC-normalised, as Qwen2's was. Names of special tokens stay text: a user who types <|eot|>
+        does not end a turn. Half a surrogate pair, which JSON can smuggle in, becomes U+FFFD.
         """
         return self.bpe.encode_ordinary(unicodedata.normalize('NFC', text))
 
@@ -109,8 +114,9 @@ class Vocabulary:
 
     def save(self, folder):
         """
-        Writes tokenizer.json, tokenizer_config.json, vocab.json and merges.txt: transformers 4 and 5, vLLM and
-        llama.cpp each find what they read. All ids below size get a name, as one without crashes vLLM's server.
+        Writes tokenizer.json, tokenizer_config.json, vocab.json and merges.txt: transformers 4 and 5, vLLM
+        and llama.cpp each find what they read. All ids below size get a name, as one without crashes vLLM's
+        server.
         """
         entries = {entry['id']: entry for entry in self.added}
         names = {i: name for name, i in self.control.items()}
@@ -137,14 +143,14 @@ class Vocabulary:
         }
         # without a None, Qwen2Tokenizer would add its <|endoftext|> after our last id
         settings = dict.fromkeys(('bos_token', 'eos_token', 'pad_token', 'unk_token')) | self.settings
-        extra = settings.pop('extra_special_tokens', []) # transformers 5 writes a list here, which 4 cannot read
+        # transformers 5 writes a list here, which 4 cannot read
+        extra = settings.pop('extra_special_tokens', [])
         special = [*settings.get('additional_special_tokens', []), *extra, *CONTROL]
         settings |= {
-            'tokenizer_class': 'Qwen2Tokenizer' if self.pattern == QWEN2_PATTERN else 'PreTrainedTokenizerFast',
-            'additional_special_tokens': list(dict.fromkeys(special)),
-            'added_tokens_decoder': {
-                str(entry['id']): {k: v for k, v in entry.items() if k != 'id'} for entry in entries},
-        }
+            'tokenizer_class': 'Qwen2Tokenizer'
+            if self.pattern == QWEN2_PATTERN else 'PreTrainedTokenizerFast',
+            'additional_special_tokens': list(dict.fromkeys(special)), 'added_tokens_decoder': {
+                str(entry['id']): {k: v for k, v in entry.items() if k != 'id'} for entry in entries}, }
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         files = {'tokenizer.json': tokenizer, 'tokenizer_config.json': settings, 'vocab.json': vocab}
@@ -174,11 +180,14 @@ def in_merge_order(vocab, merges):
     """The tokens by id, checked: tiktoken takes no merges, it always joins what gives the lowest id."""
     tokens = sorted(vocab, key=vocab.get)
     if [vocab[token] for token in tokens] != list(range(len(tokens))):
-        raise ValueError('text ids are not 0, 1, 2 ..; train the BPE without special tokens, add them afterwards')
+        raise ValueError('text ids are not 0, 1, 2 ..; train the BPE without special tokens, add them '
+                         'afterwards')
     if sorted(token.translate(BYTE_OF_CHAR) for token in tokens[:256]) != [chr(byte) for byte in range(256)]:
-        raise ValueError('ids 0 to 255 are not the 256 bytes; train with initial_alphabet=ByteLevel.alphabet()')
+        raise ValueError('ids 0 to 255 are not the 256 bytes; train with '
+                         'initial_alphabet=ByteLevel.alphabet()')
     made = tokens[:256] + list(dict.fromkeys(a + b for a, b in merges))
     for i, (token, by_merges) in enumerate(zip_longest(tokens, made)):
         if token != by_merges:
-            raise ValueError(f'id {i} is {token!r}, but {by_merges!r} by the merges; ids have to follow these')
+            raise ValueError(f'id {i} is {token!r}, but {by_merges!r} by the merges; ids have to follow '
+                             'these')
     return tokens

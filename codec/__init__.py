@@ -6,8 +6,8 @@ Speech codecs: a wave becomes integers, so many a second, and comes back.
     s3.py     CosyVoice's, the paper's; cosyvoice.py decodes them, in CosyVoice's own environment (worker.py talks to it)
     mel.py    the one that the demo trains for itself
 
-Anything with the same name, rate_hz, sample_rate, n_codes, fingerprint, silence_codes, describe, encode, encode_many,
-decode, save and load will do, and a line in CODECS.
+Anything with the same name, rate_hz, sample_rate, n_codes, fingerprint, silence_codes, describe, encode,
+encode_many, decode, save and load will do, and a line in CODECS.
 
     python -m codec encode question.wav --codec=data/demo           # [17, 17, 203, …], 25 a second
     python -m codec --help
@@ -23,7 +23,8 @@ CODECS = {'mel': 'codec.mel.MelCodec', 's3': 'codec.s3.S3Codec'}     # imported 
 
 
 def load_codec(folder):
-    """The codec that was saved in a folder, or in codec/ of a data folder or checkpoint. Raises ValueError if there is none."""
+    """The codec that was saved in a folder, or in codec/ of a data folder or checkpoint. Raises ValueError if
+    there is none."""
     for place in (folder, os.path.join(folder, 'codec')):
         path = os.path.join(place, 'codec.json')
         if os.path.isfile(path):

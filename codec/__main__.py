@@ -40,7 +40,8 @@ def read_codes(path, n_codes):
         raise ValueError(f'{path} is no JSON list of codes')
     for frame, code in enumerate(codes):
         if not 0 <= code < n_codes:
-            raise ValueError(f'{path}: code {code} at frame {frame} is out of range, the codec has 0 to {n_codes - 1}')
+            raise ValueError(f'{path}: code {code} at frame {frame} is out of range, the codec has 0 to '
+                             f'{n_codes - 1}')
     return codes
 
 
@@ -54,16 +55,21 @@ def main():
     encode.add_argument('--channel', type=int, help='which channel, from 0; needed where there are several')
     s3 = commands.add_parser('s3', help="a codec folder for CosyVoice's speech tokens")
     s3.add_argument('--out', required=True, help='the folder to write')
-    s3.add_argument('--checkpoint', help='its speech_tokenizer_v*.onnx; without it the folder only describes codes that were made elsewhere')
-    s3.add_argument('--variant', help='v1_25hz, v1_50hz, v2_25hz or v3_25hz: needed without a checkpoint, or with one that was not published')
+    s3.add_argument('--checkpoint', help='its speech_tokenizer_v*.onnx; without it the folder only describes '
+                                         'codes that were made elsewhere')
+    s3.add_argument('--variant', help='v1_25hz, v1_50hz, v2_25hz or v3_25hz: needed without a checkpoint, or '
+                                      'with one that was not published')
     s3.add_argument('--sha256', help='of a checkpoint that was not published: you mean this very file')
-    s3.add_argument('--silence_codes', default='', help='as 230,440,491: more of them, the first one where no checkpoint can be asked')
-    s3.add_argument('--vocoder', default='', help='command of a program that turns codes into audio: codec/cosyvoice.py')
+    s3.add_argument('--silence_codes', default='', help='as 230,440,491: more of them, the first one where '
+                                                        'no checkpoint can be asked')
+    s3.add_argument('--vocoder', default='', help='command of a program that turns codes into audio: '
+                                                  'codec/cosyvoice.py')
     decode = commands.add_parser('decode', help='a JSON list of codes -> a wav')
     decode.add_argument('path', help='a file with the list, - for standard input')
     decode.add_argument('--out', required=True, help='the wav to write')
     for command in (encode, decode):
-        command.add_argument('--codec', required=True, help='folder with codec.json: data/demo/codec, a data folder, a checkpoint')
+        command.add_argument('--codec', required=True, help='folder with codec.json: data/demo/codec, a data '
+                                                            'folder, a checkpoint')
     args = parser.parse_args()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # python -m codec … | head
 
@@ -76,9 +82,11 @@ def main():
         from codec.s3 import S3Codec
         if not re.fullmatch(r'(\d+(,\d+)*)?', args.silence_codes):
             raise ValueError(f'--silence_codes={args.silence_codes} is no list such as 230,440,491')
-        codec = S3Codec.create(args.checkpoint, args.variant, args.sha256, [int(code) for code in args.silence_codes.split(',') if code], args.vocoder)
+        codec = S3Codec.create(args.checkpoint, args.variant, args.sha256,
+                               [int(code) for code in args.silence_codes.split(',') if code], args.vocoder)
         codec.save(args.out)
-        return print(f'{args.out}: {codec.variant} {codec.fingerprint}, {len(codec.silence_codes)} codes of silence, {codec.silence_codes[0]} first')
+        return print(f'{args.out}: {codec.variant} {codec.fingerprint}, {len(codec.silence_codes)} codes of '
+                     f'silence, {codec.silence_codes[0]} first')
     codec = load_codec(args.codec)
     if args.command == 'encode':
         print(json.dumps(codec.encode(read_audio(args.path, codec.sample_rate, args.channel)).tolist()))

@@ -1,12 +1,13 @@
 """
-CosyVoice, for Worker (worker.py): codes become audio, text becomes audio. It runs in the environment of a CosyVoice checkout,
-of which nanoduplex needs nothing, nor this file anything of nanoduplex:
+CosyVoice, for Worker (worker.py): codes become audio, text becomes audio. It runs in the environment of a
+CosyVoice checkout, of which nanoduplex needs nothing, nor this file anything of nanoduplex:
 
     codec/s3.py, data/simulate.py   ─ a line of JSON, stdin ─►   this   ─ CosyVoice ─►   a wav   ─ a line of JSON, stdout ─►
 
     git clone --recursive https://github.com/FunAudioLLM/CosyVoice /src/CosyVoice             # and install it, as its README says
     python -m codec s3 --checkpoint=/models/CosyVoice-300M-25Hz/speech_tokenizer_v1.onnx --out=codecs/s3 --vocoder='
-        /envs/cosyvoice/bin/python codec/cosyvoice.py --checkout=/src/CosyVoice --model=/models/CosyVoice-300M-25Hz --voice=anna.wav'
+        /envs/cosyvoice/bin/python codec/cosyvoice.py --checkout=/src/CosyVoice
+        --model=/models/CosyVoice-300M-25Hz --voice=anna.wav'
 
     it says  {"ready": true}
     we say   {"codes": [230, 440], "out": "a.wav"}                      flow matching and HiFi-GAN alone
@@ -14,11 +15,12 @@ of which nanoduplex needs nothing, nor this file anything of nanoduplex:
     it says  {"ok": true, "sample_rate": 22050, "n_sample": 22016}  or  {"error": "…"}
 
 A voice is a wav of up to 30 s whose words are in a .txt beside it (for CosyVoice 3 after "You are a helpful
-assistant.<|endofprompt|>"), or a speaker of the model's spk2info.pt. Codes must be those of the model: 25 Hz and 50 Hz, v1
-and v2 differ. Each request begins with the same random state, or that of its "seed".
+assistant.<|endofprompt|>"), or a speaker of the model's spk2info.pt. Codes must be those of the model: 25 Hz
+and 50 Hz, v1 and v2 differ. Each request begins with the same random state, or that of its "seed".
 
-Written to CosyVoice's code of December 2025 (cosyvoice/cli: cosyvoice.py with AutoModel, frontend.py at 7538c6a, model.py at 9ebcf7b)
-and NEVER RUN WITH ITS WEIGHTS, which could not be had: tests/test_s3.py runs it with a package that only has the same methods.
+Written to CosyVoice's code of December 2025 (cosyvoice/cli: cosyvoice.py with AutoModel, frontend.py at
+7538c6a, model.py at 9ebcf7b) and NEVER RUN WITH ITS WEIGHTS, which could not be had: tests/test_s3.py runs it
+with a package that only has the same methods.
 """
 import argparse
 import json
@@ -30,7 +32,8 @@ def know(cosyvoice, voice):
     """What the model knows of a voice; a wav is listened to once."""
     if voice not in cosyvoice.frontend.spk2info:
         if not os.path.isfile(voice):
-            raise ValueError(f'no voice {voice!r}: it is neither a wav nor one of {", ".join(cosyvoice.list_available_spks()) or "none"}')
+            raise ValueError(f'no voice {voice!r}: it is neither a wav nor one of '
+                             f'{", ".join(cosyvoice.list_available_spks()) or "none"}')
         with open(os.path.splitext(voice)[0] + '.txt', encoding='utf-8') as f:
             cosyvoice.add_zero_shot_spk(f.read().strip(), voice, voice)
     return cosyvoice.frontend.spk2info[voice]
@@ -48,11 +51,13 @@ def speak(cosyvoice, request, voice):
     prompt = {'flow_embedding': known['embedding']} if 'embedding' in known else {
         key: known[key] for key in ('flow_embedding', 'flow_prompt_speech_token', 'prompt_speech_feat')}
     # source_speech_token takes the language model's place, as in voice conversion
-    return cosyvoice.model.tts(source_speech_token=torch.tensor([request['codes']], dtype=torch.int32), **prompt)
+    return cosyvoice.model.tts(source_speech_token=torch.tensor([request['codes']], dtype=torch.int32),
+                               **prompt)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', required=True, help='folder of the weights')
     parser.add_argument('--checkout', required=True, help='folder of the source')
     parser.add_argument('--voice', help='of requests that name none')
@@ -67,8 +72,10 @@ def main():
     cosyvoice = AutoModel(model_dir=args.model)
 
     def speech_feat(wav):
-        # CosyVoice's own reads every prompt at 24 kHz (December 2025), which the 300M models, of 22.05 kHz, take for a voice 8 % lower
-        feat = cosyvoice.frontend.feat_extractor(load_wav(wav, cosyvoice.sample_rate)).squeeze(0).transpose(0, 1)[None].to(cosyvoice.frontend.device)
+        # CosyVoice's own reads every prompt at 24 kHz (December 2025), which the 300M models, of 22.05 kHz,
+        # take for a voice 8 % lower
+        feat = cosyvoice.frontend.feat_extractor(load_wav(wav, cosyvoice.sample_rate)).squeeze(
+            0).transpose(0, 1)[None].to(cosyvoice.frontend.device)
         return feat, torch.tensor([feat.shape[1]], dtype=torch.int32, device=feat.device)
     cosyvoice.frontend._extract_speech_feat = speech_feat
 
@@ -76,10 +83,14 @@ def main():
     for line in sys.stdin:
         try:
             request = json.loads(line)
-            wave = torch.cat([part['tts_speech'] for part in speak(cosyvoice, request, request.get('voice') or args.voice or '')], 1)[0].cpu().numpy()
+            wave = torch.cat([
+                part['tts_speech']
+                for part in speak(cosyvoice, request,
+                                  request.get('voice') or args.voice or '')], 1)[0].cpu().numpy()
             soundfile.write(request['out'], wave, cosyvoice.sample_rate)
             answer = {'ok': True, 'sample_rate': cosyvoice.sample_rate, 'n_sample': len(wave)}
-        except (ValueError, KeyError, OSError, AssertionError, RuntimeError) as error:      # of this request; the next may be well
+        # of this request; the next may be well
+        except (ValueError, KeyError, OSError, AssertionError, RuntimeError) as error:
             answer = {'error': f'{type(error).__name__}: {error}'.replace('\n', ' ')}
         print(json.dumps(answer), file=out, flush=True)
 

@@ -1,6 +1,6 @@
 """
-The demo's speech codec: 25 integers a second, fitted in half a minute on a CPU to what espeak-ng's voices say (data/demo/prepare.py).
-A big tokeniser (CosyVoice's: s3.py) is made the same way, of more.
+The demo's speech codec: 25 integers a second, fitted in half a minute on a CPU to what espeak-ng's voices say
+(data/demo/prepare.py). A big tokeniser (CosyVoice's: s3.py) is made the same way, of more.
 """
 import hashlib
 import json
@@ -14,8 +14,10 @@ from torch.nn import functional as F
 from common.files import read_json, write_json
 
 N_FFT, WINDOW, HOP, N_MEL = 512, 400, 160, 40  # 25 ms windows every 10 ms
-PATCH, CONTEXT = 4, 8                          # in 10 ms frames: what a code stands for, and what is looked at on either side
-FLOOR = 1e-5                                   # power, -50 dB under the clip's level: what is quieter is silence
+# in 10 ms frames: what a code stands for, and what is looked at on either side
+PATCH, CONTEXT = 4, 8
+# power, -50 dB under the clip's level: what is quieter is silence
+FLOOR = 1e-5
 
 
 def mel_filters(sample_rate, low_hz=60.0, high_hz=7600.0):
@@ -51,9 +53,10 @@ class MelCodec:
         wave ─ log-mel, a frame every 10 ms ─ patch of 40 ms ± 80 ms ─ network ─ 24 numbers, + loudness ─ nearest of n_codes ─► code
         code ─ what the assistant's voice sounded like there, on the average ─ Griffin-Lim ─► wave
 
-    The network learns to name the phoneme in the middle of a patch, spoken by many voices over noise; its narrowest layer
-    is clustered. So do the big tokenisers with a recogniser (CosyVoice, arXiv:2407.05407, section 2.1), and it is why
-    voices it never heard get the same codes. A clip is brought to one level first, as a whole, so gain does not matter.
+    The network learns to name the phoneme in the middle of a patch, spoken by many voices over noise; its
+    narrowest layer is clustered. So do the big tokenisers with a recogniser (CosyVoice, arXiv:2407.05407,
+    section 2.1), and it is why voices it never heard get the same codes. A clip is brought to one level
+    first, as a whole, so gain does not matter.
     """
     name, rate_hz, sample_rate = 'mel', 25.0, 16000
 
@@ -63,8 +66,8 @@ class MelCodec:
         self.silence_codes = np.array(silence_codes, dtype=np.uint16)
         self.filters = mel_filters(self.sample_rate)
         self.window = torch.hann_window(WINDOW)
-        self.settings = dict(name=self.name, rate_hz=self.rate_hz, sample_rate=self.sample_rate, n_codes=self.n_codes,
-                             silence_codes=self.silence_codes.tolist())
+        self.settings = dict(name=self.name, rate_hz=self.rate_hz, sample_rate=self.sample_rate,
+                             n_codes=self.n_codes, silence_codes=self.silence_codes.tolist())
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
         for key in sorted(arrays):
             digest.update(arrays[key].numpy().tobytes())
@@ -72,7 +75,8 @@ class MelCodec:
 
     def describe(self):
         """What a data set or a checkpoint notes of the codec, to be compared before their ids are mixed."""
-        return {key: getattr(self, key) for key in ('name', 'rate_hz', 'n_codes', 'sample_rate', 'fingerprint')}
+        return {
+            key: getattr(self, key) for key in ('name', 'rate_hz', 'n_codes', 'sample_rate', 'fingerprint')}
 
     def log_mel(self, wave):
         """(n_sample,) -> (n_frame * PATCH, n_mel), log power over the clip's level."""
@@ -86,7 +90,8 @@ class MelCodec:
         return (power / level.clamp(min=1e-8) + FLOOR).log()
 
     def look(self, mel):
-        """(n_frame * PATCH, n_mel) -> (n_frame, (PATCH + 2 CONTEXT) * n_mel), each patch with what is around it."""
+        """(n_frame * PATCH, n_mel) -> (n_frame, (PATCH + 2 CONTEXT) * n_mel), each patch with what is around
+        it."""
         padded = F.pad(mel.T[None], (CONTEXT, CONTEXT), mode='replicate')[0].T
         return padded.unfold(0, PATCH + 2 * CONTEXT, PATCH).flatten(1)
 
@@ -117,16 +122,19 @@ class MelCodec:
         want = (mel.exp() - FLOOR).clamp(min=1e-9)
         power = want @ self.filters.T  # (n_frame * PATCH, n_bin)
         for _ in range(30):  # undo the mel filters by multiplicative steps, which stay positive
-            power = power * (want / (power @ self.filters + 1e-12) @ self.filters.T) / (self.filters.sum(1) + 1e-6)
+            power = power * (want /
+                             (power @ self.filters + 1e-12) @ self.filters.T) / (self.filters.sum(1) + 1e-6)
         target = F.pad(power.sqrt().T, (0, 1))  # (n_bin, n_frame * PATCH + 1)
         stft = dict(n_fft=N_FFT, hop_length=HOP, win_length=WINDOW, window=self.window)
-        phase = torch.exp(2j * torch.pi * torch.rand(target.shape, generator=torch.Generator().manual_seed(0)))
+        phase = torch.exp(2j * torch.pi
+                          * torch.rand(target.shape, generator=torch.Generator().manual_seed(0)))
         for _ in range(n_iter):  # Griffin-Lim: keep the loudness, let the phase settle
             wave = torch.istft(target * phase, **stft, length=len(mel) * HOP)
             again = torch.stft(wave, **stft, return_complex=True)
             phase = again / again.abs().clamp(min=1e-8)
         wave = torch.istft(target * phase, **stft, length=len(mel) * HOP)
-        wave = F.pad(wave, (HOP // 2, -(HOP // 2)))  # istft centres a frame on its start, log_mel on its middle
+        # istft centres a frame on its start, log_mel on its middle
+        wave = F.pad(wave, (HOP // 2, -(HOP // 2)))
         return (0.7 * wave / wave.abs().max().clamp(min=0.7)).numpy()
 
     @classmethod
@@ -169,14 +177,16 @@ class MelCodec:
         code = nearest(z, a['centre'])
         mine = torch.as_tensor(np.repeat(voice, [len(label) for label in labels]))
         mean = torch.zeros(n_codes, PATCH * N_MEL)
-        for rows in torch.ones_like(mine), mine:  # the second overwrites the first where that voice has the code
+        # the second overwrites the first where that voice has the code
+        for rows in torch.ones_like(mine), mine:
             count = torch.bincount(code[rows], minlength=n_codes)[:, None]
             total = torch.zeros_like(mean).index_add_(0, code[rows], mel.view(-1, PATCH * N_MEL)[rows])
             mean = torch.where(count > 0, total / count.clamp(min=1), mean)
         mean = mean.view(n_codes, PATCH, N_MEL)
         patch = mean.clone().requires_grad_()
         optimiser = torch.optim.Adam([patch], lr=0.1)
-        for _ in range(30):  # nudge what a code sounds like until it is heard as that code, in that voice's sentences
+        # nudge what a code sounds like until it is heard as that code, in that voice's sentences
+        for _ in range(30):
             distance = torch.cdist(self.embed(patch[code[mine]].flatten(0, 1)), a['centre']) ** 2
             loss = F.cross_entropy(-2 * distance, code[mine]) + 0.1 * F.mse_loss(patch, mean)
             optimiser.zero_grad()
@@ -198,5 +208,6 @@ class MelCodec:
         settings = read_json(os.path.join(folder, 'codec.json'))
         self = cls(load_file(os.path.join(folder, 'codec.safetensors')), settings['silence_codes'])
         if self.fingerprint != settings['fingerprint']:
-            raise ValueError(f'{folder}/codec.safetensors is not the one that codec.json was written with: prepare the data again')
+            raise ValueError(f'{folder}/codec.safetensors is not the one that codec.json was written with: '
+                             'prepare the data again')
         return self

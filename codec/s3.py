@@ -1,5 +1,6 @@
 """
-CosyVoice's speech tokens, the paper's: S3Codec encodes here, and has CosyVoice decode in an environment of its own (cosyvoice.py, through worker.py).
+CosyVoice's speech tokens, the paper's: S3Codec encodes here, and has CosyVoice decode in an environment of
+its own (cosyvoice.py, through worker.py).
 
     python -m codec s3 --checkpoint=speech_tokenizer_v1.onnx --out=codecs/s3         of CosyVoice-300M-25Hz; then --codec=codecs/s3
 
@@ -22,22 +23,29 @@ from codec.worker import Worker
 from common.audio import read_audio
 from common.files import read_json, write_json
 
-# model is s3tokenizer's name for it, sha256 its published file's (s3tokenizer 0.3.0), silence_codes what others found: see S3Codec.create
+# model is s3tokenizer's name for it, sha256 its published file's (s3tokenizer 0.3.0), silence_codes what
+# others found: see S3Codec.create
 Variant = namedtuple('Variant', 'model rate_hz n_codes sha256 silence_codes')
 VARIANTS = {
-    'v1_25hz': Variant('speech_tokenizer_v1_25hz', 25.0, 4096, '56285ddd4a83e883ee0cb9f8d69c1089b53a94b1f78ff7e4a0224a27eb4cb486', []),
-    'v1_50hz': Variant('speech_tokenizer_v1', 50.0, 4096, '23b5a723ed9143aebfd9ffda14ac4c21231f31c35ef837b6a13bb9e5488abb1e', []),
-    'v2_25hz': Variant('speech_tokenizer_v2_25hz', 25.0, 6561, 'd43342aa12163a80bf07bffb94c9de2e120a8df2f9917cd2f642e7f4219c6f71', [4218]),
-    'v3_25hz': Variant('speech_tokenizer_v3_25hz', 25.0, 6561, '23236a74175dbdda47afc66dbadd5bcb41303c467a57c261cb8539ad9db9208d',
-                       [1, 2, 28, 29, 55, 248, 494, 2241, 2242, 2322, 2323]),
-}
-WINDOW_FRAMES, OVERLAP_FRAMES = 3000, 400       # of 10 ms: the encoder has 30 s of positions; 2 s at each inner end are not trusted
-BATCH_FRAMES = 8 * WINDOW_FRAMES                # encoded at once: v1_50hz holds 180 MB of attention scores for each 30 s
+    'v1_25hz': Variant('speech_tokenizer_v1_25hz', 25.0, 4096,
+                       '56285ddd4a83e883ee0cb9f8d69c1089b53a94b1f78ff7e4a0224a27eb4cb486', []),
+    'v1_50hz': Variant('speech_tokenizer_v1', 50.0, 4096,
+                       '23b5a723ed9143aebfd9ffda14ac4c21231f31c35ef837b6a13bb9e5488abb1e', []),
+    'v2_25hz': Variant('speech_tokenizer_v2_25hz', 25.0, 6561,
+                       'd43342aa12163a80bf07bffb94c9de2e120a8df2f9917cd2f642e7f4219c6f71', [4218]),
+    'v3_25hz': Variant('speech_tokenizer_v3_25hz', 25.0, 6561,
+                       '23236a74175dbdda47afc66dbadd5bcb41303c467a57c261cb8539ad9db9208d',
+                       [1, 2, 28, 29, 55, 248, 494, 2241, 2242, 2322, 2323]), }
+# of 10 ms: the encoder has 30 s of positions; 2 s at each inner end are not trusted
+WINDOW_FRAMES, OVERLAP_FRAMES = 3000, 400
+# encoded at once: v1_50hz holds 180 MB of attention scores for each 30 s
+BATCH_FRAMES = 8 * WINDOW_FRAMES
 
 
 def look_up(variant):
     if variant not in VARIANTS:
-        raise ValueError(f'there is no variant {variant} of CosyVoice\'s tokens; known are {", ".join(VARIANTS)}')
+        raise ValueError(f'there is no variant {variant} of CosyVoice\'s tokens; known are '
+                         f'{", ".join(VARIANTS)}')
     return VARIANTS[variant]
 
 
@@ -52,10 +60,12 @@ def sha256_of(path):
 
 
 def import_s3tokenizer():
-    """s3tokenizer imports torchaudio, and uses it for nothing but reading files, which read_audio does here. So where torchaudio
-    is missing, or breaks as PyPI's does beside a torch without CUDA (libc10_cuda.so), an empty module stands in for it."""
+    """s3tokenizer imports torchaudio, and uses it for nothing but reading files, which read_audio does here.
+    So where torchaudio is missing, or breaks as PyPI's does beside a torch without CUDA (libc10_cuda.so), an
+    empty module stands in for it."""
     stub = types.ModuleType('torchaudio')
-    # find_spec('torchaudio'), by which others ask whether it is there, raises ValueError for a module without a spec
+    # find_spec('torchaudio'), by which others ask whether it is there, raises ValueError for a module without
+    # a spec
     stub.__spec__ = importlib.machinery.ModuleSpec('torchaudio', None)
     try:
         import torchaudio  # noqa: F401
@@ -64,7 +74,8 @@ def import_s3tokenizer():
     try:
         import s3tokenizer
     except ImportError as error:
-        raise ValueError(f'CosyVoice\'s tokens need s3tokenizer ({error}): pip install --no-deps s3tokenizer==0.3.0; '
+        raise ValueError(f'CosyVoice\'s tokens need s3tokenizer ({error}): pip install --no-deps '
+                         's3tokenizer==0.3.0; '
                          'pip install onnx einops protobuf ml_dtypes tqdm') from None
     finally:
         if sys.modules.get('torchaudio') is stub:
@@ -73,15 +84,19 @@ def import_s3tokenizer():
 
 
 def load_s3(path, variant):
-    """-> the encoder in a .onnx, and the rate its convolutions make. Never s3tokenizer.load_model(path): that tells variants apart
-    by what is in the path, so that weights of 25 Hz run at 50 Hz without complaint, and in a folder called v2 as those of v2."""
+    """-> the encoder in a .onnx, and the rate its convolutions make. Never s3tokenizer.load_model(path): that
+    tells variants apart by what is in the path, so that weights of 25 Hz run at 50 Hz without complaint, and
+    in a folder called v2 as those of v2."""
     s3tokenizer = import_s3tokenizer()
     import onnx
     from google.protobuf.message import DecodeError
-    kind = {'v1': s3tokenizer.S3Tokenizer, 'v2': s3tokenizer.S3TokenizerV2, 'v3': s3tokenizer.S3TokenizerV3}[variant[:2]]
-    model = kind(VARIANTS[variant].model)       # the exact name: the stride of the first convolution depends on it
+    kind = {'v1': s3tokenizer.S3Tokenizer, 'v2': s3tokenizer.S3TokenizerV2,
+            'v3': s3tokenizer.S3TokenizerV3}[variant[:2]]
+    # the exact name: the stride of the first convolution depends on it
+    model = kind(VARIANTS[variant].model)
     for name, parameter in model.named_parameters():
-        if not name.endswith('ln.bias'):        # v3 is loaded with strict=False, lest it miss these, which are 0 then: nothing else may be missing
+        # v3 is loaded with strict=False, lest it miss these, which are 0 then: nothing else may be missing
+        if not name.endswith('ln.bias'):
             torch.nn.init.constant_(parameter, math.nan)
     try:
         model.init_from_onnx(path)
@@ -89,35 +104,42 @@ def load_s3(path, variant):
             raise ValueError('weights are missing')
         nodes = onnx.load(path, load_external_data=False).graph.node
     except (DecodeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
-        raise ValueError(f'{path} is no {variant} ({(str(error) or type(error).__name__).splitlines()[0]})') from None
-    stride = math.prod(attribute.ints[0] for node in nodes if node.op_type == 'Conv' for attribute in node.attribute if attribute.name == 'strides')
+        raise ValueError(f'{path} is no {variant} '
+                         f'({(str(error) or type(error).__name__).splitlines()[0]})') from None
+    stride = math.prod(attribute.ints[0] for node in nodes if node.op_type == 'Conv'
+                       for attribute in node.attribute if attribute.name == 'strides')
     return model.eval(), 100 / stride
 
 
 class S3Codec:
     """
-    What a recogniser of many languages keeps of a sound: the tokens of CosyVoice (arXiv:2407.05407), through PyPI's s3tokenizer.
+    What a recogniser of many languages keeps of a sound: the tokens of CosyVoice (arXiv:2407.05407), through
+    PyPI's s3tokenizer.
 
         wave ─ log-mel, a frame every 10 ms ─ windows of 30 s ─ encoder ─ nearest of 4096 ─► code       s3tokenizer, here
         code ─ flow matching ─ mel ─ HiFi-GAN ─► wave                                                   CosyVoice, by a Worker
 
-    codec.json has all but the weights: their path, and the SHA-256 without which they are not used. The encoder hears a whole
-    clip at once, and nothing that is 80 dB below its loudest: the same second has other codes in another clip.
+    codec.json has all but the weights: their path, and the SHA-256 without which they are not used. The
+    encoder hears a whole clip at once, and nothing that is 80 dB below its loudest: the same second has other
+    codes in another clip.
     """
     name, sample_rate, device = 's3', 16000, 'cpu'
 
     def __init__(self, variant, sha256, silence_codes, checkpoint, vocoder):
         self.variant, self.sha256, self.checkpoint, self.vocoder = variant, sha256, checkpoint, vocoder
-        self.rate_hz, self.n_codes, self.fingerprint = look_up(variant).rate_hz, look_up(variant).n_codes, sha256[:16]
+        self.rate_hz, self.n_codes, self.fingerprint = look_up(variant).rate_hz, look_up(
+            variant).n_codes, sha256[:16]
         self.silence_codes = np.array(silence_codes, dtype=np.uint16)
         self.model = self.worker = None         # until needed
 
     @classmethod
     def create(cls, checkpoint=None, variant=None, sha256=None, silence_codes=(), vocoder=''):
-        """Recognises a published file and listens to silence; without a file, a description of codes that were made elsewhere."""
+        """Recognises a published file and listens to silence; without a file, a description of codes that
+        were made elsewhere."""
         if checkpoint is None:
             if variant is None or not (silence_codes or look_up(variant).silence_codes):
-                raise ValueError('without --checkpoint, say which codes: --variant=v1_50hz --silence_codes=230,440,491')
+                raise ValueError('without --checkpoint, say which codes: --variant=v1_50hz '
+                                 '--silence_codes=230,440,491')
             self, heard = cls(variant, look_up(variant).sha256, [], None, vocoder), []
         else:
             checkpoint, digest = os.path.abspath(checkpoint), sha256_of(checkpoint)
@@ -125,7 +147,8 @@ class S3Codec:
             if known and variant not in (None, known):
                 raise ValueError(f'{checkpoint} is {known}, not {variant}')
             if not known and (variant is None or sha256 != digest):
-                raise ValueError(f'{checkpoint} ({os.path.getsize(checkpoint) / 1e6:.1f} MB) is none of {", ".join(VARIANTS)} as published: damaged, '
+                raise ValueError(f'{checkpoint} ({os.path.getsize(checkpoint) / 1e6:.1f} MB) is none of '
+                                 f'{", ".join(VARIANTS)} as published: damaged, '
                                  f'or another; if you know it, give --variant=… --sha256={digest}')
             variant = known or variant
             self = cls(variant, digest, [], checkpoint, vocoder)
@@ -133,8 +156,10 @@ class S3Codec:
             if not known and rate_hz != self.rate_hz:
                 raise ValueError(f'{checkpoint} makes {rate_hz:g} codes a second, {variant} {self.rate_hz:g}')
             heard = self.hear_silence()
-        # v1 has no published silence. v2's is what MiniCPM-o 4.5 puts in front, v3's what CosyVoice thins out (cosyvoice/cli/model.py
-        # at ace7c47; breaths among them). These come from language models, whose pauses need not be those of recordings: they are
+        # v1 has no published silence. v2's is what MiniCPM-o 4.5 puts in front, v3's what CosyVoice thins out
+        # (cosyvoice/cli/model.py
+        # at ace7c47; breaths among them). These come from language models, whose pauses need not be those of
+        # recordings: they are
         # added to what is heard here, of which the first is used to pad
         codes = list(dict.fromkeys([*heard, *silence_codes, *VARIANTS[variant].silence_codes]))
         if max(codes) >= self.n_codes:
@@ -147,17 +172,25 @@ class S3Codec:
         rng, n_sample, second = np.random.default_rng(0), 4 * self.sample_rate, round(self.rate_hz)
         frequency = np.maximum(np.fft.rfftfreq(n_sample, 1 / self.sample_rate), 50)
         rooms = [np.zeros(n_sample)]
-        for level_db, slope in [(level_db, slope) for level_db in (-80, -65, -50) for slope in (0, 0.5)]:       # white, pink
+        # white, pink
+        for level_db, slope in [(level_db, slope) for level_db in (-80, -65, -50) for slope in (0, 0.5)]:
             noise = np.fft.irfft(rng.standard_normal((len(frequency), 2)) @ [1, 1j] * frequency ** -slope)
             rooms.append(10 ** (level_db / 20) * noise / noise.std())
-        # alone, and after half a second of a buzz as loud as speech, of which the encoder is not told what is 80 dB below
-        buzz = np.where(np.arange(n_sample) < self.sample_rate // 2, np.arange(n_sample) * 150 / self.sample_rate % 1 - 0.5, 0)
+        # alone, and after half a second of a buzz as loud as speech, of which the encoder is not told what is
+        # 80 dB below
+        buzz = np.where(
+            np.arange(n_sample) < self.sample_rate // 2,
+            np.arange(n_sample) * 150 / self.sample_rate % 1 - 0.5, 0)
         codes = self.encode_many([room + gain * buzz for room in rooms for gain in (0, 0.04, 0.4)])
-        codes = np.array(codes, dtype=np.int64)[:, second:-second // 2]         # away from the buzz and the end
-        return [int(np.bincount(codes[:3].ravel()).argmax()), *np.flatnonzero(np.bincount(codes.ravel()) >= share * codes.size).tolist()]
+        # away from the buzz and the end
+        codes = np.array(codes, dtype=np.int64)[:, second:-second // 2]
+        return [
+            int(np.bincount(codes[:3].ravel()).argmax()),
+            *np.flatnonzero(np.bincount(codes.ravel()) >= share * codes.size).tolist()]
 
     def describe(self):
-        return {key: getattr(self, key) for key in ('name', 'rate_hz', 'n_codes', 'sample_rate', 'fingerprint')}
+        return {
+            key: getattr(self, key) for key in ('name', 'rate_hz', 'n_codes', 'sample_rate', 'fingerprint')}
 
     def encode(self, wave):
         """float32 (n_sample,) at 16 kHz -> uint16 (ceil(n_sample / 640),), or 320 at 50 Hz"""
@@ -165,17 +198,20 @@ class S3Codec:
 
     def encode_many(self, waves):
         """
-        In batches; the same codes as one by one, but where float noise decides between two that are equally near.
+        In batches; the same codes as one by one, but where float noise decides between two that are equally
+        near.
 
-        s3tokenizer would cut windows itself, but where its last one lies within the overlap it loses up to 2 s (of 52 to 56 s,
-        78 to 82 s, …). Here one begins only where the one before does not reach the end.
+        s3tokenizer would cut windows itself, but where its last one lies within the overlap it loses up to 2
+        s (of 52 to 56 s, 78 to 82 s, …). Here one begins only where the one before does not reach the end.
         """
         if self.model is None:
             if self.checkpoint is None:
-                raise ValueError(f'this codec only describes {self.variant}; to encode, it needs the weights: '
+                raise ValueError(f'this codec only describes {self.variant}; to encode, it needs the '
+                                 'weights: '
                                  'python -m codec s3 --checkpoint=speech_tokenizer_….onnx --out=…')
             if sha256_of(self.checkpoint) != self.sha256:
-                raise ValueError(f'{self.checkpoint} is not the file that codec.json was written with: its SHA-256 is not {self.fingerprint}…')
+                raise ValueError(f'{self.checkpoint} is not the file that codec.json was written with: its '
+                                 f'SHA-256 is not {self.fingerprint}…')
             self.model, _ = load_s3(self.checkpoint, self.variant)
         from s3tokenizer import log_mel_spectrogram, padding  # load_s3 saw to it that this works
         model = self.model.to(self.device)
@@ -183,13 +219,16 @@ class S3Codec:
         for wave in waves:
             wave = F.pad(torch.tensor(wave, dtype=torch.float32, device=self.device), (0, -len(wave) % hop))
             mel = log_mel_spectrogram(wave) if len(wave) else wave[None]
-            starts = range(0, max(mel.shape[1] > 0, mel.shape[1] - OVERLAP_FRAMES), WINDOW_FRAMES - OVERLAP_FRAMES)
+            starts = range(0, max(mel.shape[1] > 0, mel.shape[1] - OVERLAP_FRAMES),
+                           WINDOW_FRAMES - OVERLAP_FRAMES)
             windows += [mel[:, start:start + WINDOW_FRAMES] for start in starts]
             n_window.append(len(starts))
         codes, order = [None] * len(windows), sorted(range(len(windows)), key=lambda i: windows[i].shape[1])
         while order:
             longest = windows[order[-1]].shape[1]
-            batch = [i for i in order[-max(1, BATCH_FRAMES // longest):] if windows[i].shape[1] > 0.8 * longest]       # little padding
+            # little padding
+            batch = [
+                i for i in order[-max(1, BATCH_FRAMES // longest):] if windows[i].shape[1] > 0.8 * longest]
             order = order[:-len(batch)]
             mels, n_frame = padding([windows[i] for i in batch])
             found, n_code = model.quantize(mels, n_frame.to(self.device))
@@ -198,10 +237,13 @@ class S3Codec:
         half, codes, joined = round(OVERLAP_FRAMES / 200 * self.rate_hz), iter(codes), []
         for wave, n in zip(waves, n_window):
             parts = [next(codes) for _ in range(n)]
-            parts = [part[half if i else 0:len(part) - half if i < n - 1 else None] for i, part in enumerate(parts)]
+            parts = [
+                part[half if i else 0:len(part) - half if i < n - 1 else None] for i, part in enumerate(parts)
+            ]
             joined.append(np.concatenate([np.empty(0, np.uint16), *parts]))
             if len(joined[-1]) != -(-len(wave) // hop):
-                raise ValueError(f'{self.checkpoint} made {len(joined[-1])} codes of {len(wave) / self.sample_rate:.2f} s, '
+                raise ValueError(f'{self.checkpoint} made {len(joined[-1])} codes of '
+                                 f'{len(wave) / self.sample_rate:.2f} s, '
                                  f'{self.variant} makes {-(-len(wave) // hop)}')
         return joined
 
@@ -211,7 +253,8 @@ class S3Codec:
             return np.empty(0, np.float32)
         command = os.environ.get('NANODUPLEX_VOCODER') or self.vocoder
         if not command:
-            raise ValueError('nothing is known that turns these codes into audio: python -m codec s3 … --vocoder=\'COMMAND\', '
+            raise ValueError('nothing is known that turns these codes into audio: python -m codec s3 … '
+                             '--vocoder=\'COMMAND\', '
                              'or NANODUPLEX_VOCODER=\'COMMAND\', where codec/cosyvoice.py is such a command')
         self.worker = self.worker or Worker(command)
         with tempfile.TemporaryDirectory() as folder:
@@ -219,17 +262,22 @@ class S3Codec:
             self.worker.ask(codes=[int(code) for code in codes], out=path)
             wave = read_audio(path, self.sample_rate)
         n_sample = round(len(codes) * self.sample_rate / self.rate_hz)
-        if abs(len(wave) - n_sample) > 0.1 * self.sample_rate + 0.02 * n_sample:        # CosyVoice leaves out up to a mel frame, 12 ms
-            raise ValueError(f'{command} made {len(wave) / self.sample_rate:.2f} s of {n_sample / self.sample_rate:.2f} s of codes: '
+        # CosyVoice leaves out up to a mel frame, 12 ms
+        if abs(len(wave) - n_sample) > 0.1 * self.sample_rate + 0.02 * n_sample:
+            raise ValueError(f'{command} made {len(wave) / self.sample_rate:.2f} s of '
+                             f'{n_sample / self.sample_rate:.2f} s of codes: '
                              f'is its model for {self.variant}?')
         return np.pad(wave[:n_sample], (0, max(0, n_sample - len(wave))))
 
     def save(self, folder):
         os.makedirs(folder, exist_ok=True)
-        write_json(os.path.join(folder, 'codec.json'), self.describe() | dict(variant=self.variant, checkpoint=self.checkpoint, sha256=self.sha256,
-                                                                           vocoder=self.vocoder, silence_codes=self.silence_codes.tolist()))
+        write_json(
+            os.path.join(folder, 'codec.json'),
+            self.describe() | dict(variant=self.variant, checkpoint=self.checkpoint, sha256=self.sha256,
+                                   vocoder=self.vocoder, silence_codes=self.silence_codes.tolist()))
 
     @classmethod
     def load(cls, folder):
         settings = read_json(os.path.join(folder, 'codec.json'))
-        return cls(*(settings[key] for key in ('variant', 'sha256', 'silence_codes', 'checkpoint', 'vocoder')))
+        return cls(
+            *(settings[key] for key in ('variant', 'sha256', 'silence_codes', 'checkpoint', 'vocoder')))

@@ -18,12 +18,16 @@ class Worker:
 
     def __init__(self, command):
         self.command, self.lock = command, threading.Lock()
-        self.log = tempfile.TemporaryFile()     # its stderr: a pipe that nobody reads would fill up and stop it
+        # its stderr: a pipe that nobody reads would fill up and stop it
+        self.log = tempfile.TemporaryFile()
         env, visible = dict(os.environ), os.environ.get('CUDA_VISIBLE_DEVICES', 'all').split(',')
-        if 'LOCAL_RANK' in env and visible != ['']:     # under torchrun each has the GPU of its process, not all of them the first
-            env['CUDA_VISIBLE_DEVICES'] = env['LOCAL_RANK'] if visible == ['all'] else visible[int(env['LOCAL_RANK']) % len(visible)]
+        # under torchrun each has the GPU of its process, not all of them the first
+        if 'LOCAL_RANK' in env and visible != ['']:
+            env['CUDA_VISIBLE_DEVICES'] = env['LOCAL_RANK'] if visible == [
+                'all'] else visible[int(env['LOCAL_RANK']) % len(visible)]
         try:
-            self.process = subprocess.Popen(shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, bufsize=0, env=env)
+            self.process = subprocess.Popen(shlex.split(command), stdin=subprocess.PIPE,
+                                            stdout=subprocess.PIPE, stderr=self.log, bufsize=0, env=env)
         except (OSError, ValueError) as error:
             raise ValueError(f'cannot start {command!r}: {error}') from None
         self.listen()
@@ -34,13 +38,15 @@ class Worker:
             code = self.process.wait()
             self.log.seek(0)
             last = self.log.read().decode(errors='replace').strip().splitlines()[-3:]
-            raise ValueError(f'{self.command} has ended with code {code}; its last lines: {" | ".join(last) or "none"}')
+            raise ValueError(f'{self.command} has ended with code {code}; its last lines: '
+                             f'{" | ".join(last) or "none"}')
         try:
             answer = json.loads(line)
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise ValueError(f'{self.command} said {line[:80]!r}; nothing but JSON objects may go to its standard output')
+            raise ValueError(f'{self.command} said {line[:80]!r}; nothing but JSON objects may go to its '
+                             'standard output')
         if 'error' in answer:
             raise ValueError(f'{self.command}: {answer["error"]}')
         return answer

@@ -15,7 +15,8 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """'auto' is bfloat16 where the device multiplies it in hardware, else float32; other names are torch's own."""
+    """'auto' is bfloat16 where the device multiplies it in hardware, else float32; other names are torch's
+    own."""
     if name != 'auto':
         return getattr(torch, name)
     if device.type == 'cuda':

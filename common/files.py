@@ -9,8 +9,10 @@ from contextlib import contextmanager
 @contextmanager
 def whole(path, suffix='.part'):
     """
-    Gives a path to write to, a file or a folder, which becomes `path` when the block ends. So `path` is never half
-    written: a process that is killed in the block leaves the old one. Where the block raises, nothing is left of it.
+    Gives a path to write to, a file or a folder, which becomes `path` when the block ends. So `path` is never
+    half
+    written: a process that is killed in the block leaves the old one. Where the block raises, nothing is left
+    of it.
 
         with whole('a.json') as part, open(part, 'w') as file:
             json.dump(content, file)
@@ -58,8 +60,8 @@ def read_json(path):
 
 
 def read_jsonl(path):
-    """(row, object) of each line of a file, of standard input if path is '-'. Raises ValueError, with path and row, for a line
-    that is no JSON object."""
+    """(row, object) of each line of a file, of standard input if path is '-'. Raises ValueError, with path
+    and row, for a line that is no JSON object."""
     try:
         with sys.stdin if path == '-' else open(path, encoding='utf-8') as file:
             for row, line in enumerate(file, 1):

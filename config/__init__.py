@@ -3,9 +3,9 @@ Settings: a frozen dataclass, then files, then the command line.
 
     python train.py config/demo.py --batch_size=4 --learning_rate=1e-3
 
-A config file is Python: assignments with remarks, arithmetic welcome; names that start with _ are its own. Whatever is
-not a field of the dataclass, in a file or on the command line, ends the run with the nearest name there is, and every
-value has to fit the type of its field.
+A config file is Python: assignments with remarks, arithmetic welcome; names that start with _ are its own.
+Whatever is not a field of the dataclass, in a file or on the command line, ends the run with the nearest name
+there is, and every value has to fit the type of its field.
 """
 import argparse
 import ast
@@ -18,7 +18,8 @@ from typing import get_args, get_type_hints
 
 
 def load(Config, argv):
-    """Config with the settings of the files and --key=value in argv, later ones win. SystemExit on any that is wrong."""
+    """Config with the settings of the files and --key=value in argv, later ones win. SystemExit on any that
+    is wrong."""
     settings = {}
     for arg in argv:
         if arg in ('-h', '--help'):
@@ -49,7 +50,8 @@ def read_file(path):
         raise SystemExit(f'{path}:{error.lineno}: {error.msg}')
     except Exception as error:      # whatever a line of the user's file can raise is the user's to mend
         raise SystemExit(f'{path}: {type(error).__name__}: {error}')
-    return {key: value for key, value in names.items() if not key.startswith('_') and not inspect.ismodule(value)}
+    return {
+        key: value for key, value in names.items() if not key.startswith('_') and not inspect.ismodule(value)}
 
 
 def read_value(text):
@@ -75,7 +77,8 @@ def fit(Config, key, value, where):
         return None
     if float in kinds and type(value) is int:
         return float(value)
-    if int in kinds and type(value) is float and value.is_integer():    # 1e6 is a float to Python, a count to us
+    # 1e6 is a float to Python, a count to us
+    if int in kinds and type(value) is float and value.is_integer():
         return int(value)
     if str in kinds and not isinstance(value, (list, dict)) and where.startswith('--'):
         return where.partition('=')[2]                                  # a folder may be named 2024

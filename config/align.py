@@ -1,13 +1,19 @@
-# Stage 1, modality alignment: Qwen2-0.5B learns to write down what is said, and to say what is written (paper section 3.1).
-#   torchrun --standalone --nproc_per_node=8 train.py config/align.py --data=data/librispeech:0.3,data/wenetspeech:0.7
+# Stage 1, modality alignment: Qwen2-0.5B learns to write down what is said, and to say what is written (paper
+# section 3.1).
+# torchrun --standalone --nproc_per_node=8 train.py config/align.py
+# --data=data/librispeech:0.3,data/wenetspeech:0.7
 out_dir = 'out/align'
-data = 'data/speech'                # the paper: some 100,000 h of read and spontaneous speech in English and Chinese
-init_from = 'models/Qwen2-0.5B'     # huggingface.co/Qwen/Qwen2-0.5B; the vocabulary grows from 151,936 to 156,032
+# the paper: some 100,000 h of read and spontaneous speech in English and Chinese
+data = 'data/speech'
+# huggingface.co/Qwen/Qwen2-0.5B; the vocabulary grows from 151,936 to 156,032
+init_from = 'models/Qwen2-0.5B'
 stages = 'asr+tts:5epochs'
 
 # the paper's rows of 1,024 hold 40 s of speech at 25 Hz, a sentence or five.
-# 16 rows * 1,024 tokens * 8 GPUs = 131,072 tokens a micro-step; * 763 = 100,007,936, the paper's 100 M tokens a step.
-# 100,000 h at 25 Hz are 9 G tokens of speech, twice that as asr and tts: 180 steps an epoch. With less data take smaller steps
+# 16 rows * 1,024 tokens * 8 GPUs = 131,072 tokens a micro-step; * 763 = 100,007,936, the paper's 100 M tokens
+# a step.
+# 100,000 h at 25 Hz are 9 G tokens of speech, twice that as asr and tts: 180 steps an epoch. With less data
+# take smaller steps
 block_size = 1024
 batch_size = 16
 batch_tokens = 763 * 131_072

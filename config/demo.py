@@ -3,7 +3,8 @@
 out_dir = 'out/demo'
 data = 'data/demo'
 
-# alignment first (hear the user, speak as the assistant), then the dialogue of three streams; one schedule over both
+# alignment first (hear the user, speak as the assistant), then the dialogue of three streams; one schedule
+# over both
 stages = 'asr.user+tts.assistant:400, duplex3:1500'
 
 # 4 rows * 512 tokens = 2,048 tokens a step, some eight questions; at 55 tokens a second 37 s of conversation.

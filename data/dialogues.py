@@ -1,9 +1,10 @@
 """
-Dialogues on disk: a data folder holds train.arrow, val.arrow and test.arrow (or train-00000-of-00008.arrow …), Arrow IPC
-files of records (docs/format.md), memory-mapped. They are tokenised once; a layout is applied when they are loaded.
+Dialogues on disk: a data folder holds train.arrow, val.arrow and test.arrow (or train-00000-of-00008.arrow
+…), Arrow IPC files of records (docs/format.md), memory-mapped. They are tokenised once; a layout is applied
+when they are loaded.
 
-    save_dialogues('data/mine/train.arrow', [dict(id='1', user=[…], assistant=[…], turns=[…])], codec.describe())
-    Dialogues('data/mine', 'train')[0]
+    save_dialogues('data/mine/train.arrow', [dict(id='1', user=[…], assistant=[…], turns=[…])],
+    codec.describe()) Dialogues('data/mine', 'train')[0]
 """
 import glob
 import json
@@ -19,30 +20,36 @@ from common.files import whole
 _SPAN = [('text', pa.string()), ('start', pa.int32()), ('end', pa.int32())]
 SCHEMA = pa.schema([
     ('id', pa.string()),
-    ('user', pa.list_(pa.uint16())),            # a code a frame
+    ('user', pa.list_(pa.uint16())),    # a code a frame
     ('assistant', pa.list_(pa.uint16())),
-    ('turns', pa.list_(pa.struct([('role', pa.string()), ('start', pa.int32()), ('end', pa.int32()), ('text', pa.string()),
-                                  ('words', pa.list_(pa.struct(_SPAN)))]))),
-])
+    ('turns',
+     pa.list_(
+         pa.struct([('role', pa.string()), ('start', pa.int32()), ('end', pa.int32()), ('text', pa.string()),
+                    ('words', pa.list_(pa.struct(_SPAN)))]))), ])
 
 
 def save_dialogues(path, dialogues, codec, **notes):
-    """Writes an Arrow file of dialogues with the codec's description, and notes, in its metadata; it appears whole or not at all."""
-    table = pa.Table.from_pylist(list(dialogues), SCHEMA.with_metadata({'nanoduplex': json.dumps(dict(notes, codec=codec))}))
+    """Writes an Arrow file of dialogues with the codec's description, and notes, in its metadata; it appears
+    whole or not at all."""
+    table = pa.Table.from_pylist(list(dialogues),
+                                 SCHEMA.with_metadata({'nanoduplex': json.dumps(dict(notes, codec=codec))}))
     with whole(path) as part, pa.OSFile(part, 'wb') as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
 
 
 class Dialogues:
-    """The records of one split of a data folder. len, [i] -> dict(id, user uint16 [n_frame], assistant, turns), .codec."""
+    """The records of one split of a data folder. len, [i] -> dict(id, user uint16 [n_frame], assistant,
+    turns), .codec."""
 
     def __init__(self, folder, split):
         shards = sorted(glob.glob(os.path.join(glob.escape(folder), f'{split}-?????-of-?????.arrow')))
         paths = shards or [os.path.join(folder, f'{split}.arrow')]
         if not os.path.isdir(folder):
-            raise ValueError(f'no data folder {folder}; prepare it first (for the demo: python data/demo/prepare.py)')
+            raise ValueError(f'no data folder {folder}; prepare it first (for the demo: python '
+                             'data/demo/prepare.py)')
         if not os.path.exists(paths[0]):
-            raise ValueError(f'{folder} holds no {split}.arrow; prepare it first (for the demo: python data/demo/prepare.py)')
+            raise ValueError(f'{folder} holds no {split}.arrow; prepare it first (for the demo: python '
+                             'data/demo/prepare.py)')
         if shards and len(shards) != int(shards[0][-11:-6]):
             raise ValueError(f'{folder} holds {len(shards)} of the {int(shards[0][-11:-6])} files of {split}')
         self.folder, self.split, self.parts, self.codec = folder, split, [], None
@@ -58,7 +65,10 @@ class Dialogues:
             self.codec = codec
             self.parts += columns
         self.firsts = [0, *accumulate(map(len, self.parts))]
-        self.n_frame = [np.concatenate([np.zeros(0, np.int32), *(np.diff(part.codes[role][0]) for part in self.parts)]) for role in ('user', 'assistant')]
+        self.n_frame = [
+            np.concatenate([np.zeros(0, np.int32), *(np.diff(part.codes[role][0])
+                                                     for part in self.parts)])
+            for role in ('user', 'assistant')]
 
     def __len__(self):
         return self.firsts[-1]
@@ -71,18 +81,23 @@ class Dialogues:
 
 
 class Columns:
-    """A record batch as numpy views into the mapped file: no copy, and nothing is parsed but the record asked for."""
+    """A record batch as numpy views into the mapped file: no copy, and nothing is parsed but the record asked
+    for."""
 
     def __init__(self, batch):
         columns = {name: batch.column(name) for name in SCHEMA.names}
-        self.codes = {role: (columns[role].offsets.to_numpy(), columns[role].values.to_numpy()) for role in ('user', 'assistant')}
+        self.codes = {
+            role: (columns[role].offsets.to_numpy(), columns[role].values.to_numpy())
+            for role in ('user', 'assistant')}
         turns = columns['turns']
         fields = {key: turns.values.field(key) for key in ('role', 'start', 'end', 'text')}
         for key, values in dict(fields, id=columns['id']).items():
             if values.null_count:
                 raise ValueError(f'{values.null_count} have no {key}')
-        self.turn_offsets, self.start, self.end = turns.offsets.to_numpy(), fields['start'].to_numpy(), fields['end'].to_numpy()
-        self.id, self.role, self.text = Strings(columns['id']), Strings(fields['role']), Strings(fields['text'])
+        self.turn_offsets, self.start, self.end = turns.offsets.to_numpy(), fields['start'].to_numpy(
+        ), fields['end'].to_numpy()
+        self.id, self.role, self.text = Strings(columns['id']), Strings(fields['role']
+                                                                        ), Strings(fields['text'])
 
     def __len__(self):
         return len(self.turn_offsets) - 1

@@ -9,15 +9,18 @@ Text dialogues become conversations on two channels: read, filtered, spoken, and
     python data/simulate.py --wav=3 --out=out/listen alpaca.json                              three of them as wavs with transcripts
     python data/simulate.py --codec=data/demo --out=data/simulated alpaca.json belle.jsonl    a data folder (tokenise.py)
 
-Files hold JSON or JSON lines, in the forms of Alpaca, BELLE, MOSS, UltraChat, ShareGPT, OASST or LCCC, each told by its content.
-A turn that cannot be spoken ends its dialogue: the pairs of a user's and the assistant's turn before it are kept.
+Files hold JSON or JSON lines, in the forms of Alpaca, BELLE, MOSS, UltraChat, ShareGPT, OASST or LCCC, each
+told by its content. A turn that cannot be spoken ends its dialogue: the pairs of a user's and the assistant's
+turn before it are kept.
 
-The paper's data (arXiv:2410.17799, section 4): answers come at once (--response_sec=0); the user's next turn after a normally
-distributed pause (parameters not given: --gap_mean_sec, --gap_sd_sec); the user interrupts and the assistant stops at once (how
-often is not given: --p_interrupt, --reaction_sec); noise of 15 to 30 dB in the user's channel alone; no backchannels, no
-hesitations (--p_backchannel=0 --p_hesitate=0). What a dialogue becomes depends on --seed, its id and the settings, not on what is
-made before it or on which rank (but espeak-ng's waves, and so the times, differ by some samples from run to run).
-All splits draw from the same voices; for voices that are heard nowhere else make a data set of its own with --user_voices.
+The paper's data (arXiv:2410.17799, section 4): answers come at once (--response_sec=0); the user's next turn
+after a normally distributed pause (parameters not given: --gap_mean_sec, --gap_sd_sec); the user interrupts
+and the assistant stops at once (how
+often is not given: --p_interrupt, --reaction_sec); noise of 15 to 30 dB in the user's channel alone; no
+backchannels, no hesitations (--p_backchannel=0 --p_hesitate=0). What a dialogue becomes depends on --seed,
+its id and the settings, not on what is made before it or on which rank (but espeak-ng's waves, and so the
+times, differ by some samples from run to run). All splits draw from the same voices; for voices that are
+heard nowhere else make a data set of its own with --user_voices.
 """
 import functools
 import glob
@@ -44,7 +47,8 @@ FADE_SEC = 0.01                 # of a voice that stops inside a word
 # espeak-ng spells out "mhm"; these it can say
 BACKCHANNELS = {'en': ('uh-huh', 'yeah', 'okay', 'right'), 'zh': ('嗯', '对', '嗯嗯', '好')}
 FILLERS = {'en': (', um,', ', uh,'), 'zh': ('，嗯，', '，呃，')}
-MARGIN_SEC = 0.3                # a backchannel keeps from either end of what it is said to; a turn shorter than
+# a backchannel keeps from either end of what it is said to; a turn shorter than
+MARGIN_SEC = 0.3
 MIN_INTERRUPTED_SEC = 1.0       # this is over before it can be interrupted
 
 
@@ -55,11 +59,13 @@ def language(text):
 # ---------------------------------------------------------------------------------------------------------------------
 # files -> dialogues
 
-SPEAKERS = dict(human='user', user='user', prompter='user', gpt='assistant', assistant='assistant', chatgpt='assistant', bard='assistant', bing='assistant')
+SPEAKERS = dict(human='user', user='user', prompter='user', gpt='assistant', assistant='assistant',
+                chatgpt='assistant', bard='assistant', bing='assistant')
 
 
 def rows(path):
-    """The rows of a JSON file (a list; LCCC's splits, put together), or of JSON lines, whatever its name; .gz is opened."""
+    """The rows of a JSON file (a list; LCCC's splits, put together), or of JSON lines, whatever its name; .gz
+    is opened."""
     number = 0
     try:
         with (gzip.open if path.endswith('.gz') else open)(path, 'rt', encoding='utf-8') as file:
@@ -70,7 +76,10 @@ def rows(path):
             except json.JSONDecodeError:        # one object over many lines
                 file.seek(0)
                 number, content = 0, json.loads(file.read())
-            if isinstance(content, dict) and all(isinstance(part, list) and all(isinstance(row, list) for row in part) for part in content.values()):
+            if isinstance(content, dict) and all(
+                    isinstance(part, list) and all(isinstance(row, list)
+                                                   for row in part)
+                    for part in content.values()):
                 content = [row for part in content.values() for row in part]
             if isinstance(content, list) and not all(isinstance(part, str) for part in content):
                 yield from content
@@ -84,26 +93,33 @@ def rows(path):
     except UnicodeDecodeError:
         raise ValueError(f'{path} is not a text file in UTF-8') from None
     except json.JSONDecodeError as error:
-        raise ValueError(f'{path}{f", line {number}" if number else ""}: neither JSON nor JSON lines ({error.msg})') from None
+        raise ValueError(f'{path}{f", line {number}" if number else ""}: neither JSON nor JSON lines '
+                         f'({error.msg})') from None
 
 
 def read_row(row):
     """A row of any of the forms -> [(speaker, text)]. Raises ValueError where it is none of them."""
-    if isinstance(row, list):                                   # LCCC: who speaks first is the user; a space between characters
+    # LCCC: who speaks first is the user; a space between characters
+    if isinstance(row, list):
         return [(ROLES[i % 2], join_characters(text)) for i, text in enumerate(row)]
     if not isinstance(row, dict):
         raise ValueError(f'a row is neither an object nor a list, but {str(row)[:40]!r}')
-    if isinstance(row.get('chat'), dict):                       # MOSS: <|Human|>: … <eoh>; with thoughts and tools, left out
+    # MOSS: <|Human|>: … <eoh>; with thoughts and tools, left out
+    if isinstance(row.get('chat'), dict):
         turns = sorted(row['chat'].items(), key=lambda turn: int(turn[0].split('_')[1]))
-        return [(role, re.sub(r'^\s*<\|\w+\|>:|<eo\w>\s*$', '', turn[key])) for _, turn in turns for role, key in zip(ROLES, ('Human', 'MOSS'))]
+        return [(role, re.sub(r'^\s*<\|\w+\|>:|<eo\w>\s*$', '', turn[key]))
+                for _, turn in turns
+                for role, key in zip(ROLES, ('Human', 'MOSS'))]
     if 'plain_text' in row:
         return split_speakers(row['plain_text'], r'\[(Human|MOSS)\]:', r'<eo\w>\s*$')
     if 'conversations' in row or 'messages' in row:             # ShareGPT
-        return [(SPEAKERS.get(said.get('from', said.get('role')), said.get('from', said.get('role'))), said.get('value', said.get('content')))
+        return [(SPEAKERS.get(said.get('from', said.get('role')),
+                              said.get('from', said.get('role'))), said.get('value', said.get('content')))
                 for said in row.get('conversations') or row.get('messages') or []]
     if isinstance(row.get('data'), list):                       # UltraChat
         return [(ROLES[i % 2], text) for i, text in enumerate(row['data'])]
-    if 'instruction' in row and 'output' in row:                # Alpaca, BELLE; BELLE's history is in the instruction
+    # Alpaca, BELLE; BELLE's history is in the instruction
+    if 'instruction' in row and 'output' in row:
         if re.search(r'^\s*Human[:：]', row['instruction']) and 'Assistant' in row['instruction']:
             said = split_speakers(row['instruction'], r'(?:^|\n)\s*(Human|Assistant)[:：]', r'\s+$')
             return [turn for turn in said if turn[1]] + [('assistant', row['output'])]
@@ -114,10 +130,14 @@ def read_row(row):
         node, said = row['prompt'], []
         while node and node.get('lang', 'en') in ('en', 'zh'):
             said.append((SPEAKERS[node['role']], node['text']))
-            replies = [reply for reply in node.get('replies', ()) if not reply.get('deleted') and reply.get('review_result') is not False]
-            node = min(replies, key=lambda reply: (reply.get('rank') is None, reply.get('rank')), default=None)
+            replies = [
+                reply for reply in node.get('replies', ())
+                if not reply.get('deleted') and reply.get('review_result') is not False]
+            node = min(replies, key=lambda reply: (reply.get('rank') is None, reply.get('rank')),
+                       default=None)
         return said
-    raise ValueError(f'a row has the fields {", ".join(map(str, row))}: not a form of Alpaca, BELLE, MOSS, UltraChat, ShareGPT or OASST')
+    raise ValueError(f'a row has the fields {", ".join(map(str, row))}: not a form of Alpaca, BELLE, MOSS, '
+                     'UltraChat, ShareGPT or OASST')
 
 
 def join_characters(text):
@@ -129,12 +149,14 @@ def join_characters(text):
 def split_speakers(text, marks, end):
     """A dialogue in one string -> [(speaker, text)]; what stands before the first speaker is left out."""
     parts = re.split(marks, text)[1:]
-    return [('user' if name == 'Human' else 'assistant', re.sub(end, '', said)) for name, said in zip(parts[::2], parts[1::2])]
+    return [('user' if name == 'Human' else 'assistant', re.sub(end, '', said))
+            for name, said in zip(parts[::2], parts[1::2])]
 
 
 def pairs(said):
-    """[(speaker, text)] -> [(user's text, assistant's text)], as many as follow each other. What a system says, and an assistant
-    before anybody asked, is left out; a speaker who goes on is one turn; a tool ends the dialogue."""
+    """[(speaker, text)] -> [(user's text, assistant's text)], as many as follow each other. What a system
+    says, and an assistant before anybody asked, is left out; a speaker who goes on is one turn; a tool ends
+    the dialogue."""
     turns = []
     for speaker, text in said:
         if speaker == 'system' or (speaker == 'assistant' and not turns):
@@ -154,7 +176,8 @@ def pairs(said):
 
 REASONS = {     # the first that is found in a turn, line by line; (?m): ^ and $ are those of a line
     'code': r'(?m)```|\w\(\)|\w\.\w+\(|[{}]|\w;\s*$|=>|->|[!=]=|\+=|::|//(?!\w+\.)|[A-Za-z0-9]_[A-Za-z0-9]|<\?|#include|^\s*(?:import|package) [\w.]+;?$'
-            r'|^\s*(?:from [\w.]+ import|def \w+\(|class \w+[:(]|(?:public|private|const|let|var|function) \w+)|print\s*\(|(?i:\bselect\b.+\bfrom\b.+\bwhere\b)',
+            r'|^\s*(?:from [\w.]+ import|def \w+\(|class \w+[:(]|(?:public|private|const|let|var|function) '
+            r'\w+)|print\s*\(|(?i:\bselect\b.+\bfrom\b.+\bwhere\b)',
     'table': r'(?m)\|.*\||^.*\S\t+\S.*\n.*\S\t+\S|\+-{3,}',
     'url': r'(?i)https?:|www\.|[\w.-]+@[\w-]+\.\w|\b[\w-]+\.(?:com|org|net|edu|gov|io|cn)\b',
     'markup': r'(?m)^\s*#|^\s*[-*•·●▪◦■○–—>]+\s|</?\w[^<>]*>|[][]|\*\*|__|&\w+;|^\s*(?:-{3,}|\*{3,})\s*$',
@@ -173,12 +196,13 @@ def n_words(text):
 
 
 def speakable(text, max_words=200, max_symbols=0.05):
-    """-> (the text as it is said, None), or (the text, the reason why it cannot be said). Emphasis is taken off words, lines
-    become sentences; a few rare symbols (an emoji) are left out, they are not heard."""
+    """-> (the text as it is said, None), or (the text, the reason why it cannot be said). Emphasis is taken
+    off words, lines become sentences; a few rare symbols (an emoji) are left out, they are not heard."""
     text = unicodedata.normalize('NFC', html.unescape(text))
     text = re.sub(r'\r\n|\\n(?![a-z])', '\n', text).strip()        # BELLE has some escaped twice
     text = re.sub('[０-９Ａ-Ｚａ-ｚ]+', lambda wide: unicodedata.normalize('NFKC', wide.group()), text)
-    text = re.sub('[^\\S\n\t]', ' ', ''.join(c for c in text if c in '\n\t' or unicodedata.category(c) not in ('Cc', 'Cf')))
+    text = re.sub('[^\\S\n\t]', ' ',
+                  ''.join(c for c in text if c in '\n\t' or unicodedata.category(c) not in ('Cc', 'Cf')))
     text = re.sub(r'(\*\*|__|(?<!\w)[*_`])(?=\S)([^*_`\n]+)(?<=\S)\1', r'\2', text)
     for reason, pattern in REASONS.items():
         if re.search(pattern, text):
@@ -191,7 +215,8 @@ def speakable(text, max_words=200, max_symbols=0.05):
     strange = [c for c in said if not c.isalnum() and c not in PUNCTUATION]
     if any(c.isalpha() and not unicodedata.name(c, '').startswith(('LATIN', 'CJK UNIFIED')) for c in said):
         return said, 'script'
-    if len(strange) > max_symbols * len(said.replace(' ', '')) or any(c.isnumeric() and not c.isdecimal() and not c.isalpha() for c in said):
+    if len(strange) > max_symbols * len(said.replace(' ', '')) or any(
+            c.isnumeric() and not c.isdecimal() and not c.isalpha() for c in said):
         return said, 'symbols'
     said = ' '.join(''.join(c for c in said if c not in strange).split())
     n = n_words(said)
@@ -205,13 +230,17 @@ def collect(paths, args):
     for path in paths:
         name = re.sub(r'(\.jsonl?)?(\.gz)?$', '', os.path.basename(path))
         if name in table:
-            raise ValueError(f'two files are called {name}; rename {path}, as the ids of its dialogues start with its name')
+            raise ValueError(f'two files are called {name}; rename {path}, as the ids of its dialogues start '
+                             'with its name')
         counts = table[name] = Counter()
         for number, row in enumerate(rows(path)):
             try:
                 said = pairs(read_row(row))
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise ValueError(f'{path}, dialogue {number}: {error if isinstance(error, ValueError) else f"not as its form has it ({error!r})"}') from None
+                raise ValueError(
+                    f'{path}, dialogue {number}: '
+                    f'{error if isinstance(error, ValueError) else f"not as its form has it ({error!r})"}'
+                ) from None
             id, kept, reason, last = f'{name}-{number:06d}', [], None if said else 'no pair', ''
             for pair in said:
                 found = [speakable(text, args.max_words, args.max_symbols) for text in pair]
@@ -229,7 +258,8 @@ def collect(paths, args):
 
 
 def print_table(table, notes, n_example, seed):
-    columns = ['dialogues', 'whole', 'part', *REASONS, 'script', 'symbols', 'long', 'empty', 'no pair', 'turns']
+    columns = [
+        'dialogues', 'whole', 'part', *REASONS, 'script', 'symbols', 'long', 'empty', 'no pair', 'turns']
     margin = max(len(name) for name in [*table, 'all'])
     print(' ' * margin, *(f'{column:>9}' for column in columns))
     for name, counts in [*table.items(), ('all', sum(table.values(), Counter()))]:
@@ -238,28 +268,35 @@ def print_table(table, notes, n_example, seed):
     for is_kept in (True, False):
         for i in [i for i in order if bool(notes[i][2]) == is_kept][:n_example]:
             id, reason, kept, last = notes[i]
-            print(f'\n{id}  ' + (f'kept, {len(kept)} turns' if is_kept else 'dropped') + (f'; {reason}: {last[:300]!r}' if reason else ''))
-            print(*(f'    {role:9}  {text}' for role, text in zip(ROLES * len(kept), kept)), sep='\n', end='\n' * is_kept)
+            print(f'\n{id}  ' + (f'kept, {len(kept)} turns' if is_kept else 'dropped')
+                  + (f'; {reason}: '
+                     f'{last[:300]!r}' if reason else ''))
+            print(*(f'    {role:9}  {text}' for role, text in zip(ROLES * len(kept), kept)), sep='\n',
+                  end='\n' * is_kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # who speaks when
 
 def make_plan(id, n_pair, tts, user_voices, args):
-    """All that chance decides about a dialogue. It depends on seed, id and settings only, never on what is spoken, or how long."""
+    """All that chance decides about a dialogue. It depends on seed, id and settings only, never on what is
+    spoken, or how long."""
     rng = np.random.default_rng([args.seed, zlib.crc32(id.encode())])
 
     def gap():
         return max(args.gap_min_sec, rng.normal(args.gap_mean_sec, args.gap_sd_sec))
 
-    plan = dict(voice=user_voices[rng.integers(len(user_voices))], style=tts.style(rng), snr_db=rng.uniform(*args.snr_db), noise=rng.random(2),
-                lead_sec=gap(), tail_sec=gap(), steps=[])
+    plan = dict(voice=user_voices[rng.integers(len(user_voices))], style=tts.style(rng),
+                snr_db=rng.uniform(*args.snr_db), noise=rng.random(2), lead_sec=gap(), tail_sec=gap(),
+                steps=[])
     for _ in range(n_pair):
-        interrupts, backchannel, hesitates = rng.random(3) < (args.p_interrupt, args.p_backchannel, args.p_hesitate)
-        plan['steps'].append(dict(
-            gap_sec=gap(), interrupts=bool(interrupts), interrupt_at=rng.uniform(0.2, 0.8), reaction_sec=rng.uniform(*args.reaction_sec),
-            backchannel=bool(backchannel), backchannel_at=rng.random(), backchannel_word=rng.random(),
-            hesitates=bool(hesitates), hesitate_at=rng.random(), hesitate_sec=rng.uniform(0.3, 1.2), filler=rng.random()))
+        interrupts, backchannel, hesitates = rng.random(3) < (args.p_interrupt, args.p_backchannel,
+                                                              args.p_hesitate)
+        plan['steps'].append(
+            dict(gap_sec=gap(), interrupts=bool(interrupts), interrupt_at=rng.uniform(0.2, 0.8),
+                 reaction_sec=rng.uniform(*args.reaction_sec), backchannel=bool(backchannel),
+                 backchannel_at=rng.random(), backchannel_word=rng.random(), hesitates=bool(hesitates),
+                 hesitate_at=rng.random(), hesitate_sec=rng.uniform(0.3, 1.2), filler=rng.random()))
     return plan
 
 
@@ -268,8 +305,9 @@ WORD = re.compile(rf'[“‘（《「(\"\']*(?:[{HAN}]|[^\s{HAN}“‘（《「]
 
 
 def place_words(text, heard, n_sample):
-    """-> [(word, end in text, start sample)]. heard: (text, start sample) as the TTS tells them, which cuts text elsewhere and
-    leaves parts out; between two that are known, time is taken to pass with the characters (heard None: throughout)."""
+    """-> [(word, end in text, start sample)]. heard: (text, start sample) as the TTS tells them, which cuts
+    text elsewhere and leaves parts out; between two that are known, time is taken to pass with the characters
+    (heard None: throughout)."""
     known, at = {0: 0}, 0
     for word, start in heard or []:
         word = word.rstrip(',，')
@@ -278,7 +316,8 @@ def place_words(text, heard, n_sample):
             known[found], at = start, found + len(word)
     known[len(text)] = n_sample
     starts = np.maximum.accumulate([known[i] for i in sorted(known)])
-    return [(word.group().strip(), word.end(), int(np.interp(word.start(), sorted(known), starts))) for word in WORD.finditer(text)]
+    return [(word.group().strip(), word.end(), int(np.interp(word.start(), sorted(known), starts)))
+            for word in WORD.finditer(text)]
 
 
 def say(tts, text, voice, style):
@@ -290,7 +329,8 @@ def say(tts, text, voice, style):
 
 
 def say_user(tts, text, step, plan):
-    """-> text, wave, heard; with a pause before some word, and sometimes a filler before the pause, if the plan says so."""
+    """-> text, wave, heard; with a pause before some word, and sometimes a filler before the pause, if the
+    plan says so."""
     words = [word for word in WORD.finditer(text) if re.search(r'\w', word.group())]
     if not step['hesitates'] or len(words) < 4:
         return text, *say(tts, text, plan['voice'], plan['style'])
@@ -310,7 +350,8 @@ def say_user(tts, text, step, plan):
 
 
 def make_turn(role, start, text, wave, heard):
-    return dict(role=role, start=start, text=text, wave=wave, words=place_words(text, heard, len(wave)), known=heard is not None)
+    return dict(role=role, start=start, text=text, wave=wave, words=place_words(text, heard, len(wave)),
+                known=heard is not None)
 
 
 def end(turn):
@@ -327,8 +368,9 @@ def interrupt(turn, stop):
 
 
 def simulate(texts, plan, tts, args, hop=1):
-    """-> user's wave, assistant's wave (16 kHz, without noise), turns in seconds as tokenise.Recording has them. hop: samples a
-    frame of the codec; the assistant starts with a frame, or it would start in the one in which the user ends."""
+    """-> user's wave, assistant's wave (16 kHz, without noise), turns in seconds as tokenise.Recording has
+    them. hop: samples a frame of the codec; the assistant starts with a frame, or it would start in the one
+    in which the user ends."""
     def samples(sec):
         return round(sec * SAMPLE_RATE)
 
@@ -339,12 +381,14 @@ def simulate(texts, plan, tts, args, hop=1):
         if last:
             start = end(last) + samples(step['gap_sec'])
             # two syllables that are over before the assistant has reacted to them interrupt nobody
-            if step['interrupts'] and len(last['wave']) >= samples(MIN_INTERRUPTED_SEC) and len(said[1]) > samples(step['reaction_sec'] + 0.1):
+            if step['interrupts'] and len(last['wave']) >= samples(MIN_INTERRUPTED_SEC) and len(
+                    said[1]) > samples(step['reaction_sec'] + 0.1):
                 start = last['start'] + int(step['interrupt_at'] * len(last['wave']))
                 stop = start + samples(step['reaction_sec'])
         user = make_turn('user', start, *said)
         start = -(-(end(user) + samples(args.response_sec)) // hop) * hop
-        assistant = make_turn('assistant', start, answer, *say(tts, answer, args.assistant_voice, args.assistant_style))
+        assistant = make_turn('assistant', start, answer,
+                              *say(tts, answer, args.assistant_voice, args.assistant_style))
         if end(assistant) + samples(plan['tail_sec']) > samples(args.max_sec):
             break
         if stop is not None:
@@ -363,16 +407,23 @@ def simulate(texts, plan, tts, args, hop=1):
             said = say(tts, text, plan['voice'], plan['style'])
             room = len(turn['wave']) - len(said[0]) - 2 * samples(MARGIN_SEC)
             if room >= 0:
-                turns.append(make_turn('user', turn['start'] + samples(MARGIN_SEC) + int(step['backchannel_at'] * room), text, *said))
+                turns.append(
+                    make_turn('user',
+                              turn['start'] + samples(MARGIN_SEC) + int(step['backchannel_at'] * room), text,
+                              *said))
     turns.sort(key=lambda turn: turn['start'])
     waves = {role: np.zeros(max(map(end, turns)) + samples(plan['tail_sec']), np.float32) for role in ROLES}
     record = []
     for turn in turns:
         waves[turn['role']][turn['start']:end(turn)] += turn['wave']
-        seconds = [(turn['start'] + start) / SAMPLE_RATE for *_, start in turn['words']] + [end(turn) / SAMPLE_RATE]
-        words = [dict(text=word, start_sec=a, end_sec=b) for (word, *_), a, b in zip(turn['words'], seconds, seconds[1:])]
-        record.append(dict(role=turn['role'], start_sec=turn['start'] / SAMPLE_RATE, end_sec=end(turn) / SAMPLE_RATE, text=turn['text'],
-                           words=words if turn['known'] else []))
+        seconds = [
+            (turn['start'] + start) / SAMPLE_RATE for *_, start in turn['words']] + [end(turn) / SAMPLE_RATE]
+        words = [
+            dict(text=word, start_sec=a, end_sec=b)
+            for (word, *_), a, b in zip(turn['words'], seconds, seconds[1:])]
+        record.append(
+            dict(role=turn['role'], start_sec=turn['start'] / SAMPLE_RATE, end_sec=end(turn) / SAMPLE_RATE,
+                 text=turn['text'], words=words if turn['known'] else []))
     return *waves.values(), record
 
 
@@ -382,7 +433,8 @@ def read_noise(path):
 
 
 def add_noise(wave, plan, bank):
-    """bank: waves, or paths of files. One of them, from some place on and over again, so far below a voice as the plan says."""
+    """bank: waves, or paths of files. One of them, from some place on and over again, so far below a voice as
+    the plan says."""
     noise = bank[int(plan['noise'][0] * len(bank))]
     name, noise = (noise, read_noise(noise)) if isinstance(noise, str) else ('noise', noise)
     piece = np.resize(np.roll(noise, -int(plan['noise'][1] * len(noise))), len(wave))
@@ -404,30 +456,49 @@ def arguments():
     parser = tokenise.arguments(__doc__)
     parser.add_argument('files', nargs='+', help='text dialogues: .json, .jsonl, .gz of them')
     parser.add_argument('--check', action='store_true', help='only count what can be spoken')
-    parser.add_argument('--examples', type=int, default=0, help='with --check: show so many dialogues that are kept and that are not')
-    parser.add_argument('--wav', type=int, default=0, help='only write the first so many as wavs, with transcripts, into --out')
-    parser.add_argument('--max_words', type=int, default=200, help='words, or Chinese characters, a turn may have (200: the paper)')
-    parser.add_argument('--max_symbols', type=float, default=0.05, help='share of rare symbols a turn may have; they are left out (0.05)')
+    parser.add_argument('--examples', type=int, default=0, help='with --check: show so many dialogues that '
+                                                                'are kept and that are not')
+    parser.add_argument('--wav', type=int, default=0, help='only write the first so many as wavs, with '
+                                                           'transcripts, into --out')
+    parser.add_argument('--max_words', type=int, default=200, help='words, or Chinese characters, a turn may '
+                                                                   'have (200: the paper)')
+    parser.add_argument('--max_symbols', type=float, default=0.05, help='share of rare symbols a turn may '
+                                                                        'have; they are left out (0.05)')
     parser.add_argument('--tts', choices=('espeak', 'cosyvoice'), default='espeak')
     parser.add_argument('--tts_command', help='with cosyvoice: how its worker is started')
-    parser.add_argument('--user_voices', help='a folder of prompt wavs, or names with commas between (espeak: all but the assistant\'s and the odd)')
+    parser.add_argument('--user_voices', help='a folder of prompt wavs, or names with commas between '
+                                              '(espeak: all but the assistant\'s and the odd)')
     parser.add_argument('--assistant_voice', help='a prompt wav or a name (espeak: f1)')
-    parser.add_argument('--response_sec', type=float, default=0.0, help='until the assistant answers (0: the paper)')
-    parser.add_argument('--gap_mean_sec', type=float, default=0.8, help='until the user speaks again: a normal distribution (0.8; not in the paper)')
+    parser.add_argument('--response_sec', type=float, default=0.0, help='until the assistant answers (0: the '
+                                                                        'paper)')
+    parser.add_argument('--gap_mean_sec', type=float, default=0.8, help='until the user speaks again: a '
+                                                                        'normal distribution (0.8; not in '
+                                                                        'the paper)')
     parser.add_argument('--gap_sd_sec', type=float, default=0.4, help='(0.4; not in the paper)')
     parser.add_argument('--gap_min_sec', type=float, default=0.1, help='(0.1)')
-    parser.add_argument('--p_interrupt', type=float, default=0.15, help='that the user does not wait for the end of an answer (0.15; not in the paper)')
-    parser.add_argument('--reaction_sec', type=span, default=(0.2, 0.4), help='until the interrupted assistant stops, from,to (0.2,0.4; the paper: at once)')
-    parser.add_argument('--p_backchannel', type=float, default=0.1, help='that the user says uh-huh during an answer (0.1; the paper: 0)')
-    parser.add_argument('--p_hesitate', type=float, default=0.1, help='that the user pauses inside a turn for 0.3 to 1.2 s (0.1; the paper: 0)')
-    parser.add_argument('--noise', help='folder of noise files, at any depth, as MUSAN has them (without: made up, white to pink)')
-    parser.add_argument('--snr_db', type=span, default=(15.0, 30.0), help='of the noise in the user\'s channel, from,to (15,30: the paper)')
-    parser.add_argument('--max_sec', type=float, default=140.0, help='longer dialogues end after a pair (140: duplex3 in 8,192 tokens)')
+    parser.add_argument('--p_interrupt', type=float, default=0.15, help='that the user does not wait for the '
+                                                                        'end of an answer (0.15; not in the '
+                                                                        'paper)')
+    parser.add_argument('--reaction_sec', type=span, default=(0.2, 0.4), help='until the interrupted '
+                                                                              'assistant stops, from,to '
+                                                                              '(0.2,0.4; the paper: at once)')
+    parser.add_argument('--p_backchannel', type=float, default=0.1, help='that the user says uh-huh during '
+                                                                         'an answer (0.1; the paper: 0)')
+    parser.add_argument('--p_hesitate', type=float, default=0.1, help='that the user pauses inside a turn '
+                                                                      'for 0.3 to 1.2 s (0.1; the paper: 0)')
+    parser.add_argument('--noise', help='folder of noise files, at any depth, as MUSAN has them (without: '
+                                        'made up, white to pink)')
+    parser.add_argument('--snr_db', type=span, default=(15.0, 30.0), help='of the noise in the user\'s '
+                                                                          'channel, from,to (15,30: the '
+                                                                          'paper)')
+    parser.add_argument('--max_sec', type=float, default=140.0, help='longer dialogues end after a pair '
+                                                                     '(140: duplex3 in 8,192 tokens)')
     return parser
 
 
 def find(folder, endings):
-    paths = sorted(path for path in glob.glob(os.path.join(glob.escape(folder), '**'), recursive=True) if path.lower().endswith(endings))
+    paths = sorted(path for path in glob.glob(os.path.join(glob.escape(folder), '**'), recursive=True)
+                   if path.lower().endswith(endings))
     if not paths:
         raise ValueError(f'{folder} holds no {" or ".join(endings)}')
     return paths
@@ -475,7 +546,9 @@ def main(argv=None):
         plan = make_plan(id, len(texts) // 2, tts, voices, args)
         rate, hop = (codec.sample_rate, round(SAMPLE_RATE / codec.rate_hz)) if codec else (SAMPLE_RATE, 1)
         user, assistant, turns = simulate(texts, plan, tts, args, hop)
-        return tokenise.Recording(*(soxr.resample(wave, SAMPLE_RATE, rate) for wave in (add_noise(user, plan, bank), assistant)), turns)
+        return tokenise.Recording(
+            *(soxr.resample(wave, SAMPLE_RATE, rate) for wave in (add_noise(user, plan, bank), assistant)),
+            turns)
 
     if args.wav:
         os.makedirs(args.out, exist_ok=True)
@@ -483,12 +556,16 @@ def main(argv=None):
             recording, path = read((id, texts), None), os.path.join(args.out, id)
             write_audio(path + '.wav', np.stack([recording.user, recording.assistant], 1), SAMPLE_RATE)
             with open(path + '.txt', 'w', encoding='utf-8') as file:
-                file.writelines(f'{turn["start_sec"]:7.2f} {turn["end_sec"]:7.2f}  {turn["role"]:9}  {turn["text"]}\n' for turn in recording.turns)
-            print(f'{path}.wav  {len(recording.user) / SAMPLE_RATE:.1f} s, left the user, right the assistant')
+                file.writelines(f'{turn["start_sec"]:7.2f} {turn["end_sec"]:7.2f}  {turn["role"]:9}  '
+                                f'{turn["text"]}\n' for turn in recording.turns)
+            print(f'{path}.wav  {len(recording.user) / SAMPLE_RATE:.1f} s, left the user, right the '
+                  'assistant')
         return
-    no_matter = ('files', 'check', 'examples', 'wav', 'out', 'codec', 'tokenizer', 'batch_sec', 'n_thread', 'device', 'tts_command')
+    no_matter = ('files', 'check', 'examples', 'wav', 'out', 'codec', 'tokenizer', 'batch_sec', 'n_thread',
+                 'device', 'tts_command')
     recipe = {key: value for key, value in vars(args).items() if key not in no_matter} | dict(
-        user_voices=voices, n_noise=len(bank), texts=hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16])
+        user_voices=voices, n_noise=len(bank), texts=hashlib.sha256(
+            json.dumps(items).encode()).hexdigest()[:16])
     tokenise.run({id: (id, texts) for id, texts in items.items()}, read, args, recipe)
 
 

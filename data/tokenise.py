@@ -1,5 +1,6 @@
 """
-Recordings become a data folder. Every data/<corpus>/prepare.py lists its recordings and reads one; the rest is here:
+Recordings become a data folder. Every data/<corpus>/prepare.py lists its recordings and reads one; the rest
+is here:
 
     items ─ parts of 256 ─ claimed by a process ─ read (threads) ─ encode (batches) ─ turns on frames ─► parts/000017.arrow
     all parts ─ split by a hash of the id ─► train.arrow val.arrow test.arrow, codec/, tokenizer/, skipped.jsonl, prepared.json
@@ -9,10 +10,10 @@ One process or a hundred do the same: each takes the next part that nobody holds
     python data/manifest/prepare.py corpus.jsonl --codec=codecs/s3 --out=data/corpus
     torchrun --nproc_per_node=8 data/manifest/prepare.py corpus.jsonl --codec=codecs/s3 --out=data/corpus
 
-write the same files. A part is claimed by a lock that the system frees when its holder dies: the others then finish its
-part. (torchrun itself stops all when one dies; with --max_restarts=2 it starts them again.) A run that was killed is started again
-with the same command and goes on with the parts that are missing.
-What cannot be read is left out and listed in skipped.jsonl with the reason, and the run goes on.
+write the same files. A part is claimed by a lock that the system frees when its holder dies: the others then
+finish its part. (torchrun itself stops all when one dies; with --max_restarts=2 it starts them again.) A run
+that was killed is started again with the same command and goes on with the parts that are missing. What
+cannot be read is left out and listed in skipped.jsonl with the reason, and the run goes on.
 """
 import argparse
 import fcntl
@@ -40,9 +41,11 @@ TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'vocab.json', 'mer
 
 
 class Recording(NamedTuple):
-    user: np.ndarray | None         # float32 [n_sample] at codec.sample_rate, or codes uint16 [n_frame]; None: no such channel
+    # float32 [n_sample] at codec.sample_rate, or codes uint16 [n_frame]; None: no such channel
+    user: np.ndarray | None
     assistant: np.ndarray | None
-    turns: list                     # dict(role, start_sec, end_sec, text) and, where known, words: [dict(text, start_sec, end_sec)]
+    # dict(role, start_sec, end_sec, text) and, where known, words: [dict(text, start_sec, end_sec)]
+    turns: list
 
 
 def arguments(doc):
@@ -50,13 +53,18 @@ def arguments(doc):
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', required=True, help='data folder to write')
     parser.add_argument('--codec', required=True, help='folder with codec.json: data/demo, codecs/s3')
-    parser.add_argument('--tokenizer', help='folder of a BPE to put beside the data; only a model trained from nothing needs it there')
-    parser.add_argument('--val_share', type=float, default=0.01, help='of the recordings, by a hash of their id (0.01: as in the paper)')
+    parser.add_argument('--tokenizer', help='folder of a BPE to put beside the data; only a model trained '
+                                            'from nothing needs it there')
+    parser.add_argument('--val_share', type=float, default=0.01, help='of the recordings, by a hash of their '
+                                                                      'id (0.01: as in the paper)')
     parser.add_argument('--test_share', type=float, default=0.01)
     parser.add_argument('--part', type=int, default=256, help='recordings a part: what a kill can cost (256)')
-    parser.add_argument('--batch_sec', type=float, default=600.0, help='of audio that are encoded at once (600)')
+    parser.add_argument('--batch_sec', type=float, default=600.0, help='of audio that are encoded at once '
+                                                                       '(600)')
     parser.add_argument('--n_thread', type=int, default=4, help='that read files meanwhile (4)')
-    parser.add_argument('--max_mismatch_sec', type=float, default=0.1, help='by which the channels of a recording may differ; more is skipped (0.1)')
+    parser.add_argument('--max_mismatch_sec', type=float, default=0.1, help='by which the channels of a '
+                                                                            'recording may differ; more is '
+                                                                            'skipped (0.1)')
     parser.add_argument('--device', default='auto', help='for the codec')
     parser.add_argument('--seed', type=int, default=0, help='of the split')
     return parser
@@ -64,12 +72,14 @@ def arguments(doc):
 
 def run(items, read, args, recipe):
     """
-    items: id -> what read takes; read(what, codec) -> Recording. recipe: the settings, as JSON, that change what read gives.
-    Writes args.out. Raises ValueError where it holds another data set, or nothing could be read.
-    read runs in threads; what it raises as ValueError or OSError skips that recording.
+    items: id -> what read takes; read(what, codec) -> Recording. recipe: the settings, as JSON, that change
+    what read gives. Writes args.out. Raises ValueError where it holds another data set, or nothing could be
+    read. read runs in threads; what it raises as ValueError or OSError skips that recording.
     """
-    if min(args.part, args.n_thread, args.batch_sec) <= 0 or min(args.val_share, args.test_share) < 0 or args.val_share + args.test_share >= 1:
-        raise ValueError('--part, --n_thread and --batch_sec have to be above 0, --val_share and --test_share from 0 to below 1 together')
+    if min(args.part, args.n_thread, args.batch_sec) <= 0 or min(
+            args.val_share, args.test_share) < 0 or args.val_share + args.test_share >= 1:
+        raise ValueError('--part, --n_thread and --batch_sec have to be above 0, --val_share and '
+                         '--test_share from 0 to below 1 together')
     if not items:
         raise ValueError('there is nothing to prepare: no recordings were found')
     rank = int(os.environ.get('RANK', 0))
@@ -78,15 +88,17 @@ def run(items, read, args, recipe):
     codec.device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if device.type == 'cuda' else device
     ids = list(items)
     parts = [ids[at:at + args.part] for at in range(0, len(ids), args.part)]
-    about = dict(recipe, codec=codec.describe(), part=args.part, seed=args.seed, val_share=args.val_share, test_share=args.test_share,
-                 max_mismatch_sec=args.max_mismatch_sec, n_item=len(ids), ids=hashlib.sha256('\n'.join(ids).encode()).hexdigest()[:16])
+    about = dict(recipe, codec=codec.describe(), part=args.part, seed=args.seed, val_share=args.val_share,
+                 test_share=args.test_share, max_mismatch_sec=args.max_mismatch_sec, n_item=len(ids),
+                 ids=hashlib.sha256('\n'.join(ids).encode()).hexdigest()[:16])
     marker, folder = os.path.join(args.out, 'prepared.json'), os.path.join(args.out, 'parts')
     if is_prepared(marker, about):
         return print(f'{args.out} is prepared already')
     os.makedirs(folder, exist_ok=True)
     if not is_prepared(os.path.join(folder, 'recipe.json'), about):
         # every process writes it, each through a file of its own
-        with whole(os.path.join(folder, 'recipe.json'), f'.{os.getpid()}.part') as part, open(part, 'w') as file:
+        with whole(os.path.join(folder, 'recipe.json'), f'.{os.getpid()}.part') as part, open(part,
+                                                                                              'w') as file:
             json.dump(dict(recipe=about), file)
 
     progress, lock = Progress(len(parts)), open(os.path.join(args.out, '.lock'), 'w')
@@ -98,7 +110,8 @@ def run(items, read, args, recipe):
                     if is_mine and not os.path.exists(marker):
                         finish(args, about, codec, ids, len(parts))
                 continue
-            first = rank * len(missing) // int(os.environ.get('WORLD_SIZE', 1))     # each begins elsewhere; what is taken already is passed over
+            # each begins elsewhere; what is taken already is passed over
+            first = rank * len(missing) // int(os.environ.get('WORLD_SIZE', 1))
             n_done = 0
             for number in missing[first:] + missing[:first]:
                 path = os.path.join(folder, f'{number:06d}.arrow')
@@ -117,14 +130,17 @@ def is_prepared(path, about):
         return False
     before = read_json(path)['recipe']
     if before != json.loads(json.dumps(about)):
-        changed = ', '.join(key for key in sorted(before.keys() | about.keys()) if before.get(key) != json.loads(json.dumps(about.get(key))))
-        raise ValueError(f'{os.path.dirname(path)} was made from other material or settings ({changed}); choose another --out, or delete it')
+        changed = ', '.join(key for key in sorted(before.keys() | about.keys())
+                            if before.get(key) != json.loads(json.dumps(about.get(key))))
+        raise ValueError(f'{os.path.dirname(path)} was made from other material or settings ({changed}); '
+                         'choose another --out, or delete it')
     return True
 
 
 class Claim:
-    """A lock on byte `number` of a file, held in a with block: whether it could be had. The system frees it when its
-    process ends, however it ends; POSIX locks work across machines on file systems that support them (NFS 4, Lustre)."""
+    """A lock on byte `number` of a file, held in a with block: whether it could be had. The system frees it
+    when its process ends, however it ends; POSIX locks work across machines on file systems that support them
+    (NFS 4, Lustre)."""
 
     def __init__(self, file, number):
         self.file, self.number = file, number
@@ -133,7 +149,8 @@ class Claim:
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self.number)
             return True
-        except (BlockingIOError, PermissionError):      # another process has it; which of the two is the system's choice
+        # another process has it; which of the two is the system's choice
+        except (BlockingIOError, PermissionError):
             self.file = None
             return False
 
@@ -159,7 +176,8 @@ class Progress:
             return
         self.shown, elapsed = time.time(), time.time() - self.start
         left_min = elapsed / max(1, n_done - self.n_before) * (self.n_part - n_done) / 60
-        print(f'part {n_done:>6}/{self.n_part} | {self.sec / 3600:8.2f} h by this process, {self.sec / elapsed:6.1f} x real time | '
+        print(f'part {n_done:>6}/{self.n_part} | {self.sec / 3600:8.2f} h by this process, '
+              f'{self.sec / elapsed:6.1f} x real time | '
               f'{left_min:.0f} min left', flush=True)
 
 
@@ -175,7 +193,8 @@ def make_part(path, ids, items, read, codec, args, pool):
             return id, str(error)
 
     records, skipped, n_lost, n = [], [], 0, 4 * args.n_thread
-    groups = [ids[at:at + n] for at in range(0, len(ids), n)]       # while one group is encoded, the next is read
+    # while one group is encoded, the next is read
+    groups = [ids[at:at + n] for at in range(0, len(ids), n)]
     coming = [pool.submit(read_one, id) for id in groups[0]]
     for following in groups[1:] + [[]]:
         found = [future.result() for future in coming]
@@ -195,7 +214,8 @@ def make_part(path, ids, items, read, codec, args, pool):
 
 
 def fit(recording, codec, max_mismatch_sec):
-    """Both channels on one clock: the shorter is filled up with silence. Raises ValueError where that would be too much."""
+    """Both channels on one clock: the shorter is filled up with silence. Raises ValueError where that would
+    be too much."""
     hop = round(codec.sample_rate / codec.rate_hz)
     channels = {role: getattr(recording, role) for role in ROLES if getattr(recording, role) is not None}
     if not channels:
@@ -206,27 +226,37 @@ def fit(recording, codec, max_mismatch_sec):
         if channel.dtype.kind == 'f' and not np.isfinite(channel).all():
             raise ValueError(f'the {role} channel has samples that are no numbers')
         if channel.dtype.kind != 'f' and not 0 <= channel.min() <= channel.max() < codec.n_codes:
-            raise ValueError(f'the {role} channel has codes {channel.min()} to {channel.max()}, codec {codec.name} has 0 to {codec.n_codes - 1}')
-    n_frames = {role: -(-len(channel) // hop) if channel.dtype.kind == 'f' else len(channel) for role, channel in channels.items()}
+            raise ValueError(f'the {role} channel has codes {channel.min()} to {channel.max()}, codec '
+                             f'{codec.name} has 0 to {codec.n_codes - 1}')
+    n_frames = {
+        role: -(-len(channel) // hop) if channel.dtype.kind == 'f' else len(channel)
+        for role, channel in channels.items()}
     longest, shortest = max(n_frames.values()), min(n_frames.values())
     if (longest - shortest) / codec.rate_hz > max_mismatch_sec + 1 / codec.rate_hz:
-        raise ValueError(f'the user channel has {n_frames["user"] / codec.rate_hz:.2f} s and the assistant\'s {n_frames["assistant"] / codec.rate_hz:.2f} s, '
+        raise ValueError(f'the user channel has {n_frames["user"] / codec.rate_hz:.2f} s and the '
+                         f'assistant\'s {n_frames["assistant"] / codec.rate_hz:.2f} s, '
                          f'more than --max_mismatch_sec={max_mismatch_sec} apart')
     for turn in recording.turns:
         if turn['role'] not in channels:
-            raise ValueError(f'a turn of the {turn["role"]} at {turn["start_sec"]} s, but there is no such channel')
-        if not all(isinstance(span[key], (int, float)) and np.isfinite(span[key]) for span in [turn, *(turn.get('words') or [])] for key in ('start_sec', 'end_sec')):
+            raise ValueError(f'a turn of the {turn["role"]} at {turn["start_sec"]} s, but there is no such '
+                             'channel')
+        if not all(
+                isinstance(span[key], (int, float)) and np.isfinite(span[key])
+                for span in [turn, *(turn.get('words') or [])]
+                for key in ('start_sec', 'end_sec')):
             raise ValueError(f'a turn or a word of the {turn["role"]} has a time that is no number: {turn}')
     for role, channel in channels.items():
         if channel.dtype.kind == 'f':
             channels[role] = np.pad(channel.astype(np.float32, copy=False), (0, longest * hop - len(channel)))
         else:
-            channels[role] = np.pad(channel.astype(np.uint16), (0, longest - len(channel)), constant_values=codec.silence_codes[0])
+            channels[role] = np.pad(channel.astype(np.uint16), (0, longest - len(channel)),
+                                    constant_values=codec.silence_codes[0])
     return Recording(channels.get('user'), channels.get('assistant'), recording.turns)
 
 
 def encode(recordings, codec, batch_sec):
-    """[Recording] -> [{role: codes}]; waves of like length are encoded together, as many as make batch_sec with their padding."""
+    """[Recording] -> [{role: codes}]; waves of like length are encoded together, as many as make batch_sec
+    with their padding."""
     codes = [{role: np.empty(0, np.uint16) for role in ROLES} for _ in recordings]
     waves = []
     for i, recording in enumerate(recordings):
@@ -240,15 +270,19 @@ def encode(recordings, codec, batch_sec):
     while waves:
         n = max(1, int(batch_sec * codec.sample_rate // waves[0][0]))
         batch, waves = waves[:n], waves[n:]
-        for (_, i, role), found in zip(batch, codec.encode_many([getattr(recordings[i], role) for _, i, role in batch])):
+        for (_, i,
+             role), found in zip(batch,
+                                 codec.encode_many([getattr(recordings[i], role) for _, i, role in batch])):
             codes[i][role] = found
     return codes
 
 
 def on_frames(turns, n_frame, rate_hz):
-    """Turns in seconds -> (turns in whole frames, how many were lost). A turn holds every frame that it touches; what lies outside
-    the recording or in the same role's last turn is cut off, and a turn of which nothing is left is lost."""
-    def clip(span, first, last):    # 1e-6: 0.12 s at 25 Hz is frame 3, though 0.12 * 25 is 3.0000000000000004 or 2.9999999999999996
+    """Turns in seconds -> (turns in whole frames, how many were lost). A turn holds every frame that it
+    touches; what lies outside the recording or in the same role's last turn is cut off, and a turn of which
+    nothing is left is lost."""
+    # 1e-6: 0.12 s at 25 Hz is frame 3, though 0.12 * 25 is 3.0000000000000004 or 2.9999999999999996
+    def clip(span, first, last):
         start, end = np.floor(span['start_sec'] * rate_hz + 1e-6), np.ceil(span['end_sec'] * rate_hz - 1e-6)
         return int(np.clip(start, first, last)), int(np.clip(end, first, last))
 
@@ -259,8 +293,11 @@ def on_frames(turns, n_frame, rate_hz):
             n_lost += 1
             continue
         last_end[turn['role']] = end
-        words = [dict(text=word['text'], **dict(zip(('start', 'end'), clip(word, start, end)))) for word in turn.get('words') or []]
-        framed.append(dict(role=turn['role'], start=start, end=end, text=' '.join(turn['text'].split()), words=words))
+        words = [
+            dict(text=word['text'], **dict(zip(('start', 'end'), clip(word, start, end))))
+            for word in turn.get('words') or []]
+        framed.append(
+            dict(role=turn['role'], start=start, end=end, text=' '.join(turn['text'].split()), words=words))
     return framed, n_lost
 
 
@@ -268,10 +305,11 @@ def on_frames(turns, n_frame, rate_hz):
 # all parts
 
 def split_ids(ids, val_share, test_share, seed):
-    """id -> 'train', 'val' or 'test'. The same whatever the order, and one each at least where a share is asked for; of two ids one
-    is for training, one for val."""
+    """id -> 'train', 'val' or 'test'. The same whatever the order, and one each at least where a share is
+    asked for; of two ids one is for training, one for val."""
     order = sorted(ids, key=lambda id: hashlib.sha256(f'{seed} {id}'.encode()).digest())
-    n_val, n_test = (max(1, round(share * len(ids))) if share and len(ids) > others else 0 for others, share in ((1, val_share), (2, test_share)))
+    n_val, n_test = (max(1, round(share * len(ids))) if share and len(ids) > others else 0
+                     for others, share in ((1, val_share), (2, test_share)))
     splits = dict.fromkeys(ids, 'train')
     return splits | dict.fromkeys(order[:n_val], 'val') | dict.fromkeys(order[n_val:n_val + n_test], 'test')
 
@@ -280,14 +318,16 @@ def finish(args, about, codec, ids, n_part):
     """The parts become the data set, a table of it is printed."""
     read, skipped, lost_turns = [], [], 0
     for number in range(n_part):
-        table = pa.ipc.open_file(pa.memory_map(os.path.join(args.out, 'parts', f'{number:06d}.arrow'))).read_all()
+        table = pa.ipc.open_file(pa.memory_map(os.path.join(args.out, 'parts',
+                                                            f'{number:06d}.arrow'))).read_all()
         notes = json.loads(table.schema.metadata[b'nanoduplex'])
         skipped += notes['skipped']
         lost_turns += notes['lost_turns']
         read.append(table)
     if len(skipped) == len(ids):
         shutil.rmtree(os.path.join(args.out, 'parts'))      # so that the same command tries again
-        raise ValueError(f'none of the {len(ids)} recordings could be read; the first, {skipped[0]["id"]}: {skipped[0]["reason"]}')
+        raise ValueError(f'none of the {len(ids)} recordings could be read; the first, {skipped[0]["id"]}: '
+                         f'{skipped[0]["reason"]}')
     unread = {entry['id'] for entry in skipped}
     splits = split_ids([id for id in ids if id not in unread], args.val_share, args.test_share, args.seed)
     counts = Statistics(codec.rate_hz)
@@ -298,7 +338,8 @@ def finish(args, about, codec, ids, n_part):
             path = all_appear.enter_context(whole(os.path.join(args.out, f'{split}.arrow')))
             with pa.OSFile(path, 'wb') as sink, pa.ipc.new_file(sink, schema) as writer:
                 for table in read:
-                    chosen = table.filter(pa.array([splits[id] == split for id in table['id'].to_pylist()], pa.bool_()))
+                    chosen = table.filter(
+                        pa.array([splits[id] == split for id in table['id'].to_pylist()], pa.bool_()))
                     counts.add(split, chosen)
                     writer.write_table(chosen.replace_schema_metadata(metadata))
     with open(os.path.join(args.out, 'skipped.jsonl'), 'w', encoding='utf-8') as file:
@@ -314,14 +355,16 @@ def finish(args, about, codec, ids, n_part):
     for key, value in table.items():
         print(f'{key:30} {value}')
     if skipped:
-        print(f'{len(skipped)} recordings were skipped, {os.path.join(args.out, "skipped.jsonl")} says why; the first, {skipped[0]["id"]}: {skipped[0]["reason"]}')
+        print(f'{len(skipped)} recordings were skipped, {os.path.join(args.out, "skipped.jsonl")} says why; '
+              f'the first, {skipped[0]["id"]}: {skipped[0]["reason"]}')
     write_json(os.path.join(args.out, 'prepared.json'), dict(recipe=about, **table))
     shutil.rmtree(os.path.join(args.out, 'parts'))
     os.remove(os.path.join(args.out, '.lock'))
 
 
 class Statistics:
-    """Who speaks when, as Switchboard is described: there both sides speak 0.7 to 8.8 % of the time, and neither 10 to 29 %."""
+    """Who speaks when, as Switchboard is described: there both sides speak 0.7 to 8.8 % of the time, and
+    neither 10 to 29 %."""
 
     def __init__(self, rate_hz):
         self.rate_hz, self.n, self.n_frame = rate_hz, dict(train=0, val=0, test=0), 0
@@ -330,7 +373,8 @@ class Statistics:
 
     def add(self, split, table):
         self.n[split] += len(table)
-        lengths = [pc.list_value_length(table[role]).to_pylist() for role in ROLES]      # the codes themselves are not touched
+        # the codes themselves are not touched
+        lengths = [pc.list_value_length(table[role]).to_pylist() for role in ROLES]
         for n_user, n_assistant, turns in zip(*lengths, table['turns'].to_pylist()):
             n_frame = max(n_user, n_assistant)
             self.n_frame += n_frame
@@ -348,15 +392,20 @@ class Statistics:
             for one, other in zip(turns, turns[1:]):        # by start
                 if one['role'] != other['role']:
                     self.n_change += 1
-                    self.gaps[f'{one["role"]} to {other["role"]}'].append((other['start'] - one['end']) / self.rate_hz)
+                    self.gaps[f'{one["role"]} to {other["role"]}'].append(
+                        (other['start'] - one['end']) / self.rate_hz)
 
     def table(self):
-        table = dict(records=', '.join(f'{n} {split}' for split, n in self.n.items()), hours=round(self.n_frame / self.rate_hz / 3600, 4),
-                     turns=', '.join(f'{n} {role}' for role, n in self.n_turn.items()))
+        table = dict(records=', '.join(f'{n} {split}' for split, n in self.n.items()),
+                     hours=round(self.n_frame / self.rate_hz / 3600,
+                                 4), turns=', '.join(f'{n} {role}' for role, n in self.n_turn.items()))
         if self.n_dialogue:
             minutes = self.dialogue_frame / self.rate_hz / 60
-            table |= dict(dialogues=self.n_dialogue, both_speak=f'{self.both / self.dialogue_frame:.1%}', neither_speaks=f'{self.neither / self.dialogue_frame:.1%}',
+            table |= dict(dialogues=self.n_dialogue, both_speak=f'{self.both / self.dialogue_frame:.1%}',
+                          neither_speaks=f'{self.neither / self.dialogue_frame:.1%}',
                           floor_changes_a_minute=round(self.n_change / minutes, 1))
-            table |= {f'gap {name}': f'median {np.median(gaps):.2f} s, 10 % below {np.quantile(gaps, 0.1):.2f} s, 90 % below {np.quantile(gaps, 0.9):.2f} s'
+            table |= {f'gap {name}': f'median {np.median(gaps):.2f} s, 10 % below '
+                                     f'{np.quantile(gaps, 0.1):.2f} s, 90 % below '
+                                     f'{np.quantile(gaps, 0.9):.2f} s'
                       for name, gaps in self.gaps.items() if gaps}
         return table

@@ -6,7 +6,8 @@ A TTS is anything with
     .voices                         list of names
     .style(rng) -> dict             how somebody speaks throughout a dialogue, as keywords for say
     .say(text, voice, **style) -> wave, words, …
-                                    float32 at 16 kHz without silence around it; words as [(text, start sample)], None if unknown
+                                    float32 at 16 kHz without silence around it; words as [(text, start
+                                    sample)], None if unknown
 
     Espeak()                        some hundred voices at 650 x real time, English and Chinese, robotic; pip install espeakng-loader soxr
     CosyVoice(COMMAND, voices)      the paper's: a worker in CosyVoice's own environment; a voice is a prompt's wav with its .txt beside it
@@ -26,7 +27,8 @@ from common.audio import read_audio
 SAMPLE_RATE = 16000
 HAN = '\u3400-\u4dbf\u4e00-\u9fff'      # for character classes
 # of espeak-ng's variants: jokes, and voices without a voice
-UNUSED_VOICES = ('AnxiousAndy Demonic Tweaky UniRobot anikaRobot croak robosoft robosoft2 robosoft3 robosoft4 robosoft5 robosoft6 '
+UNUSED_VOICES = ('AnxiousAndy Demonic Tweaky UniRobot anikaRobot croak robosoft robosoft2 robosoft3 '
+                 'robosoft4 robosoft5 robosoft6 '
                  'robosoft7 robosoft8 whisper whisperf').split()
 
 
@@ -44,12 +46,14 @@ def trim(wave):
 
 
 class Event(ctypes.Structure):  # espeak_EVENT of speak_lib.h
-    _fields_ = [('type', ctypes.c_int), ('unique_id', ctypes.c_uint), ('text_position', ctypes.c_int), ('length', ctypes.c_int),
-                ('audio_ms', ctypes.c_int), ('sample', ctypes.c_int), ('user_data', ctypes.c_void_p), ('name', ctypes.c_char * 8)]
+    _fields_ = [('type', ctypes.c_int), ('unique_id', ctypes.c_uint), ('text_position', ctypes.c_int),
+                ('length', ctypes.c_int), ('audio_ms', ctypes.c_int), ('sample', ctypes.c_int),
+                ('user_data', ctypes.c_void_p), ('name', ctypes.c_char * 8)]
 
 
 class Espeak:
-    """Reads text aloud, Chinese where it has Chinese characters, else English; tells when each word and phoneme begins."""
+    """Reads text aloud, Chinese where it has Chinese characters, else English; tells when each word and
+    phoneme begins."""
     lock = threading.Lock()     # the library is one for the whole process, and does one thing at a time
 
     def __init__(self):
@@ -57,10 +61,12 @@ class Espeak:
         self.voices = [voice for voice in espeak_variants() if voice not in UNUSED_VOICES]
         self.lib = ctypes.CDLL(espeakng_loader.get_library_path())
         data = espeakng_loader.get_data_path().encode()
-        self.rate_hz = self.lib.espeak_Initialize(2, 0, data, 0x8001)  # synchronous; phoneme events; no exit() on error
+        # synchronous; phoneme events; no exit() on error
+        self.rate_hz = self.lib.espeak_Initialize(2, 0, data, 0x8001)
         assert self.rate_hz == 22050, f'espeak_Initialize answered {self.rate_hz} with {data}'
         self.pcm, self.events = [], []
-        callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(Event))
+        callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int,
+                                    ctypes.POINTER(Event))
         self.callback = callback(self.receive)  # kept: the library has only a bare pointer to it
 
     def receive(self, pcm, n_sample, event):
@@ -69,24 +75,28 @@ class Espeak:
         i = 0
         while event[i].type:  # 0 ends the list, 1 is a word, 7 a phoneme
             # only a phoneme has a name; of a sentence these bytes are its number
-            self.events.append((event[i].type, event[i].sample, event[i].text_position, event[i].length, event[i].name.decode(errors='replace')))
+            self.events.append((event[i].type, event[i].sample, event[i].text_position, event[i].length,
+                                event[i].name.decode(errors='replace')))
             i += 1
         return 0
 
     @staticmethod
     def style(rng, vary_size=True):
-        return dict(rate=int(rng.integers(150, 221)), pitch=int(rng.integers(30, 71)), pitch_range=int(rng.integers(20, 81)),
+        return dict(rate=int(rng.integers(150, 221)), pitch=int(rng.integers(30, 71)),
+                    pitch_range=int(rng.integers(20, 81)),
                     size=float(np.exp(rng.uniform(np.log(0.84), np.log(1.4)))) if vary_size else 1.0)
 
     def say(self, text, voice, rate=170, pitch=50, pitch_range=50, size=1.0):
-        """-> wave at 16 kHz without silence around it, words and phonemes as lists of (text, start sample). rate: words a minute;
+        """-> wave at 16 kHz without silence around it, words and phonemes as lists of (text, start sample).
+        rate: words a minute;
         size: of the speaker, as a factor on all frequencies, at the same speed."""
         import soxr
         if voice not in espeak_variants():
             raise ValueError(f'espeak-ng has no voice {voice!r}; there are {", ".join(espeak_variants())}')
         language = 'cmn' if re.search(f'[{HAN}]', text) else 'en-us'
         with self.lock:
-            # a name that it doesn't know leaves the voice before; a variant that it doesn't know is left out in silence
+            # a name that it doesn't know leaves the voice before; a variant that it doesn't know is left out
+            # in silence
             if self.lib.espeak_SetVoiceByName(f'{language}+{voice}'.encode()) != 0:
                 raise ValueError(f'espeak-ng has no voice {language}+{voice}')
             self.lib.espeak_SetSynthCallback(self.callback)
@@ -102,8 +112,10 @@ class Espeak:
         first, end = trim(wave)
         at = [max(0, round(sample * SAMPLE_RATE / self.rate_hz / size) - first) for _, sample, *_ in events]
         words = [(e[2] - 1, start) for e, start in zip(events, at) if e[0] == 1]
-        words = [(text[a:b].strip(), start) for (a, start), (b, _) in zip(words, words[1:] + [(len(text), 0)])]
-        phonemes = [(e[4].strip("',").rstrip('#'), start) for e, start in zip(events, at) if e[0] == 7]  # no stress marks
+        words = [
+            (text[a:b].strip(), start) for (a, start), (b, _) in zip(words, words[1:] + [(len(text), 0)])]
+        # no stress marks
+        phonemes = [(e[4].strip("',").rstrip('#'), start) for e, start in zip(events, at) if e[0] == 7]
         return wave[first:end], words, phonemes
 
 

@@ -1,5 +1,6 @@
 """
-Dialogues of any system, or of two people, become conversations (measures/turns.py), and ours a folder for Full-Duplex-Bench.
+Dialogues of any system, or of two people, become conversations (measures/turns.py), and ours a folder for
+Full-Duplex-Bench.
 
     a.wav       stereo, the user on channel user_channel; flac, ogg, mp3 likewise
     a.jsonl     beside it, if there is one: turns, {"role": "user", "start_sec": 0.4, "end_sec": 1.9, "text": "Hello there."}, as
@@ -10,9 +11,10 @@ Dialogues of any system, or of two people, become conversations (measures/turns.
     words, or heard   ▓▓▓▓ ▓▓▓        ▓▓▓▓▓          ▓▓▓▓
     turns             └──────┘ gap_sec └───┘   gap   └──┘       a gap shorter than gap_sec is a pause inside a turn
 
-Who speaks when is taken from a role's words where there are words, else it is heard in its channel (and counts inside its turns
-only, where there are turns). A role of which the transcript has no row is heard, too: moshi-finetune has few words of the user.
-A voice that leaks into the other channel is heard there as well: channels have to be clean, or transcribed.
+Who speaks when is taken from a role's words where there are words, else it is heard in its channel (and
+counts inside its turns only, where there are turns). A role of which the transcript has no row is heard, too:
+moshi-finetune has few words of the user. A voice that leaks into the other channel is heard there as well:
+channels have to be clean, or transcribed.
 """
 import csv
 import json
@@ -33,19 +35,26 @@ COLUMNS = ['role', 'start', 'end', 'word']
 NOT_SPOKEN = '[silence]', '[noise]'     # rows of Switchboard's word lists that are no words
 SAMPLE_RATE = 16000                     # what webrtcvad, Whisper and Full-Duplex-Bench listen to
 WINDOW_HZ = 100                         # speech is looked for in windows of 10 ms
-SHORTEST_SEC = 0.1                      # shorter gaps are closed (a t has one), then shorter bursts dropped (a click is one)
+# shorter gaps are closed (a t has one), then shorter bursts dropped (a click is one)
+SHORTEST_SEC = 0.1
 
 
-def read(folder, rate_hz=25.0, user_channel=0, gap_sec=0.5, user_name='user', assistant_name='assistant', vad='webrtc', aggressiveness=2):
+def read(folder, rate_hz=25.0, user_channel=0, gap_sec=0.5, user_name='user', assistant_name='assistant',
+         vad='webrtc', aggressiveness=2):
     """
-    -> an iterator over the conversations in a folder, by name. Raises ValueError for what is in doubt: nothing is guessed.
-    user_name, assistant_name: what the transcripts call them (as A and B; moshi-finetune's assistant is SPEAKER_MAIN)
-    vad: webrtc (aggressiveness 0 to 3: how much a sound has to be like speech) or energy; see hear_voice, hear_energy
+    -> an iterator over the conversations in a folder, by name. Raises ValueError for what is in doubt:
+    nothing is guessed.
+    user_name, assistant_name: what the transcripts call them (as A and B; moshi-finetune's assistant is
+    SPEAKER_MAIN)
+    vad: webrtc (aggressiveness 0 to 3: how much a sound has to be like speech) or energy; see hear_voice,
+    hear_energy
     """
     if not os.path.isdir(folder):
         raise ValueError(f'no folder {folder}')
-    if vad not in ('webrtc', 'energy') or aggressiveness not in range(4) or user_channel not in (0, 1) or user_name == assistant_name:
-        raise ValueError(f'vad is {vad!r} (webrtc or energy), aggressiveness {aggressiveness} (0 to 3), user_channel {user_channel} (0 or 1), '
+    if vad not in ('webrtc', 'energy') or aggressiveness not in range(4) or user_channel not in (
+            0, 1) or user_name == assistant_name:
+        raise ValueError(f'vad is {vad!r} (webrtc or energy), aggressiveness {aggressiveness} (0 to 3), '
+                         f'user_channel {user_channel} (0 or 1), '
                          f'user_name {user_name!r}, assistant_name {assistant_name!r} (two names)')
     if not 0 < rate_hz <= WINDOW_HZ or not gap_sec >= 0:
         raise ValueError(f'rate_hz is {rate_hz} (above 0, up to {WINDOW_HZ}), gap_sec {gap_sec} (from 0)')
@@ -54,13 +63,16 @@ def read(folder, rate_hz=25.0, user_channel=0, gap_sec=0.5, user_name='user', as
         stem, suffix = os.path.splitext(name)
         kind = 'audio' if suffix.lower() in AUDIO else 'transcript' if suffix.lower() in TRANSCRIPT else None
         if kind and kind in files.get(stem, {}):
-            raise ValueError(f'{folder} has two files of {kind} for {stem}: {os.path.basename(files[stem][kind])} and {name}; remove one')
+            raise ValueError(f'{folder} has two files of {kind} for {stem}: '
+                             f'{os.path.basename(files[stem][kind])} and {name}; remove one')
         if kind:
             files.setdefault(stem, {})[kind] = os.path.join(folder, name)
     if not files:
-        raise ValueError(f'{folder} has no dialogue: no audio ({" ".join(AUDIO)}) and no transcript ({" ".join(TRANSCRIPT)})')
+        raise ValueError(f'{folder} has no dialogue: no audio ({" ".join(AUDIO)}) and no transcript '
+                         f'({" ".join(TRANSCRIPT)})')
     names = {user_name: 'user', assistant_name: 'assistant'}
-    return (read_one(id, rate_hz, user_channel, gap_sec, names, vad, aggressiveness, **paths) for id, paths in sorted(files.items()))
+    return (read_one(id, rate_hz, user_channel, gap_sec, names, vad, aggressiveness, **paths)
+            for id, paths in sorted(files.items()))
 
 
 def read_one(id, rate_hz, user_channel, gap_sec, names, vad, aggressiveness, audio=None, transcript=None):
@@ -69,7 +81,8 @@ def read_one(id, rate_hz, user_channel, gap_sec, names, vad, aggressiveness, aud
     turns = read_transcript(transcript, names, gap_sec, n_sec) if transcript else []
     if not audio and not turns:
         raise ValueError(f'{transcript} has no rows, and there is no audio of its name beside it')
-    n_frame = math.ceil(rate_hz * n_sec - 1e-6) if audio else max(1, *(round(rate_hz * turn['end_sec']) for turn in turns))
+    n_frame = math.ceil(rate_hz * n_sec
+                        - 1e-6) if audio else max(1, *(round(rate_hz * turn['end_sec']) for turn in turns))
     for span in [*turns, *(word for turn in turns for word in turn.get('words', ()))]:
         start, end = (round(rate_hz * span.pop(key)) for key in ('start_sec', 'end_sec'))
         span['start'] = min(start, n_frame - 1)
@@ -83,8 +96,11 @@ def read_one(id, rate_hz, user_channel, gap_sec, names, vad, aggressiveness, aud
             heard = hear(wave[:, channel], rate_hz, n_frame, vad, aggressiveness)
             speaks[role] = heard & speaks[role] if own else heard
             if not own:
-                turns += [dict(role=role, start=start, end=end, text='') for start, end in stretches(heard, rate_hz, gap_sec)]
-    return dict(id=id, rate_hz=rate_hz, n_frame=n_frame, turns=sorted(turns, key=lambda turn: (turn['start'], turn['end'])), speaks=speaks,
+                turns += [
+                    dict(role=role, start=start, end=end, text='')
+                    for start, end in stretches(heard, rate_hz, gap_sec)]
+    return dict(id=id, rate_hz=rate_hz, n_frame=n_frame,
+                turns=sorted(turns, key=lambda turn: (turn['start'], turn['end'])), speaks=speaks,
                 expected=None, wave=wave, sample_rate=SAMPLE_RATE if audio else 0, chunk_frames=0)
 
 
@@ -94,19 +110,23 @@ def read_stereo(path):
     import soundfile
     n_channel = soundfile.info(path).channels
     if n_channel != 2:
-        raise ValueError(f'{path} has {n_channel} channel{"s" * (n_channel > 1)}, a dialogue has two: the user on one, the assistant on the other')
+        raise ValueError(f'{path} has {n_channel} channel{"s" * (n_channel > 1)}, a dialogue has two: the '
+                         'user on one, the assistant on the other')
     return np.stack([left, read_audio(path, SAMPLE_RATE, 1)], axis=1)
 
 
 def rows_of(path):
     """Yields ('a.tsv, row 3', the object there, or None for anything else)."""
     name, suffix, columns = os.path.basename(path), os.path.splitext(path)[1].lower(), COLUMNS
-    split = {'.jsonl': json.loads, '.tsv': lambda line: line.split('\t'), '.csv': lambda line: next(csv.reader([line])), '.txt': lambda line: line.split(None, 3)}
+    split = {
+        '.jsonl': json.loads, '.tsv': lambda line: line.split('\t'),
+        '.csv': lambda line: next(csv.reader([line])), '.txt': lambda line: line.split(None, 3)}
     try:
         with open(path, encoding='utf-8-sig') as file:
             rows = json.load(file) if suffix == '.json' else [line.rstrip('\r\n') for line in file]
         if isinstance(rows, dict) and isinstance(rows.get('alignments'), list):
-            rows = [dict(role=row[2], start=row[1][0], end=row[1][1], word=row[0]) for row in rows['alignments']]
+            rows = [
+                dict(role=row[2], start=row[1][0], end=row[1][1], word=row[0]) for row in rows['alignments']]
         if not isinstance(rows, list):
             raise TypeError('not a list')
         for n, row in enumerate(rows, 1):
@@ -120,43 +140,53 @@ def rows_of(path):
                     continue
                 row = dict(zip(columns, row)) if len(row) == len(columns) else None
             yield f'{name}, row {n}', row if isinstance(row, dict) else None
-    except (ValueError, TypeError, LookupError, RecursionError) as error:       # no UTF-8, no JSON, alignments that are none
+    # no UTF-8, no JSON, alignments that are none
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(f'{path} is no transcript ({error}); other files have to lie elsewhere') from None
 
 
 def read_transcript(path, names, gap_sec, n_sec):
-    """-> [turns], times in seconds. names: what a role is called there -> the role; n_sec of the audio, None where there is none"""
+    """-> [turns], times in seconds. names: what a role is called there -> the role; n_sec of the audio, None
+    where there is none"""
     turns, words, rows = [], {role: [] for role in ROLES}, list(rows_of(path))
     for where, row in rows:
-        if row is None or 'role' not in row or ('word' in row) == ('text' in row) or not isinstance(row.get('word', row.get('text')), str):
-            raise ValueError(f'{where}, is neither a word (role, start, end, word) nor a turn (role, start_sec, end_sec, text)')
+        if row is None or 'role' not in row or ('word' in row) == ('text' in row) or not isinstance(
+                row.get('word', row.get('text')), str):
+            raise ValueError(f'{where}, is neither a word (role, start, end, word) nor a turn (role, '
+                             'start_sec, end_sec, text)')
         if str(row['role']) not in names:
             roles = ', '.join(sorted({str(row['role']) for _, row in rows if row and 'role' in row}))
             user, assistant = names
-            raise ValueError(f'{where}, is of role {row["role"]}; the file has the roles {roles}, and the user is called {user}, the assistant {assistant}: '
+            raise ValueError(f'{where}, is of role {row["role"]}; the file has the roles {roles}, and the '
+                             f'user is called {user}, the assistant {assistant}: '
                              'user_name and assistant_name say who is who')
         try:
             at = {f'{key}_sec': float(row.get(f'{key}_sec', row.get(key))) for key in ('start', 'end')}
         except (TypeError, ValueError):
             raise ValueError(f'{where}, has no start and end in seconds')
         if not 0 <= at['start_sec'] <= at['end_sec'] < math.inf:
-            raise ValueError(f'{where}, is from {at["start_sec"]} s to {at["end_sec"]} s: times count from 0, and an end is not before its start')
+            raise ValueError(f'{where}, is from {at["start_sec"]} s to {at["end_sec"]} s: times count from '
+                             '0, and an end is not before its start')
         if n_sec is not None and at['end_sec'] > n_sec + 0.1:        # 0.1: transcripts round
-            raise ValueError(f'{where}, ends at {at["end_sec"]} s, the audio beside it at {n_sec:.2f} s; is it cut off, or the audio of another?')
+            raise ValueError(f'{where}, ends at {at["end_sec"]} s, the audio beside it at {n_sec:.2f} s; is '
+                             'it cut off, or the audio of another?')
         if 'text' in row:
             turns.append(dict(at, role=names[str(row['role'])], text=row['text']))
         elif row['word'] not in NOT_SPOKEN:
             words[names[str(row['role'])]].append(dict(at, text=row['word']))
     if turns and any(words.values()):
-        raise ValueError(f'{path} has words and turns in one file; keep the words, the turns are made of them')
-    return turns or turns_of({role: sorted(said, key=lambda word: word['start_sec']) for role, said in words.items()}, gap_sec)
+        raise ValueError(f'{path} has words and turns in one file; keep the words, the turns are made of '
+                         'them')
+    return turns or turns_of(
+        {role: sorted(said, key=lambda word: word['start_sec']) for role, said in words.items()}, gap_sec)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # speech and silence
 
 def hear(wave, rate_hz, n_frame, vad='webrtc', aggressiveness=2):
-    """float32 [n_sample] at SAMPLE_RATE -> bool [n_frame]: a frame is speech where half of its windows are."""
+    """float32 [n_sample] at SAMPLE_RATE -> bool [n_frame]: a frame is speech where half of its windows
+    are."""
     hop = SAMPLE_RATE // WINDOW_HZ
     windows = wave[:len(wave) // hop * hop].reshape(-1, hop)
     heard = hear_voice(windows, aggressiveness) if vad == 'webrtc' else hear_energy(windows)
@@ -168,12 +198,13 @@ def hear(wave, rate_hz, n_frame, vad='webrtc', aggressiveness=2):
 
 
 def hear_voice(windows, aggressiveness):
-    """webrtcvad, once forwards and once backwards: after speech it holds on for 60 to 140 ms, and the beginning of a file it
-    may take for speech. Neither happens from both sides."""
+    """webrtcvad, once forwards and once backwards: after speech it holds on for 60 to 140 ms, and the
+    beginning of a file it may take for speech. Neither happens from both sides."""
     try:
         import webrtcvad
     except ImportError:
-        raise ValueError('to hear who speaks: pip install webrtcvad-wheels, or choose vad=energy, which needs nothing')
+        raise ValueError('to hear who speaks: pip install webrtcvad-wheels, or choose vad=energy, which '
+                         'needs nothing')
     pcm = (windows.clip(-1, 1) * 32767).astype('<i2')
 
     def run(pcm):
@@ -183,18 +214,21 @@ def hear_voice(windows, aggressiveness):
 
 
 def hear_energy(windows):
-    """Speech is 10 dB above the channel's noise (10 % of its windows are quieter), at most 30 dB below its loudest second (the
-    median of that), and above -60 dB of full scale."""
+    """Speech is 10 dB above the channel's noise (10 % of its windows are quieter), at most 30 dB below its
+    loudest second (the median of that), and above -60 dB of full scale."""
     if not len(windows):
         return np.zeros(0, bool)
     level_db = 10 * np.log10(np.square(windows).mean(1) + 1e-12)
-    return level_db > max(np.percentile(level_db, 10) + 10, np.median(np.sort(level_db)[-WINDOW_HZ:]) - 30, -60)
+    return level_db > max(
+        np.percentile(level_db, 10) + 10,
+        np.median(np.sort(level_db)[-WINDOW_HZ:]) - 30, -60)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 def samples_of(conversation):
-    """Yields task, start, end, name of its annotation, that, and the frame from which the assistant's words count."""
+    """Yields task, start, end, name of its annotation, that, and the frame from which the assistant's words
+    count."""
     found = [f for f in find(conversation) if f['kind'] != 'backchannel']
     for before, f, after in zip([None, *found], found, [*found[1:], None]):
         start, end, until = f['start'], f['end'], after['start'] if after else conversation['n_frame']
@@ -203,14 +237,17 @@ def samples_of(conversation):
             yield 'user_interruption', before['start'] if before else 0, until, 'interrupt.json', [note], end
             continue
         if f['expects']:
-            yield 'smooth_turn_taking', start, until, 'turn_taking.json', [dict(text='[TURN-TAKING]', timestamp=(end, end))], start
+            yield 'smooth_turn_taking', start, until, 'turn_taking.json', [
+                dict(text='[TURN-TAKING]', timestamp=(end, end))], start
         if f['pauses']:
-            yield 'pause_handling', start, end, 'pause.json', [dict(text='[PAUSE]', timestamp=(a, b)) for a, b, _ in f['pauses']], start
+            yield 'pause_handling', start, end, 'pause.json', [
+                dict(text='[PAUSE]', timestamp=(a, b)) for a, b, _ in f['pauses']], start
 
 
 def export_full_duplex_bench(conversations, folder):
     """
-    Writes a new folder for the scripts of Full-Duplex-Bench v1, a sample per turn of the user. Returns {task: samples}.
+    Writes a new folder for the scripts of Full-Duplex-Bench v1, a sample per turn of the user. Returns {task:
+    samples}.
 
         smooth_turn_taking/1/turn_taking.json   [{text, timestamp}]: the end of the user's turn. The sample: from its start to the next turn
         pause_handling/1/pause.json             [{text, timestamp}]: from and to, each pause in the turn. The sample: the turn
@@ -221,41 +258,60 @@ def export_full_duplex_bench(conversations, folder):
                            /transcription.json  [{text, timestamp}]: the user's words, where their times are known
         samples.json                            which part of which conversation each sample is
 
-    Theirs to do: output.json, unless all of the assistant's words have times; their get_transcript/asr.py makes it from output.wav.
-    (Some would be worse than none: their scripts pass over samples without, and would count only the silent ones.) The texts that
-    their judge of interruptions reads are empty where turns were only heard. Left out: backchannel, which is compared with
-    people's timing on their own recordings, and v1.5, which needs each dialogue with and without the overlap.
+    Theirs to do: output.json, unless all of the assistant's words have times; their get_transcript/asr.py
+    makes it from output.wav. (Some would be worse than none: their scripts pass over samples without, and
+    would count only the silent ones.) The texts that their judge of interruptions reads are empty where turns
+    were only heard. Left out: backchannel, which is compared with people's timing on their own recordings,
+    and v1.5, which needs each dialogue with and without the overlap.
     """
     conversations, counts, samples, part = list(conversations), {}, [], folder + '.part'
     if os.path.exists(folder):
-        raise ValueError(f'{folder} is there already, its old samples would be counted with the new: remove it, or give another')
-    has_words = all('words' in turn for c in conversations for turn in c['turns'] if turn['role'] == 'assistant')
+        raise ValueError(f'{folder} is there already, its old samples would be counted with the new: remove '
+                         'it, or give another')
+    has_words = all('words' in turn
+                    for c in conversations
+                    for turn in c['turns']
+                    if turn['role'] == 'assistant')
     shutil.rmtree(part, ignore_errors=True)
     for c in conversations:
         if c['wave'] is None and not has_words:
-            raise ValueError(f'{c["id"]} has no audio, and not all words of the assistants have times: their scripts need either')
+            raise ValueError(f'{c["id"]} has no audio, and not all words of the assistants have times: their '
+                             'scripts need either')
         for task, start, end, name, notes, since in samples_of(c):
             def in_seconds(rows, start=start, rate_hz=c['rate_hz']):
-                return [dict(row, timestamp=[round((at - start) / rate_hz, 3) for at in row['timestamp']]) for row in rows]
+                return [
+                    dict(row, timestamp=[round((at - start) / rate_hz, 3)
+                                         for at in row['timestamp']])
+                    for row in rows]
 
             counts[task] = counts.get(task, 0) + 1
-            samples.append(dict(sample=f'{task}/{counts[task]}', id=c['id'], start_sec=start / c['rate_hz'], end_sec=end / c['rate_hz']))
+            samples.append(
+                dict(sample=f'{task}/{counts[task]}', id=c['id'], start_sec=start / c['rate_hz'],
+                     end_sec=end / c['rate_hz']))
             path = os.path.join(part, samples[-1]['sample'])
             os.makedirs(path)
-            words = {role: in_seconds(dict(text=word['text'], timestamp=(word['start'], word['end'])) for turn in c['turns'] if turn['role'] == role
-                                      for word in turn.get('words', ()) if first <= word['start'] < end) for role, first in zip(ROLES, (start, since))}
+            words = {
+                role: in_seconds(
+                    dict(text=word['text'], timestamp=(word['start'], word['end']))
+                    for turn in c['turns']
+                    if turn['role'] == role
+                    for word in turn.get('words', ()) if first <= word['start'] < end)
+                for role, first in zip(ROLES, (start, since))}
             files = {name: in_seconds(notes)}
             if words['user']:
                 files['transcription.json'] = words['user']
             if has_words:
-                files['output.json'] = dict(text=' '.join(word['text'] for word in words['assistant']), chunks=words['assistant'])
+                files['output.json'] = dict(text=' '.join(word['text'] for word in words['assistant']),
+                                            chunks=words['assistant'])
             for name, content in files.items():
                 with open(os.path.join(path, name), 'w', encoding='utf-8') as file:
                     json.dump(content, file, ensure_ascii=False, indent=1)
             if c['wave'] is not None:
                 import soxr
-                piece = c['wave'][round(start / c['rate_hz'] * c['sample_rate']):round(end / c['rate_hz'] * c['sample_rate'])]
-                for name, wave in zip(('input.wav', 'output.wav'), soxr.resample(piece, c['sample_rate'], SAMPLE_RATE).T):
+                piece = c['wave'][round(start / c['rate_hz'] * c['sample_rate']):round(end / c['rate_hz']
+                                                                                       * c['sample_rate'])]
+                for name, wave in zip(('input.wav', 'output.wav'),
+                                      soxr.resample(piece, c['sample_rate'], SAMPLE_RATE).T):
                     write_audio(os.path.join(path, name), wave, SAMPLE_RATE)
     if not samples:
         raise ValueError('there is no user\'s turn in any conversation that could be exported')

@@ -7,8 +7,8 @@ from common.files import whole
 
 
 class Logger:
-    """log(kind='val', step=300, loss=…) for figures, log_heard for conversations. Lines after `step`, from which a run is
-    resumed, are taken out of log.jsonl first."""
+    """log(kind='val', step=300, loss=…) for figures, log_heard for conversations. Lines after `step`, from
+    which a run is resumed, are taken out of log.jsonl first."""
 
     def __init__(self, cfg, step):
         self.path = os.path.join(cfg.out_dir, 'log.jsonl')
@@ -24,7 +24,8 @@ class Logger:
     def log(self, **values):
         with open(self.path, 'a') as file:
             file.write(json.dumps(values) + '\n')
-        scalars = {f'{values["kind"]}/{key}': value for key, value in values.items() if isinstance(value, float)}
+        scalars = {
+            f'{values["kind"]}/{key}': value for key, value in values.items() if isinstance(value, float)}
         if self.tensorboard:
             for key, value in scalars.items():
                 self.tensorboard.add_scalar(key, value, values['step'])
@@ -35,7 +36,9 @@ class Logger:
         """Conversations of measures/turns.py, to be listened to."""
         for each in conversations:
             name, wave = f'heard/{each["id"]}', each['wave']
-            turns = [f'{turn["start"] / each["rate_hz"]:.2f} s {turn["role"]}: {turn["text"]}' for turn in each['turns']]
+            turns = [
+                f'{turn["start"] / each["rate_hz"]:.2f} s {turn["role"]}: {turn["text"]}'
+                for turn in each['turns']]
             text = '\n\n'.join(turns)
             if self.tensorboard:
                 self.tensorboard.add_text(name, text, step)
@@ -69,5 +72,6 @@ def open_wandb(cfg):
         raise ValueError(f'wandb={cfg.wandb} cannot start: {error}')
     with open(path, 'w') as file:
         file.write(run.id)
-    run.define_metric('*', step_metric='step')  # its own counter only goes up, a resumed run goes back to its last state
+    # its own counter only goes up, a resumed run goes back to its last state
+    run.define_metric('*', step_metric='step')
     return run

@@ -24,17 +24,21 @@ def regen(request):
 
 @pytest.fixture
 def run():
-    """run('flatten.py', '--help') -> the finished process. With fails=True it has to end with code 1 and no traceback."""
+    """run('flatten.py', '--help') -> the finished process. With fails=True it has to end with code 1 and no
+    traceback."""
     def run(script, *arguments, fails=False, launcher=(sys.executable,), **options):
-        result = subprocess.run([*launcher, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True, cwd=ROOT,
-                                env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)), **options)
-        assert (result.returncode == 1) if fails else (result.returncode == 0), f'{result.returncode}\n{result.stdout}\n{result.stderr}'
+        result = subprocess.run([*launcher, str(ROOT / script), *map(str, arguments)], capture_output=True,
+                                text=True, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS='1',
+                                                              PYTHONPATH=str(ROOT)), **options)
+        assert (result.returncode == 1) if fails else (
+            result.returncode == 0), f'{result.returncode}\n{result.stdout}\n{result.stderr}'
         assert not fails or 'Traceback' not in result.stderr, result.stderr
         return result
     return run
 
 
-TEXTS = ['what is the capital of france?', 'the capital of france is paris.', 'yes', 'ok', 'mhm', 'stop', 'hi?']
+TEXTS = [
+    'what is the capital of france?', 'the capital of france is paris.', 'yes', 'ok', 'mhm', 'stop', 'hi?']
 
 
 @pytest.fixture(scope='session')
@@ -46,9 +50,11 @@ def small_tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp('tokenizer')
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN2_PATTERN), 'isolated'),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(QWEN2_PATTERN), 'isolated'),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.save(str(folder / 'tokenizer.json'))
     return folder
 
@@ -57,15 +63,18 @@ CODEC = dict(name='toy', rate_hz=25.0, n_codes=32, sample_rate=16000, fingerprin
 
 
 def make_dialogues(n, seed=0, n_frame=(40, 120)):
-    """Dialogues a model can learn: the user's codes are all k, the assistant answers with k's text and code k + 16."""
+    """Dialogues a model can learn: the user's codes are all k, the assistant answers with k's text and code k
+    + 16."""
     rng = np.random.default_rng(seed)
     for i in range(n):
         length, k = int(rng.integers(*n_frame)), int(rng.integers(1, 7))
         end = int(rng.integers(10, length - 15))
         user, assistant = np.zeros(length, int), np.zeros(length, int)
         user[:end], assistant[end:end + 15] = k, k + 16
-        yield dict(id=f'd{i}', user=user.tolist(), assistant=assistant.tolist(),
-                   turns=[dict(role='user', start=0, end=end, text=TEXTS[k]), dict(role='assistant', start=end, end=end + 15, text=TEXTS[k])])
+        yield dict(
+            id=f'd{i}', user=user.tolist(), assistant=assistant.tolist(), turns=[
+                dict(role='user', start=0, end=end, text=TEXTS[k]),
+                dict(role='assistant', start=end, end=end + 15, text=TEXTS[k])])
 
 
 @pytest.fixture(scope='session')
@@ -84,7 +93,8 @@ def small_data(tmp_path_factory, small_tokenizer):
 def hum(pitch_hz, n_sec, rate=16000, seed=0):
     """A vowel of sorts: ten harmonics that swell and fade, over a little noise."""
     t = np.arange(int(n_sec * rate)) / rate
-    tone = sum(np.sin(2 * np.pi * pitch_hz * k * t) / k for k in range(1, 11)) * np.sin(np.pi * np.linspace(0, 1, len(t)))
+    tone = sum(np.sin(2 * np.pi * pitch_hz * k * t) / k for k in range(1, 11)) * np.sin(
+        np.pi * np.linspace(0, 1, len(t)))
     return (0.1 * tone + 1e-3 * np.random.default_rng(seed).standard_normal(len(t))).astype(np.float32)
 
 
@@ -94,14 +104,18 @@ def small_codec():
     from codec.mel import MelCodec
     waves, labels = [], []
     for i in range(24):
-        waves.append(np.concatenate([1e-3 * np.random.default_rng(i).standard_normal(8000), hum(100 + 40 * (i % 6), 1.0, seed=i)]).astype(np.float32))
+        waves.append(
+            np.concatenate([
+                1e-3 * np.random.default_rng(i).standard_normal(8000),
+                hum(100 + 40 * (i % 6), 1.0, seed=i)]).astype(np.float32))
         labels.append(np.repeat([0, 1 + i % 6], [12, 26]))
     return MelCodec.fit(waves, labels, np.ones(24, bool), n_codes=32, width=32, n_dim=8)
 
 
 @pytest.fixture(scope='session')
 def small_run(tmp_path_factory, small_tokenizer, small_codec):
-    """(data folder, checkpoint folder): a model of a few seconds' training, with its codec, as a user would have it."""
+    """(data folder, checkpoint folder): a model of a few seconds' training, with its codec, as a user would
+    have it."""
     import shutil
 
     import train
@@ -110,9 +124,12 @@ def small_run(tmp_path_factory, small_tokenizer, small_codec):
     shutil.copytree(small_tokenizer, data / 'tokenizer')
     small_codec.save(data / 'codec')
     for split, n in (('train', 40), ('val', 5), ('test', 5)):
-        save_dialogues(str(data / f'{split}.arrow'), make_dialogues(n, seed=len(split)), small_codec.describe())
+        save_dialogues(str(data / f'{split}.arrow'), make_dialogues(n, seed=len(split)),
+                       small_codec.describe())
     out = tmp_path_factory.mktemp('run') / 'run'
-    train.main(train.Config(data=str(data), out_dir=str(out), stages='duplex3:30', n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_inner=64,
-                            block_size=256, batch_size=4, batch_tokens=1024, eval_interval=30, learning_rate=3e-3, warmup_steps=5,
-                            device='cpu', dtype='float32', tensorboard=False, n_listen=0))
+    train.main(
+        train.Config(data=str(data), out_dir=str(out), stages='duplex3:30', n_layer=2, n_head=2, n_kv_head=1,
+                     n_embd=32, n_inner=64, block_size=256, batch_size=4, batch_tokens=1024, eval_interval=30,
+                     learning_rate=3e-3, warmup_steps=5, device='cpu', dtype='float32', tensorboard=False,
+                     n_listen=0))
     return data, out

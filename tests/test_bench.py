@@ -9,7 +9,9 @@ import bench
 from model import ModelConfig, Qwen2
 
 FIGURE = {'row', 'name', 'median', 'low', 'high', 'n', 'unit', 'note'}
-ABOUT = {'command', 'date', 'commit', 'uncommitted', 'machine', 'versions', 'dtype', 'threads', 'tiny', 'sec', 'figures', 'missing'}
+ABOUT = {
+    'command', 'date', 'commit', 'uncommitted', 'machine', 'versions', 'dtype', 'threads', 'tiny', 'sec',
+    'figures', 'missing'}
 
 
 def read(path):
@@ -24,10 +26,12 @@ def read(path):
 def test_a_tiny_run_writes_the_table_and_the_same_as_json(run, tmp_path):
     done = run('bench.py', '--cpu', '--tiny', '--only=attention,step', f'--save={tmp_path}/b.json')
     about = read(tmp_path / 'b.json')
-    assert about['tiny'] and about['threads'] == 1 and about['machine']['gpu'] is None and about['versions']['torch'] == torch.__version__
+    assert about['tiny'] and about['threads'] == 1 and about['machine']['gpu'] is None and about['versions'][
+        'torch'] == torch.__version__
     assert not about['missing'] and {figure['row'] for figure in about['figures']} == {'attention', 'step'}
     for figure in about['figures']:
-        line = next(line for line in done.stdout.split('\n') if line.startswith(figure['row']) and figure['name'] in line)
+        line = next(line for line in done.stdout.split('\n')
+                    if line.startswith(figure['row']) and figure['name'] in line)
         assert figure['unit'] in line and f'n={figure["n"]}' in line
     assert len({figure['name'] for figure in about['figures']}) == len(about['figures'])
 
@@ -39,20 +43,26 @@ def test_all_rows_run_at_toy_size(run, tmp_path):
         run('bench.py', '--tiny', *where, f'--save={tmp_path}/b.json')
         about = read(tmp_path / 'b.json')
         assert {figure['row'] for figure in about['figures']} == set(rows), about['missing']
-        assert all('not installed' in each['why'] or each['why'].startswith('no /') for each in about['missing']), about['missing']
+        assert all('not installed' in each['why'] or each['why'].startswith('no /')
+                   for each in about['missing']), about['missing']
 
 
 def test_a_row_that_fails_is_a_line_and_the_others_run(monkeypatch, capsys, tmp_path):
     def out_of_memory(bench):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 61 GiB\nmore')
-    rows = dict(full=(out_of_memory, 1, 1), fine=(lambda bench: bench.add('a figure', [1, 2, 4], 'ms'), 1, 1), late=(out_of_memory, 9999, 9999))
+
+    rows = dict(full=(out_of_memory, 1, 1), fine=(lambda bench: bench.add('a figure', [1, 2, 4], 'ms'), 1, 1),
+                late=(out_of_memory, 9999, 9999))
     monkeypatch.setattr(bench, 'CPU_ROWS', rows)
     monkeypatch.setattr('sys.argv', ['bench.py', '--cpu', f'--save={tmp_path}/b.json'])
     bench.main()
     about = read(tmp_path / 'b.json')
-    assert [(each['name'], each['median'], each['low'], each['high'], each['n']) for each in about['figures']] == [('a figure', 2, 1, 4, 3)]
+    assert [(each['name'], each['median'], each['low'], each['high'], each['n']) for each in about['figures']
+            ] == [('a figure', 2, 1, 4, 3)]
     full, late = about['missing']
-    assert full['why'] == 'OutOfMemoryError: CUDA out of memory. Tried to allocate 61 GiB' and 'left out: it takes 9999 s' in late['why']
+    assert full[
+        'why'] == 'OutOfMemoryError: CUDA out of memory. Tried to allocate 61 GiB' and 'left out: it takes 9999 s' in late[
+            'why']
     assert '61 GiB' in capsys.readouterr().out
 
 
@@ -84,7 +94,8 @@ def test_peers_get_the_same_rows_targets_and_documents(tmp_path):
 
 
 def test_help_and_mistakes(monkeypatch, capsys):
-    for arguments, said in ((['--help'], '--peers'), (['--cpu', '--only=stp'], "no row 'stp'"), (['--onyl=step'], 'unrecognized arguments: --onyl')):
+    for arguments, said in ((['--help'], '--peers'), (['--cpu', '--only=stp'], "no row 'stp'"),
+                            (['--onyl=step'], 'unrecognized arguments: --onyl')):
         monkeypatch.setattr('sys.argv', ['bench.py', *arguments])
         with pytest.raises(SystemExit) as end:
             bench.main()

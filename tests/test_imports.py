@@ -17,8 +17,12 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 def modules():
     """{'data.loader': its path} of all that is ours, tests left out."""
-    paths = [path for name in FLOOR for path in [ROOT / f'{name}.py', *(ROOT / name).rglob('*.py')] if path.is_file()]
-    return {'.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__'): path for path in paths}
+    paths = [
+        path for name in FLOOR for path in [ROOT / f'{name}.py', *(ROOT / name).rglob('*.py')]
+        if path.is_file()]
+    return {
+        '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__'): path
+        for path in paths}
 
 
 def imports(path, known):
@@ -55,4 +59,5 @@ def test_there_is_no_circle():
 def test_no_path_is_patched():
     for name, path in modules().items():
         if name != 'codec.cosyvoice':       # which runs in CosyVoice's own environment
-            assert 'sys.path' not in path.read_text(encoding='utf-8'), f'{name} changes sys.path; pip install -e . does that'
+            assert 'sys.path' not in path.read_text(
+                encoding='utf-8'), f'{name} changes sys.path; pip install -e . does that'

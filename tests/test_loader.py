@@ -22,7 +22,8 @@ from vocabulary import Vocabulary
 def make_loader(folder, layouts=('duplex3',), block_size=256, **options):
     dialogues = Dialogues(str(folder), options.pop('split', 'train'))
     vocab = Vocabulary.load(folder / 'tokenizer', dialogues.codec['n_codes'])
-    return Loader(dialogues, [get_layout(name) for name in layouts], vocab, block_size, options.pop('batch_size', 2), **options)
+    return Loader(dialogues, [get_layout(name) for name in layouts], vocab, block_size,
+                  options.pop('batch_size', 2), **options)
 
 
 def documents_of(batch):
@@ -44,7 +45,8 @@ def expected(loader, layout):
     out = []
     for i in range(len(loader.dialogues)):
         for document in flatten(loader.dialogues[i], layout, loader.vocab):
-            step = (loader.block_size + 1) // layout.period * layout.period if layout.period else len(document.ids)
+            step = (loader.block_size + 1) // layout.period * layout.period if layout.period else len(
+                document.ids)
             for at in range(0, len(document.ids), step):
                 ids, learned = document.ids[at:at + step], document.learned[at:at + step]
                 places = tuple((t, int(ids[t + 1])) for t in range(len(ids) - 1) if learned[t + 1])
@@ -60,8 +62,10 @@ def test_an_epoch_is_every_document_once(small_data, layout):
 
 
 def test_ranks_share_nothing_and_miss_nothing(small_data):
-    """Three ranks' epochs together are one epoch; their batches side by side are the batches of one process."""
-    alone, ranks = make_loader(small_data, batch_size=6), [make_loader(small_data, rank=r, world_size=3) for r in range(3)]
+    """Three ranks' epochs together are one epoch; their batches side by side are the batches of one
+    process."""
+    alone, ranks = make_loader(small_data, batch_size=6
+                               ), [make_loader(small_data, rank=r, world_size=3) for r in range(3)]
     whole = sorted(d for batch in alone.epoch() for d in documents_of(batch))
     assert sorted(d for loader in ranks for batch in loader.epoch() for d in documents_of(batch)) == whole
     for _ in range(20):     # over several epochs
@@ -97,8 +101,10 @@ def test_position_comes_back(small_data, n_before):
 
 
 def test_noise_touches_what_is_heard_only(small_data):
-    """A tenth of the user's codes become any other; what is learned stays, and ranks see what one process sees."""
-    clean, noisy = make_loader(small_data, batch_size=4), make_loader(small_data, batch_size=4, user_noise=0.1)
+    """A tenth of the user's codes become any other; what is learned stays, and ranks see what one process
+    sees."""
+    clean, noisy = make_loader(small_data, batch_size=4), make_loader(small_data, batch_size=4,
+                                                                      user_noise=0.1)
     ranks = [make_loader(small_data, batch_size=2, rank=r, world_size=2, user_noise=0.1) for r in range(2)]
     n_changed = n_heard = 0
     for _ in range(20):
@@ -106,7 +112,8 @@ def test_noise_touches_what_is_heard_only(small_data):
         assert torch.equal(a.targets, b.targets) and torch.equal(a.learn, b.learn)
         assert torch.equal(b.idx[0::2], halves[0].idx) and torch.equal(b.idx[1::2], halves[1].idx)
         heard = torch.ones(a.idx.numel(), dtype=bool)
-        heard[a.learn + 1 - (a.learn + 1 == len(heard)).int()] = False      # an id that was a target is not a user's
+        # an id that was a target is not a user's
+        heard[a.learn + 1 - (a.learn + 1 == len(heard)).int()] = False
         heard &= a.idx.flatten() >= clean.vocab.code_start
         changed = (a.idx != b.idx).flatten()
         assert not (changed & ~heard).any() and (b.idx.flatten()[heard] >= clean.vocab.code_start).all()
@@ -122,7 +129,8 @@ def test_long_dialogues_are_cut_at_chunk_borders(small_data):
 
 
 def test_streams_and_seconds(small_data):
-    """44 bytes of text more or less: what is counted as silence, speech and text adds up, and so do the seconds."""
+    """44 bytes of text more or less: what is counted as silence, speech and text adds up, and so do the
+    seconds."""
     loader = make_loader(small_data)
     sec = sum(batch.sec for batch in loader.epoch())
     frames = sum(-(-len(loader.dialogues[i]['user']) // 10) * 10 for i in range(60))
@@ -140,7 +148,8 @@ def test_packing(lengths):
     bins = pack(lengths, 100)
     assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in members) <= 100 for members in bins)
-    assert sum(sum(lengths[i] for i in members) <= 50 for members in bins) <= 1      # two such rows would have been one
+    # two such rows would have been one
+    assert sum(sum(lengths[i] for i in members) <= 50 for members in bins) <= 1
 
 
 def waste(lengths, capacity, window=4096):
@@ -151,9 +160,11 @@ def waste(lengths, capacity, window=4096):
     return 1 - sum(lengths) / (capacity * len(rows))
 
 
-@pytest.mark.parametrize('name, capacity, most', [('lengths_asr_1024', 1024, 0.0029), ('lengths_dialogue_8192', 8192, 0.0063)])
+@pytest.mark.parametrize('name, capacity, most', [('lengths_asr_1024', 1024, 0.0029),
+                                                  ('lengths_dialogue_8192', 8192, 0.0063)])
 def test_packing_wastes_less_than_trl(name, capacity, most):
-    """TRL 1.16's best is one batch of all 20,000 documents; ours are windows. A document of n ids takes n - 1 places."""
+    """TRL 1.16's best is one batch of all 20,000 documents; ours are windows. A document of n ids takes n - 1
+    places."""
     path = pathlib.Path(__file__).parent.parent / f'../shared/data/packing/{name}.npy'
     if not path.exists():
         pytest.skip(f'no {path}')
@@ -163,13 +174,16 @@ def test_packing_wastes_less_than_trl(name, capacity, most):
 
 @pytest.mark.parametrize('mean, sigma, capacity, most', [(5.5, 0.7, 1024, 0.0029), (7.7, 0.6, 8192, 0.0063)])
 def test_packing_wastes_little(mean, sigma, capacity, most):
-    """Log-normal lengths, as of a corpus read aloud and of dialogues; best-fit decreasing alone wastes 0.4 % and 0.8 %."""
-    lengths = np.clip(np.random.default_rng(0).lognormal(mean, sigma, 8192).astype(int), 20, capacity).tolist()
+    """Log-normal lengths, as of a corpus read aloud and of dialogues; best-fit decreasing alone wastes 0.4 %
+    and 0.8 %."""
+    lengths = np.clip(np.random.default_rng(0).lognormal(mean, sigma, 8192).astype(int), 20,
+                      capacity).tolist()
     assert waste(lengths, capacity) < most
 
 
 def test_rows_are_filled_exactly():
-    """By hand, into 10: best-fit decreasing puts 6 5 3 2 2 2 into three rows, 6 3, 5 2 2 and 2, where two do: 6 2 2, 5 3 2."""
+    """By hand, into 10: best-fit decreasing puts 6 5 3 2 2 2 into three rows, 6 3, 5 2 2 and 2, where two do:
+    6 2 2, 5 3 2."""
     lengths = [6, 5, 3, 2, 2, 2]
     assert [sorted(lengths[i] for i in row) for row in fill(range(6), lengths, 10)] == [[2, 2, 6], [2, 3, 5]]
     assert len(pack(lengths, 10)) == 2
@@ -178,7 +192,8 @@ def test_rows_are_filled_exactly():
 def test_one_sided_utterances_are_for_alignment_only(tmp_path, small_tokenizer):
     import shutil
     shutil.copytree(small_tokenizer, tmp_path / 'tokenizer')
-    utterance = dict(id='u', user=[1, 2, 3], assistant=[], turns=[dict(role='user', start=0, end=3, text='hi')])
+    utterance = dict(id='u', user=[1, 2, 3], assistant=[],
+                     turns=[dict(role='user', start=0, end=3, text='hi')])
     save_dialogues(str(tmp_path / 'train.arrow'), [utterance, *make_dialogues(1)], CODEC)
     assert len(list(make_loader(tmp_path, ['duplex3']).epoch())) == 1
     assert make_loader(tmp_path, ['duplex3']).counts['one_sided'] == 1
@@ -210,21 +225,24 @@ def test_refused(tmp_path, small_data):
     assert 'not a file of dialogues' in message(lambda: Dialogues(str(tmp_path), 'train'))
     pa.ipc.new_file(str(tmp_path / 'train.arrow'), pa.schema([('a', pa.int8())])).close()
     assert 'not a file of dialogues' in message(lambda: Dialogues(str(tmp_path), 'train'))
-    assert 'a chunk of duplex3 has 22 tokens, more than block_size 20' in message(lambda: make_loader(small_data, block_size=20))
+    assert 'a chunk of duplex3 has 22 tokens, more than block_size 20' in message(lambda: make_loader(
+        small_data, block_size=20))
     bad = dict(next(make_dialogues(1)), user=[40] * 10, assistant=[1] * 10, turns=[])
     import shutil
     shutil.copytree(small_data / 'tokenizer', tmp_path / 'tokenizer')
     save_dialogues(str(tmp_path / 'train.arrow'), [next(make_dialogues(1)), bad], CODEC)
-    assert message(lambda: make_loader(tmp_path).measure()) == message(lambda: list(make_loader(tmp_path).epoch()))
+    assert message(lambda: make_loader(tmp_path).measure()) == message(lambda: list(
+        make_loader(tmp_path).epoch()))
     text = message(lambda: make_loader(tmp_path).measure())
     assert 'train.arrow: record 1' in text and 'user code 40 at frame 0 is out of range' in text
 
 
 def test_a_mixture_holds_its_sets_by_weight(small_data, tmp_path):
-    """Any stretch of rows, on any number of ranks, and again after its position came back. The second set's codes are told by
-    its dialogues' ids, all k = 6 + 1."""
+    """Any stretch of rows, on any number of ranks, and again after its position came back. The second set's
+    codes are told by its dialogues' ids, all k = 6 + 1."""
     shutil.copytree(small_data / 'tokenizer', tmp_path / 'tokenizer')
-    save_dialogues(str(tmp_path / 'train.arrow'), [dict(d, user=[7] * len(d['user'])) for d in make_dialogues(20)], CODEC)
+    save_dialogues(str(tmp_path / 'train.arrow'),
+                   [dict(d, user=[7] * len(d['user'])) for d in make_dialogues(20)], CODEC)
 
     def mixture(**options):
         return Mixture([make_loader(small_data, **options), make_loader(tmp_path, **options)], [0.75, 0.25])
@@ -255,7 +273,8 @@ def test_files_with_little_in_them(tmp_path, small_tokenizer):
     assert len(Dialogues(str(tmp_path), 'test')) == 0
     with pytest.raises(ValueError, match='nothing in test fits layout duplex3'):
         make_loader(tmp_path, split='test')
-    save_dialogues(str(tmp_path / 'train.arrow'), [dict(id='quiet', user=[1] * 30, assistant=[0] * 30, turns=[])] * 2, CODEC)
+    save_dialogues(str(tmp_path / 'train.arrow'),
+                   [dict(id='quiet', user=[1] * 30, assistant=[0] * 30, turns=[])] * 2, CODEC)
     assert Dialogues(str(tmp_path), 'train')[1]['turns'] == []
     assert (make_loader(tmp_path).next_batch().stream == STREAMS.index('silence')).all()
 
@@ -265,7 +284,9 @@ def test_without_padding(small_data):
     padded, bare = make_loader(small_data, batch_size=4), make_loader(small_data, batch_size=4, padded=False)
     for _ in range(3):
         a, b = padded.next_batch(), bare.next_batch()
-        real = a.idx.numel() - sum(a.pos[row, a.doc[row] == a.doc[row, -1]].numel() for row in range(4) if not a.idx[row, a.doc[row] == a.doc[row, -1]].any())
+        real = a.idx.numel() - sum(a.pos[row, a.doc[row] == a.doc[row, -1]].numel()
+                                   for row in range(4)
+                                   if not a.idx[row, a.doc[row] == a.doc[row, -1]].any())
         assert b.idx.shape == b.pos.shape == b.doc.shape == (1, real) and real < a.idx.numel()
         assert documents_of(a) == documents_of(b)
         assert torch.equal(a.targets, b.targets) and torch.equal(a.stream, b.stream) and a.sec == b.sec
@@ -276,20 +297,23 @@ def test_an_epoch_is_measured(small_data, monkeypatch):
     monkeypatch.setattr(Loader, 'window', 8)        # 60 dialogues: 8 windows, the last of 4
     loader = make_loader(small_data)
     exact = loader.measure()
-    assert exact['dialogues'] == 60 and exact['rows'] == sum(len(loader.read_window(0, window)) for window in range(8))
+    assert exact['dialogues'] == 60 and exact['rows'] == sum(
+        len(loader.read_window(0, window)) for window in range(8))
     guess = loader.measure(n_window=3)
     assert guess['dialogues'] == 60 and abs(guess['tokens'] / exact['tokens'] - 1) < 0.2
 
 
 def test_a_thread_reads_ahead(small_data):
-    """The same batches, whichever loader; the state is that of the batch in hand, though two more are made already."""
+    """The same batches, whichever loader; the state is that of the batch in hand, though two more are made
+    already."""
     def loader():
         return Mixture([make_loader(small_data), make_loader(small_data, ['asr'])], [1, 1])
     plain, ahead = loader(), Prefetch(loader(), 'cpu')
     assert ahead.state == plain.state
     for _ in range(30):
         a, b = plain.next_batch(), ahead.next_batch()
-        assert all(torch.equal(x, y) for x, y in zip(a[:6], b[:6])) and a.sec == b.sec and ahead.state == plain.state
+        assert all(
+            torch.equal(x, y) for x, y in zip(a[:6], b[:6])) and a.sec == b.sec and ahead.state == plain.state
     state = json.loads(json.dumps(ahead.state))
     assert ahead.wait_sec > 0
     n_thread = threading.active_count()
@@ -307,7 +331,8 @@ def test_what_the_loader_raises_the_reader_of_batches_sees(tmp_path, small_data)
     bad = dict(next(make_dialogues(1)), user=[40] * 10, assistant=[1] * 10, turns=[])
     save_dialogues(str(tmp_path / 'train.arrow'), [*make_dialogues(9), bad], CODEC)
     ahead = Prefetch(make_loader(tmp_path, batch_size=1), 'cpu')
-    with pytest.raises(ValueError, match='record 9'):       # at the batch that holds it, at the latest in the first epoch
+    # at the batch that holds it, at the latest in the first epoch
+    with pytest.raises(ValueError, match='record 9'):
         for _ in range(10):
             ahead.next_batch()
     ahead.close()
@@ -316,7 +341,8 @@ def test_what_the_loader_raises_the_reader_of_batches_sees(tmp_path, small_data)
 def test_a_dialogue_is_checked_once(small_data, tmp_path, monkeypatch):
     """In the first epoch, not in the next; one that is refused is refused whenever it is read."""
     seen = []
-    monkeypatch.setattr('flatten.check', lambda dialogue, n_codes: seen.append(dialogue['id']) or check(dialogue, n_codes))
+    monkeypatch.setattr('flatten.check',
+                        lambda dialogue, n_codes: seen.append(dialogue['id']) or check(dialogue, n_codes))
     loader = make_loader(small_data, batch_size=1)
     for _ in range(3 * len(loader.rows)):
         loader.next_batch()
@@ -333,9 +359,11 @@ def test_a_dialogue_is_checked_once(small_data, tmp_path, monkeypatch):
 def test_a_rank_lays_its_own_rows_only(small_data, monkeypatch):
     """Two ranks' dialogues together are an epoch's, each laid once; a dialogue cut into many rows, too."""
     laid = []
-    monkeypatch.setattr(loader_module, 'flatten', lambda dialogue, *rest: laid.append(dialogue['id']) or flatten(dialogue, *rest))
+    monkeypatch.setattr(loader_module, 'flatten',
+                        lambda dialogue, *rest: laid.append(dialogue['id']) or flatten(dialogue, *rest))
     for rank in range(2):
-        loader = make_loader(small_data, block_size=300, rank=rank, world_size=2, batch_size=1)    # 13 chunks, no dialogue is cut
+        # 13 chunks, no dialogue is cut
+        loader = make_loader(small_data, block_size=300, rank=rank, world_size=2, batch_size=1)
         n_row = len(loader.rows)
         for _ in range(n_row // 2):
             loader.next_batch()

@@ -36,7 +36,8 @@ from model import (
     score,
 )
 
-pytestmark = pytest.mark.filterwarnings('ignore:flex_attention called without torch.compile') # meant: a CPU compiles it for a minute
+# meant: a CPU compiles it for a minute
+pytestmark = pytest.mark.filterwarnings('ignore:flex_attention called without torch.compile')
 TINY = ModelConfig(vocab_size=256, block_size=512, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, n_inner=96)
 DOC = torch.tensor([[0] * 5 + [1] * 12 + [2] * 7, [7] * 24, [3] * 23 + [4]]) # (3, 24)
 POS = torch.cat([torch.arange(n) for n in (5, 12, 7, 24, 23, 1)]).view(3, 24)
@@ -187,7 +188,8 @@ def random_documents(B, T, mean, seed):
 
 @pytest.fixture
 def varlen_on_cpu(monkeypatch):
-    """varlen_attn's reference, as FlashAttention has no CPU kernel: causal attention from one end to the next."""
+    """varlen_attn's reference, as FlashAttention has no CPU kernel: causal attention from one end to the
+    next."""
     def varlen_attn(q, k, v, ends, ends_k, max_q, max_k, window_size):
         assert window_size == (-1, 0) and ends.dtype == torch.int32 and q.size(1) == k.size(1) == v.size(1)
         number = torch.searchsorted(ends, torch.arange(len(q)), right=True) # of each position's document
@@ -197,7 +199,8 @@ def varlen_on_cpu(monkeypatch):
 
 @pytest.mark.parametrize('seed, T, mean', [(0, 24, 5), (1, 24, 100), (2, 200, 70), (3, 7, 1)])
 def test_all_ways_of_attention_are_equal(varlen_on_cpu, seed, T, mean):
-    """On packed rows, forward and gradients, to the dense mask; flex forward only, as it has no backward on a CPU."""
+    """On packed rows, forward and gradients, to the dense mask; flex forward only, as it has no backward on a
+    CPU."""
     doc, idx = random_documents(2, T, mean, seed), tokens(2, T, seed=seed)
     pos, learn = torch.arange(T) - document_starts(doc), torch.arange(0, 2 * T, 3)
     targets = idx.flatten()[learn]
@@ -219,7 +222,8 @@ def test_all_ways_of_attention_are_equal(varlen_on_cpu, seed, T, mean):
 
 @pytest.mark.parametrize('T', [1, 5, 127, 128, 129, 300])
 def test_attention_in_blocks_equals_the_whole(T):
-    """In fp32 to rounding, forward and gradients; in bf16, for which it is meant, as near to the fp32 result as SDPA's kernel is."""
+    """In fp32 to rounding, forward and gradients; in bf16, for which it is meant, as near to the fp32 result
+    as SDPA's kernel is."""
     generator = torch.Generator().manual_seed(T)
     qkv = [torch.randn(2, T, heads, 8, generator=generator) for heads in (6, 2, 2)]
 
@@ -230,24 +234,29 @@ def test_attention_in_blocks_equals_the_whole(T):
     reference = run(attend_dense, torch.float32)
     for ours, whole in zip(run(attend_in_blocks, torch.float32), reference):
         torch.testing.assert_close(ours, whole, atol=1e-5, rtol=1e-4)
-    for ours, kernel, whole in zip(run(attend_in_blocks, torch.bfloat16), run(attend_dense, torch.bfloat16), reference):
+    for ours, kernel, whole in zip(run(attend_in_blocks, torch.bfloat16), run(attend_dense, torch.bfloat16),
+                                   reference):
         assert (ours.float() - whole).norm() <= 2.5 * (kernel.float() - whole).norm() + 1e-3 * whole.norm()
 
 
 def test_bf16_on_a_cpu_takes_the_blocks(monkeypatch):
     taken = []
-    monkeypatch.setattr(model_module, 'attend_in_blocks', lambda q, k, v: taken.append(q.size(1)) or attend_dense(q, k, v))
+    monkeypatch.setattr(model_module, 'attend_in_blocks',
+                        lambda q, k, v: taken.append(q.size(1)) or attend_dense(q, k, v))
     for dtype in (torch.float32, torch.bfloat16):
-        attend_by_document(*(torch.randn(1, 1224, 2, 8, dtype=dtype) for _ in range(3)), lengths=[100, 63, 1025, 36])
+        attend_by_document(*(torch.randn(1, 1224, 2, 8, dtype=dtype) for _ in range(3)),
+                           lengths=[100, 63, 1025, 36])
     assert taken == [100]
 
 
 def test_each_device_has_its_attention(monkeypatch):
     """Hopper and Blackwell: flex; A100 and its kin: FlashAttention, which has no fp32; a CPU: by document."""
     assert fastest_attention(torch.device('cpu')) == 'by_document'
-    for capability, autocast, name in (((9, 0), True, 'flex'), ((10, 0), True, 'flex'), ((8, 0), True, 'varlen'),
-                                       ((8, 9), True, 'varlen'), ((8, 0), False, 'flex'), ((7, 5), False, 'flex')):
-        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device, capability=capability: capability)
+    for capability, autocast, name in (((9, 0), True, 'flex'), ((10, 0), True, 'flex'),
+                                       ((8, 0), True, 'varlen'), ((8, 9), True, 'varlen'),
+                                       ((8, 0), False, 'flex'), ((7, 5), False, 'flex')):
+        monkeypatch.setattr(torch.cuda, 'get_device_capability',
+                            lambda device, capability=capability: capability)
         monkeypatch.setattr(torch, 'is_autocast_enabled', lambda kind, autocast=autocast: autocast)
         assert fastest_attention(torch.device('cuda')) == name, (capability, autocast)
     doc, model = DOC, tiny()
@@ -258,9 +267,11 @@ def test_each_device_has_its_attention(monkeypatch):
         model(tokens(3, 24), POS, DOC)
 
 
-@pytest.mark.parametrize('B, T, mean, size', [(3, 256, 30, 16), (2, 250, 100, 16), (1, 64, 1000, 16), (2, 70, 2, 16), (2, 10, 3, 16), (2, 600, 200, 128)])
+@pytest.mark.parametrize('B, T, mean, size', [(3, 256, 30, 16), (2, 250, 100, 16), (1, 64, 1000, 16),
+                                              (2, 70, 2, 16), (2, 10, 3, 16), (2, 600, 200, 128)])
 def test_blocks_of_documents_equal_those_of_create_block_mask(B, T, mean, size):
-    """Key blocks of each query block, which all and which some of it sees, and the transpose that the gradients need."""
+    """Key blocks of each query block, which all and which some of it sees, and the transpose that the
+    gradients need."""
     doc = random_documents(B, T, mean, seed=T)
     ours = document_blocks(doc, size)
     theirs = create_block_mask(lambda b, h, query, key: (doc[b, query] == doc[b, key]) & (query >= key),
@@ -271,12 +282,14 @@ def test_blocks_of_documents_equal_those_of_create_block_mask(B, T, mean, size):
         for mask in (ours, theirs):
             counts, lists = getattr(mask, name + '_num_blocks'), getattr(mask, name + '_indices')
             assert counts.dtype == lists.dtype == torch.int32 and lists.max() < -(-T // size)
-            sets.append([sorted(x[:n].tolist()) for n, x in zip(counts.flatten(), lists.flatten(0, 2), strict=True)])
+            sets.append([
+                sorted(x[:n].tolist()) for n, x in zip(counts.flatten(), lists.flatten(0, 2), strict=True)])
         assert sets[0] == sets[1], name
 
 
 def test_document_starts_and_ends():
-    """Rows 5 12 7, 24 and 23 1 again; beyond the last document there are only empty ones, up to the 256 there may be."""
+    """Rows 5 12 7, 24 and 23 1 again; beyond the last document there are only empty ones, up to the 256 there
+    may be."""
     assert document_starts(DOC).tolist() == [[0] * 5 + [5] * 12 + [17] * 7, [0] * 24, [0] * 23 + [23]]
     ends = document_ends(DOC)
     assert ends.tolist() == [0, 5, 17, 24, 48, 71] + [72] * 251 and ends.dtype == torch.int32
@@ -286,7 +299,8 @@ def test_document_starts_and_ends():
 
 
 def test_masks_are_made_without_waiting_for_the_device():
-    """Fake tensors have shapes and no values: to ask for a value, or for a shape that depends on one, is an error."""
+    """Fake tensors have shapes and no values: to ask for a value, or for a shape that depends on one, is an
+    error."""
     with FakeTensorMode():
         doc = torch.zeros(4, 1024, dtype=torch.int64)
         assert document_blocks(doc).kv_indices.shape == (4, 1, 8, 8)
@@ -344,7 +358,8 @@ def test_dropped_positions_are_forgotten():
 
 @pytest.mark.parametrize('attention', [None, 'varlen', 'flex'])
 def test_blocks_compile_once(varlen_on_cpu, attention):
-    """One graph for all blocks and for all batches of a shape; the compiler proper is left out, as it takes a minute."""
+    """One graph for all blocks and for all batches of a shape; the compiler proper is left out, as it takes a
+    minute."""
     model, eager = tiny(), tiny()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -352,7 +367,8 @@ def test_blocks_compile_once(varlen_on_cpu, attention):
     model.compile_blocks(backend='eager')
     for seed in range(4):
         doc, idx = random_documents(2, 48, 20, seed), tokens(2, 48, seed=seed)
-        batch = (idx, torch.arange(48) - document_starts(doc), doc, torch.arange(30 + seed), tokens(30 + seed))
+        batch = (idx, torch.arange(48) - document_starts(doc), doc, torch.arange(30 + seed),
+                 tokens(30 + seed))
         with torch.set_grad_enabled(attention != 'flex'):
             ours, theirs = model(*batch), eager(*batch)
         torch.testing.assert_close(ours, theirs)
@@ -395,17 +411,21 @@ def test_compiled_score_equals_the_eager_one(dtype):
         x, head, targets, weights = head_and_rows(n, n_vocab=3000, dtype=dtype)
         logits = (x @ head.T).detach()
         ours = logits.clone()
-        torch.testing.assert_close(compiled(score, dynamic=True)(ours, targets, weights), score(logits, targets, weights), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            compiled(score, dynamic=True)(ours, targets, weights), score(logits, targets, weights), rtol=1e-5,
+            atol=1e-5)
         torch.testing.assert_close(ours, logits, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
         assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
 
 
 def test_start_from_nothing():
-    """N(0, 1 / sqrt(256) = 0.0625), over sqrt(2 * 3 layers) where the residual stream is written; first loss ln(256) = 5.55."""
+    """N(0, 1 / sqrt(256) = 0.0625), over sqrt(2 * 3 layers) where the residual stream is written; first loss
+    ln(256) = 5.55."""
     torch.manual_seed(0)
     model = Qwen2(replace(TINY, n_embd=256, n_inner=512))
     block = model.model.layers[1]
-    for part in block.self_attn.qkv_proj.weight.split([256, 128, 128]) + block.mlp.gate_up_proj.weight.split([512, 512]):
+    for part in block.self_attn.qkv_proj.weight.split([256, 128, 128]) + block.mlp.gate_up_proj.weight.split([
+            512, 512]):
         assert part.std().item() == pytest.approx(0.0625, rel=0.05)
     assert block.mlp.down_proj.weight.std().item() == pytest.approx(0.0625 / 6 ** 0.5, rel=0.05)
     assert block.self_attn.qkv_proj.bias.abs().sum() == 0
@@ -416,7 +436,8 @@ def test_start_from_nothing():
 @pytest.mark.parametrize('tie', [True, False])
 @pytest.mark.parametrize('how', ['spread', 'words', 'normal', 'zeros'])
 def test_grown_rows(how, tie):
-    """Ids 250 to 255 were spare, 256 to 4351 are new. Old rows stay, the model says of old ids what it said before."""
+    """Ids 250 to 255 were spare, 256 to 4351 are new. Old rows stay, the model says of old ids what it said
+    before."""
     model = tiny(tie_embeddings=tie)
     before, idx = {name: x.clone() for name, x in model.state_dict().items()}, tokens(2, 20, vocab_size=250)
     logits = model(idx).detach()
@@ -428,7 +449,8 @@ def test_grown_rows(how, tie):
         assert torch.equal(rows[:250], old[:250])
         new, text = rows[256:], old[:240]
         mean, std = {'normal': (0, 0.02), 'zeros': (0, 0)}.get(how, (text.mean(0), 0.5 * text.std(0)))
-        # 4,096 draws: a mean is good to 1/64 of a standard deviation, 5 of these is never exceeded; a deviation to 1/90
+        # 4,096 draws: a mean is good to 1/64 of a standard deviation, 5 of these is never exceeded; a
+        # deviation to 1/90
         assert ((new.mean(0) - mean).abs() <= 5 / 64 * torch.as_tensor(std)).all()
         torch.testing.assert_close(new.std(0), torch.as_tensor(std).expand(64).float(), rtol=0.06, atol=0)
         if how == 'words':
@@ -442,7 +464,8 @@ def test_grown_rows(how, tie):
 
 def head_and_rows(n, n_vocab=300, n_embd=32, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    x, head = (torch.randn(size, n_embd, generator=generator).to(dtype).requires_grad_() for size in (n, n_vocab))
+    x, head = (
+        torch.randn(size, n_embd, generator=generator).to(dtype).requires_grad_() for size in (n, n_vocab))
     return x, head, tokens(n, vocab_size=n_vocab), torch.rand(n, generator=generator)
 
 def whole(x, head, targets, weights):
@@ -460,7 +483,8 @@ def in_chunks(x, head, targets, weights, chunk):
 @pytest.mark.parametrize('chunk', [1, 7, 64, 100, 4096])
 def test_loss_in_chunks_equals_the_whole(chunk):
     x, head, targets, weights = head_and_rows(100)
-    for ours, theirs in zip(in_chunks(x, head, targets, weights, chunk), whole(x, head, targets, weights), strict=True):
+    for ours, theirs in zip(in_chunks(x, head, targets, weights, chunk), whole(x, head, targets, weights),
+                            strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5 if ours.dim() == 0 else 5e-6)
     ours, theirs = in_chunks(x, head, targets, None, chunk), whole(x, head, targets, torch.ones(100))
     torch.testing.assert_close(ours[3], theirs[3], rtol=1e-6, atol=5e-6)
@@ -488,9 +512,9 @@ def test_nothing_to_learn_is_a_loss_of_zero():
 
 def test_bf16_matmuls_and_fp32_sums():
     """
-    In autocast the head stays fp32 and so does its gradient. 2,048 rows a row at a time: with a bf16 sum, whose steps
-    at 256 are 2, small products would be lost and the gradient come out 10 % off; and a loss of 2,048 * 6 = 12,000
-    would be a multiple of 64.
+    In autocast the head stays fp32 and so does its gradient. 2,048 rows a row at a time: with a bf16 sum,
+    whose steps at 256 are 2, small products would be lost and the gradient come out 10 % off; and a loss of
+    2,048 * 6 = 12,000 would be a multiple of 64.
     """
     x, head, targets, weights = head_and_rows(2048, n_vocab=60)
     x = (x.detach() * 0.1 + 1).requires_grad_() # alike, so that their products add up
@@ -503,7 +527,8 @@ def test_bf16_matmuls_and_fp32_sums():
     for a, b in zip(ours[1:], reference[1:], strict=True):
         assert (a - b).norm() < 0.01 * b.norm()
 
-    y, matrix = (z.detach().bfloat16().requires_grad_() for z in (x, head)) # all of the model in bf16: gradients as well
+    # all of the model in bf16: gradients as well
+    y, matrix = (z.detach().bfloat16().requires_grad_() for z in (x, head))
     half = in_chunks(y, matrix, targets, weights, chunk=1)
     assert [z.dtype for z in half] == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
     for a, b in zip(half[1:], reference[1:], strict=True):
@@ -511,13 +536,15 @@ def test_bf16_matmuls_and_fp32_sums():
 
 
 def test_logits_never_exist_whole():
-    """The largest tensor that any operation makes, in elements: chunk * V of logits, V * C of the head's gradient."""
+    """The largest tensor that any operation makes, in elements: chunk * V of logits, V * C of the head's
+    gradient."""
     class Largest(TorchDispatchMode):
         size = 0
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             made = function(*args, **(kwargs or {}))
-            self.size = max([self.size] + [x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor)])
+            self.size = max([self.size]
+                            + [x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor)])
             return made
 
     x, head, targets, weights = head_and_rows(2000, n_vocab=1000)
@@ -554,6 +581,7 @@ def break_weights(change):
 
 NORM = 'model.norm.weight'
 
+
 @pytest.mark.parametrize('damage, message', [
     (break_config(model_type='llama'), "model_type is 'llama'"),
     (break_config(num_key_value_heads=...), "lacks num_key_value_heads"),
@@ -562,13 +590,15 @@ NORM = 'model.norm.weight'
     (break_config(intermediate_size=97), r'layers\.0\.mlp\.down_proj\.weight is \(64, 96\), but \(64, 97\)'),
     (break_config(num_hidden_layers=2), r'has a tensor model\.layers\.2'),
     (break_weights(lambda weights: weights.pop(NORM)), f'lacks the tensor {NORM}'),
-    (break_weights(lambda weights: weights.update({NORM: weights[NORM].to(torch.int8)})), f'{NORM} is torch.int8, a quantised export'),
+    (break_weights(lambda weights: weights.update({NORM: weights[NORM].to(torch.int8)})),
+     f'{NORM} is torch.int8, a quantised export'),
     (lambda folder: (folder / 'model.safetensors.index.json').write_text(
-        json.dumps(dict(weight_map=dict(a='model.safetensors', b='model-00002-of-00002.safetensors')))), 'has no model-00002-of-00002.safetensors; download it'),
+        json.dumps(dict(weight_map=dict(a='model.safetensors', b='model-00002-of-00002.safetensors')))),
+     'has no model-00002-of-00002.safetensors; download it'),
     (lambda folder: (folder / 'config.json').unlink(), 'has no config.json'),
     (lambda folder: (folder / 'model.safetensors').unlink(), 'has no model.safetensors'),
-    (lambda folder: (folder / 'model.safetensors').write_text('version git-lfs'), 'no complete safetensors'),
-])
+    (lambda folder:
+     (folder / 'model.safetensors').write_text('version git-lfs'), 'no complete safetensors'), ])
 def test_a_broken_folder_is_named(tmp_path, damage, message):
     tiny().save_pretrained(tmp_path)
     damage(tmp_path)

@@ -1,4 +1,5 @@
-"""The README is true: its commands parse, its table of files is the tree, its layouts are those of flatten.py."""
+"""The README is true: its commands parse, its table of files is the tree, its layouts are those of
+flatten.py."""
 import json
 import pathlib
 import re
@@ -23,7 +24,8 @@ SCRIPTS = {'train.py': train, 'sample.py': sample, 'evaluate.py': evaluate}
 
 @pytest.mark.parametrize('command', sorted(set(COMMANDS)))
 def test_commands_parse(command, monkeypatch):
-    """Each train, sample and evaluate line of README, Makefile and configs: files exist, settings are known and typed."""
+    """Each train, sample and evaluate line of README, Makefile and configs: files exist, settings are known
+    and typed."""
     monkeypatch.chdir(ROOT)
     script, *arguments = shlex.split(command.split('&&')[0])
     if '--help' not in arguments:
@@ -33,7 +35,8 @@ def test_commands_parse(command, monkeypatch):
 @pytest.mark.parametrize('batch_size, n_rank', [(None, 1), (4, 1), (None, 2)])
 def test_the_demos_batches_divide(batch_size, n_rank):
     """Alone, with --batch_size=4, and under torchrun on two."""
-    cfg = config.load(train.Config, [str(ROOT / 'config/demo.py')] + ([f'--batch_size={batch_size}'] if batch_size else []))
+    cfg = config.load(train.Config, [str(ROOT / 'config/demo.py')] +
+                      ([f'--batch_size={batch_size}'] if batch_size else []))
     assert cfg.batch_tokens % (cfg.batch_size * cfg.block_size * n_rank) == 0
 
 
@@ -51,7 +54,9 @@ def test_table_of_files(regen):
         if regen:
             readme = re.sub(rf'^\| `{name}` \| +\d+ \|', f'| `{name}` | {n_line} |', readme, flags=re.M)
         else:
-            assert int(n) == n_line, f'{name} has {n_line} lines, the README says {n}: pytest --regen tests/test_readme.py'
+            assert int(
+                n
+            ) == n_line, f'{name} has {n_line} lines, the README says {n}: pytest --regen tests/test_readme.py'
     if regen:
         path.write_text(readme, encoding='utf-8')
 
@@ -60,7 +65,8 @@ def test_table_of_files(regen):
 def test_table_of_what_can_be_spoken():
     """The figures are those that data/simulate.py --check prints."""
     files = ['belle_eval_set.jsonl', 'fastchat_dummy.json', 'lccc_toy.json', 'oasst_en_100_tree.jsonl']
-    args = simulate.arguments().parse_args(['--out=', '--codec=', *(str(ROOT.parent / 'shared/data/text' / name) for name in files)])
+    args = simulate.arguments(
+    ).parse_args(['--out=', '--codec=', *(str(ROOT.parent / 'shared/data/text' / name) for name in files)])
     _, table, _ = simulate.collect(args.files, args)
     columns = ['dialogues', 'whole', 'part', *simulate.REASONS, 'script', 'symbols', 'long', 'empty']
     rows = re.findall(r"^\| (?:BELLE's|FastChat's|LCCC's|OASST,|all).*?\|((?: \d+ \|)+)$", README, re.M)
@@ -78,7 +84,8 @@ def test_ratios():
 
 
 def test_the_demos_table():
-    """It is what evaluate.py printed of bench/results/demo.json, which make demo left in out/demo/evaluation/metrics.json."""
+    """It is what evaluate.py printed of bench/results/demo.json, which make demo left in
+    out/demo/evaluation/metrics.json."""
     printed = evaluate.laid_out(evaluate.table(json.loads((ROOT / 'bench/results/demo.json').read_text())))
     assert textwrap.indent(printed, '    ') in README
 

@@ -1,4 +1,5 @@
-"""The page says what was found, keeps texts texts, and plays, seeks and is operated as a person would, in headless Chromium."""
+"""The page says what was found, keeps texts texts, and plays, seeks and is operated as a person would, in
+headless Chromium."""
 import html.parser
 import io
 import json
@@ -15,17 +16,20 @@ RATE_HZ, SAMPLE_RATE = 25.0, 16000
 NASTY = '</script><img src=x onerror="document.title=\'owned\'"> <!-- {{title}} \u2028 & "quoted" 你好'
 
 
-def talk(id='one', n_sec=8, turns=((0, 'user', 1, 3, 'What is two?'), (1, 'assistant', 3.2, 5, 'Two.')), **more):
+def talk(id='one', n_sec=8, turns=((0, 'user', 1, 3, 'What is two?'), (1, 'assistant', 3.2, 5, 'Two.')),
+         **more):
     """A conversation in which each turn hums; times in seconds."""
     n_frame = int(n_sec * RATE_HZ)
     c = dict(id=id, rate_hz=RATE_HZ, n_frame=n_frame, expected=None, sample_rate=SAMPLE_RATE, chunk_frames=10,
-             wave=np.zeros((n_sec * SAMPLE_RATE, 2), np.float32), speaks=dict(user=np.zeros(n_frame, bool), assistant=np.zeros(n_frame, bool)), turns=[])
+             wave=np.zeros((n_sec * SAMPLE_RATE, 2), np.float32),
+             speaks=dict(user=np.zeros(n_frame, bool), assistant=np.zeros(n_frame, bool)), turns=[])
     for channel, role, start, end, text in turns:
         a, b = round(start * RATE_HZ), round(end * RATE_HZ)
         c['turns'].append(dict(role=role, start=a, end=b, text=text))
         c['speaks'][role][a:b] = True
         t = np.arange((b - a) * 640) / SAMPLE_RATE
-        c['wave'][a * 640:b * 640, channel] += 0.3 * np.sin(2 * np.pi * 300 * t) * np.sin(2 * np.pi * 3 * t) ** 2
+        c['wave'][a * 640:b * 640,
+                  channel] += 0.3 * np.sin(2 * np.pi * 300 * t) * np.sin(2 * np.pi * 3 * t)**2
     return dict(c, **more)
 
 
@@ -33,8 +37,10 @@ def turn(start, end, **more):
     """As turns.find has it; the assistant speaks from response on."""
     response = more.get('response')
     speaks = np.arange(MAX_K) >= (MAX_K if response is None else response)
-    return dict(dict(kind='question', start=start, end=end, response=None, expects=True, false_start=None, yielded=None, unprompted=None,
-                     speaks_from_end=speaks, speaks_from_start=np.zeros(MAX_K, bool)), **more)
+    return dict(
+        dict(kind='question', start=start, end=end, response=None, expects=True, false_start=None,
+             yielded=None, unprompted=None, speaks_from_end=speaks, speaks_from_start=np.zeros(MAX_K, bool)),
+        **more)
 
 
 class Reader(html.parser.HTMLParser):
@@ -67,28 +73,41 @@ def test_one_file_that_asks_for_nothing(tmp_path):
     page = (tmp_path / 'report.html').read_text(encoding='utf-8')
     assert not re.search(r'https?:|//\w+\.|@import|url\(', page) and '{{' not in page
     assert {attrs.get('src') or attrs.get('href') for _, attrs in reader.tags} == {None, 'data:,'}
-    assert ('html', {'lang': 'en'}) in reader.tags and '97\u00a0%' in reader.text and '68\u00a0%' in reader.text
+    assert ('html', {'lang': 'en'
+                     }) in reader.tags and '97\u00a0%' in reader.text and '68\u00a0%' in reader.text
     one, two = json.loads(reader.scripts['dialogues'])
-    assert (one['id'], one['spans'], one['both'], one['marks']) == ('one', {'user': [[25, 75]], 'assistant': [[80, 125]]}, [], [])
-    assert len(one['loud']['user']) == 200 and {'mp3-0', 'mp3-1'} < set(reader.scripts) and two['mp3'] == 'mp3-1'
+    assert (one['id'], one['spans'], one['both'],
+            one['marks']) == ('one', {'user': [[25, 75]], 'assistant': [[80, 125]]}, [], [])
+    assert len(one['loud']['user']) == 200 and {'mp3-0', 'mp3-1'} < set(
+        reader.scripts) and two['mp3'] == 'mp3-1'
 
 
 def test_a_text_stays_a_text(tmp_path):
     c = talk(NASTY, turns=[(0, 'user', 1, 2, NASTY)], wave=None)
     c['turns'][0]['words'] = [dict(text=NASTY, start=25, end=30)]
-    reader = written(tmp_path, NASTY, [c], figures=[(NASTY, NASTY, NASTY)], curves={NASTY: [(0, 1.0), (1, 2.0)]}, note=NASTY)
-    assert 'img' not in {tag for tag, _ in reader.tags} and not any(name.startswith('on') for _, attrs in reader.tags for name in attrs)
+    reader = written(tmp_path, NASTY, [c], figures=[(NASTY, NASTY, NASTY)],
+                     curves={NASTY: [(0, 1.0), (1, 2.0)]}, note=NASTY)
+    assert 'img' not in {tag for tag, _ in reader.tags
+                         } and not any(name.startswith('on') for _, attrs in reader.tags for name in attrs)
     assert sum(tag == 'script' for tag, _ in reader.tags) == 2
     page, = json.loads(reader.scripts['dialogues'])
-    assert page['id'] == page['turns'][0]['text'] == page['turns'][0]['words'][0]['text'] == NASTY and reader.text.count(NASTY) >= 5
+    assert page['id'] == page['turns'][0]['text'] == page['turns'][0]['words'][0][
+        'text'] == NASTY and reader.text.count(NASTY) >= 5
 
 
 def test_marks():
-    """At 25 Hz a frame is 40 ms: 3 frames after the end are 120 ms; a start 5 frames before it is 200 ms early; 38 are 1,520, above the 1,500 that count."""
-    found = [turn(10, 20, response=3), turn(30, 40, response=-5, false_start=32), turn(50, 60, response=38, unprompted=110), turn(120, 130),
-             turn(140, 150, kind='interruption', yielded=4, response=0), turn(160, 170, kind='interruption', expects=False),
-             turn(180, 185, kind='backchannel', expects=False),
-             turn(190, 195, kind='backchannel', expects=False, yielded=10), turn(200, 205, kind='backchannel', expects=False, yielded=90)]
+    """At 25 Hz a frame is 40 ms: 3 frames after the end are 120 ms; a start 5 frames before it is 200 ms
+    early; 38 are 1,520, above the 1,500 that count."""
+    found = [
+        turn(10, 20, response=3),
+        turn(30, 40, response=-5, false_start=32),
+        turn(50, 60, response=38, unprompted=110),
+        turn(120, 130),
+        turn(140, 150, kind='interruption', yielded=4, response=0),
+        turn(160, 170, kind='interruption', expects=False),
+        turn(180, 185, kind='backchannel', expects=False),
+        turn(190, 195, kind='backchannel', expects=False, yielded=10),
+        turn(200, 205, kind='backchannel', expects=False, yielded=90)]
     assert [mark[:4] for mark in report.marks(found, RATE_HZ)] == [
         ('answer', 20, 23, '120 ms'),
         ('false start', 32, 32, '▼ false start'), ('answer', 35, 40, '200 ms early'),
@@ -96,28 +115,38 @@ def test_marks():
         ('no answer', 130, 130, '✕ no answer'),
         ('interruption', 140, 144, 'interrupts, yields after 160 ms'), ('answer', 150, 150, '0 ms'),
         ('interruption', 160, 160, 'interrupts, never yields'),
-        ('backchannel', 180, 180, '○ backchannel'), ('backchannel', 190, 190, '○ backchannel, silent after 400 ms'),
+        ('backchannel', 180, 180, '○ backchannel'), ('backchannel', 190, 190, '○ backchannel, silent after '
+                                                                              '400 ms'),
         ('backchannel', 200, 200, '○ backchannel')]
 
 
 def test_plots_say_their_figures(tmp_path):
-    """Responses after 0, 3 and 10 frames are in by the 1st, 4th and 11th; the fourth never comes. Their median is 3 frames. Of two
-    interruptions one yields after 6 frames, by the 7th. The last losses are 0.5 and 0.25."""
-    found = [turn(10, 20, response=0), turn(30, 40, response=3, kind='interruption', yielded=6), turn(50, 60, response=10), turn(70, 80, kind='interruption')]
-    reader = written(tmp_path, 'A run', [talk(wave=None)], found=[found], curves={'train text': [(0, 2.0), (50, 0.5)], 'val text': [(50, 0.25)]})
+    """Responses after 0, 3 and 10 frames are in by the 1st, 4th and 11th; the fourth never comes. Their
+    median is 3 frames. Of two interruptions one yields after 6 frames, by the 7th. The last losses are 0.5
+    and 0.25."""
+    found = [
+        turn(10, 20, response=0),
+        turn(30, 40, response=3, kind='interruption', yielded=6),
+        turn(50, 60, response=10),
+        turn(70, 80, kind='interruption')]
+    reader = written(tmp_path, 'A run', [talk(wave=None)], found=[found],
+                     curves={'train text': [(0, 2.0), (50, 0.5)], 'val text': [(50, 0.25)]})
     says = [attrs['aria-label'] for tag, attrs in reader.tags if tag == 'svg' and attrs.get('role') == 'img']
     times, takes, yields, loss = [text.replace('\u00a0', ' ') for text in says]
     assert 'Median 120 ms. 1 of 4 answers came later than 1.6 s, or not at all.' in times
     assert '4 turns. By frame 1: 25 %, 5: 50 %, 10: 50 %, 25: 75 %.' in takes and '2 turns. By frame 1: 0 %, 5: 0 %, 10: 50 %, 25: 50 %.' in yields
-    assert 'train text 0.5, val text 0.25' in loss and set(says) <= {attrs.get('aria-label') for _, attrs in reader.tags}
+    assert 'train text 0.5, val text 0.25' in loss and set(says) <= {
+        attrs.get('aria-label') for _, attrs in reader.tags}
 
 
 def test_ticks():
-    assert report.ticks(1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1]) and report.ticks(1560) == [0, 500, 1000, 1500]
+    assert report.ticks(1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1]) and report.ticks(1560) == [
+        0, 500, 1000, 1500]
 
 
 def test_sound_stays_small_and_in_time(tmp_path):
-    """Half a minute, in which the two take turns to hum over a little noise: a hundred of them are below 20 MB, and each hum begins where it did, to 5 ms."""
+    """Half a minute, in which the two take turns to hum over a little noise: a hundred of them are below 20
+    MB, and each hum begins where it did, to 5 ms."""
     soundfile = pytest.importorskip('soundfile')
     from tests.conftest import hum
     for rate, n_sec in ((16000, 30), (24000, 4), (8000, 4), (44100, 4)):
@@ -125,11 +154,15 @@ def test_sound_stays_small_and_in_time(tmp_path):
         for at in range(1, n_sec - 1, 2):
             wave[at * rate:(at + 1) * rate, at // 2 % 2] += hum(150, 1.0, rate)
         sound, sample_rate = report.mp3(wave, rate)
-        assert sample_rate == min(rate, 16000) and len(sound) * 30 / n_sec * 100 < 20e6, f'{len(sound)} bytes of {n_sec} s at {rate} Hz'
+        assert sample_rate == min(
+            rate,
+            16000) and len(sound) * 30 / n_sec * 100 < 20e6, f'{len(sound)} bytes of {n_sec} s at {rate} Hz'
         back, _ = soundfile.read(io.BytesIO(report.base64.b64decode(sound)), dtype='float32')
         step = rate / sample_rate
         m = min(len(back), int(len(wave) / step))
-        one, other = (np.fft.rfft(x, 2 * m) for x in (back[:m, 0], np.interp(np.arange(m) * step, np.arange(len(wave)), wave[:, 0])))
+        one, other = (np.fft.rfft(x, 2 * m)
+                      for x in (back[:m, 0], np.interp(np.arange(m) * step, np.arange(len(wave)), wave[:,
+                                                                                                       0])))
         lag = (int(np.argmax(np.fft.irfft(one * other.conj()))) + m) % (2 * m) - m
         assert abs(lag) <= 0.005 * sample_rate, f'{1e3 * lag / sample_rate:.1f} ms late at {rate} Hz'
 
@@ -143,7 +176,8 @@ def test_no_mp3_is_said(monkeypatch):
 
 # ---- in a browser
 
-FLAGS = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync '
+FLAGS = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
+         '--disable-component-update --disable-sync '
          '--autoplay-policy=no-user-gesture-required').split()
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 
@@ -162,34 +196,45 @@ def browser():
 
 @pytest.fixture(scope='module')
 def hundred(tmp_path_factory):
-    """One dialogue with all there can be, one long one, 98 more. All but the first have the long one's sound, to be encoded once."""
+    """One dialogue with all there can be, one long one, 98 more. All but the first have the long one's sound,
+    to be encoded once."""
     path = tmp_path_factory.mktemp('report') / 'report.html'
-    first = talk('first', turns=[(0, 'user', 1, 3, NASTY), (1, 'assistant', 2.4, 5, 'Two.'), (0, 'user', 4, 6, 'No, three?'), (1, 'assistant', 7, 8, 'Three.')])
+    first = talk(
+        'first', turns=[(0, 'user', 1, 3, NASTY), (1, 'assistant', 2.4, 5, 'Two.'),
+                        (0, 'user', 4, 6, 'No, three?'), (1, 'assistant', 7, 8, 'Three.')])
     first.update(expected=[dict(role='assistant', start=75, end=110, text='It is two.')])
-    first['turns'][2]['words'] = [dict(text='No,', start=100, end=110), dict(text='three?', start=111, end=150)]
+    first['turns'][2]['words'] = [
+        dict(text='No,', start=100, end=110),
+        dict(text='three?', start=111, end=150)]
     turns = [(i % 2, report.ROLES[i % 2], i + .1, i + 1, f'number {i}') for i in range(30)]
     conversations = [first, *(talk(f'long {i}', 30, turns) for i in range(99))]
     once = report.mp3(conversations[1]['wave'], SAMPLE_RATE)
     with pytest.MonkeyPatch.context() as patch:
         real = report.mp3
         patch.setattr(report, 'mp3', lambda wave, rate: once if len(wave) > 9 * rate else real(wave, rate))
-        report.write(str(path), 'A hundred', conversations, found=[find(c) for c in conversations], figures=[('answers', '97 %', '68 %')], note='Hums.')
+        report.write(str(path), 'A hundred', conversations, found=[find(c) for c in conversations],
+                     figures=[('answers', '97 %', '68 %')], note='Hums.')
     return path
 
 
 @pytest.fixture
 def opened(browser, hundred):
-    """opened(option=…) -> the page in its own window. At the end it must have asked for nothing and complained of nothing."""
+    """opened(option=…) -> the page in its own window. At the end it must have asked for nothing and
+    complained of nothing."""
     contexts, troubles = [], []
 
     def opened(**options):
         context = browser.new_context(**options)
         contexts.append(context)
         page = context.new_page()
-        page.on('console', lambda message: troubles.append(message.text) if message.type in ('error', 'warning') else None)
+        page.on(
+            'console', lambda message: troubles.append(message.text)
+            if message.type in ('error', 'warning') else None)
         page.on('pageerror', lambda error: troubles.append(str(error)))
         page.on('requestfailed', lambda request: troubles.append(f'failed: {request.url}'))
-        page.on('request', lambda request: None if request.url.split(':')[0] in ('file', 'data', 'blob') else troubles.append(request.url))
+        page.on(
+            'request', lambda request: None
+            if request.url.split(':')[0] in ('file', 'data', 'blob') else troubles.append(request.url))
         page.goto(hundred.as_uri())
         page.wait_for_function('[...players.values()][0].audio.readyState >= 2')
         return page
@@ -206,10 +251,13 @@ AUDIO = '[...players.values()].at(-1).audio.'
 def test_it_opens_at_once(opened, hundred):
     page = opened()
     sec = page.evaluate('performance.getEntriesByType("navigation")[0].loadEventEnd / 1000')
-    assert 0 < sec < 3 and hundred.stat().st_size < 20e6, f'{sec:.1f} s, {hundred.stat().st_size / 1e6:.1f} MB'
-    assert page.title() == 'A hundred' and page.locator('details').count() == 100 and page.locator('img').count() == 0
+    assert 0 < sec < 3 and hundred.stat(
+    ).st_size < 20e6, f'{sec:.1f} s, {hundred.stat().st_size / 1e6:.1f} MB'
+    assert page.title() == 'A hundred' and page.locator('details').count() == 100 and page.locator(
+        'img').count() == 0
     first = page.locator('details').first
-    assert first.locator('.turn').count() == 5 and first.locator('.both').count() == 2 and first.locator('.word').all_inner_texts() == ['No,', 'three?']
+    assert first.locator('.turn').count() == 5 and first.locator('.both').count() == 2 and first.locator(
+        '.word').all_inner_texts() == ['No,', 'three?']
     marks = ' '.join(first.locator('.mark').all_inner_texts())
     assert '▼ false start' in marks and 'interrupts, yields after 1,000 ms' in marks and '1,000 ms' in marks
     lines = first.locator('.lines li').all_inner_texts()
@@ -218,21 +266,25 @@ def test_it_opens_at_once(opened, hundred):
 
 @pytest.mark.slow
 def test_play_seek_and_keys(opened):
-    """The lanes are as wide as the dialogue is long: a click at 3/4 of 8 s is at 6.0 s. The second turn starts at frame 60, 2.4 s."""
+    """The lanes are as wide as the dialogue is long: a click at 3/4 of 8 s is at 6.0 s. The second turn
+    starts at frame 60, 2.4 s."""
     page = opened()
     lanes, head = page.locator('.time').first, page.locator('.head').first
     page.locator('.play').first.click()
     page.wait_for_function(AUDIO + 'currentTime > 0.3')
-    assert page.locator('.play').first.inner_text() == '❚❚ Pause' and float(head.evaluate('head => parseFloat(head.style.left)')) > 3
+    assert page.locator('.play').first.inner_text() == '❚❚ Pause' and float(
+        head.evaluate('head => parseFloat(head.style.left)')) > 3
     page.locator('.play').first.click()
     box = lanes.bounding_box()
     lanes.click(position=dict(x=0.75 * box['width'], y=60))
     assert page.evaluate(AUDIO + 'currentTime') == pytest.approx(6.0, abs=0.1)
     assert head.bounding_box()['x'] + 1 == pytest.approx(box['x'] + 0.75 * box['width'], abs=2)
     page.locator('.lines button', has_text='Two.').first.click()
-    assert page.evaluate(AUDIO + 'currentTime') == pytest.approx(2.4, abs=0.01) and lanes.evaluate('lanes => lanes === document.activeElement')
+    assert page.evaluate(AUDIO + 'currentTime') == pytest.approx(
+        2.4, abs=0.01) and lanes.evaluate('lanes => lanes === document.activeElement')
     page.keyboard.press('ArrowRight')
-    assert page.evaluate(AUDIO + 'currentTime') == pytest.approx(3.4, abs=0.01) and lanes.get_attribute('aria-valuetext') == '3.4 of 8.0 seconds'
+    assert page.evaluate(AUDIO + 'currentTime') == pytest.approx(
+        3.4, abs=0.01) and lanes.get_attribute('aria-valuetext') == '3.4 of 8.0 seconds'
     page.keyboard.press('ArrowLeft')
     page.keyboard.press(' ')
     page.wait_for_function(AUDIO + 'currentTime > 2.5')
@@ -244,7 +296,8 @@ def test_play_seek_and_keys(opened):
     page.keyboard.press('j')
     page.wait_for_function('document.activeElement.getAttribute("aria-label") === "Position in long 0"')
     page.wait_for_function(AUDIO + 'readyState >= 2')
-    page.locator('.lines button', has_text='number 25').press('Enter')        # from the keyboard: the line keeps the focus; the lanes follow
+    # from the keyboard: the line keeps the focus; the lanes follow
+    page.locator('.lines button', has_text='number 25').press('Enter')
     assert page.evaluate(AUDIO + 'currentTime') == pytest.approx(25.12, abs=0.01)     # frame 628
     head = page.locator('.head').bounding_box()
     assert 0 < head['x'] < page.viewport_size['width']
@@ -254,17 +307,21 @@ def test_play_seek_and_keys(opened):
 
 @pytest.mark.slow
 def test_one_plays_at_a_time_and_in_time(opened):
-    """In the first dialogue's left channel a hum starts at 1 s, in its right at 2.4 s: they are heard then, to 30 ms."""
+    """In the first dialogue's left channel a hum starts at 1 s, in its right at 2.4 s: they are heard then,
+    to 30 ms."""
     page = opened()
     page.locator('summary').nth(1).click()
-    page.wait_for_function('players.size === 2 && [...players.values()].every(player => player.audio.readyState >= 2)')
+    page.wait_for_function('players.size === 2 && [...players.values()].every(player => '
+                           'player.audio.readyState >= 2)')
     page.locator('.play').nth(0).click()
     page.wait_for_function('!([...players.values()][0].audio.paused)')
     page.locator('.play').nth(1).click()
-    page.wait_for_function('[...players.values()].map(player => player.audio.paused).join() === "true,false"', timeout=2000)
+    page.wait_for_function('[...players.values()].map(player => player.audio.paused).join() === '
+                           '"true,false"', timeout=2000)
     starts, n_sec = page.evaluate('''async () => {
-        const wav = await (await fetch([...players.values()][0].audio.src)).arrayBuffer(), samples = new Int16Array(wav, 44);
-        return [[0, 1].map(channel => { let i = channel; while (Math.abs(samples[i]) < 200) i += 2; return i / 2 / 16000 }), samples.length / 2 / 16000];
+        const wav = await (await fetch([...players.values()][0].audio.src)).arrayBuffer(), samples = new
+        Int16Array(wav, 44); return [[0, 1].map(channel => { let i = channel; while (Math.abs(samples[i]) <
+        200) i += 2; return i / 2 / 16000 }), samples.length / 2 / 16000];
     }''')
     assert starts == pytest.approx([1.0, 2.4], abs=0.03) and n_sec == pytest.approx(8, abs=0.1)
 
@@ -280,7 +337,8 @@ def test_filter(opened):
 def test_on_a_phone_in_the_dark(opened):
     phone = opened(viewport=dict(width=390, height=844), has_touch=True, is_mobile=True)
     assert phone.evaluate('document.documentElement.scrollWidth') <= 390
-    phone.locator('.time').first.tap(position=dict(x=220, y=60))       # 120 px a second, where a dialogue is wider than the page
+    # 120 px a second, where a dialogue is wider than the page
+    phone.locator('.time').first.tap(position=dict(x=220, y=60))
     assert phone.evaluate(AUDIO + 'currentTime') == pytest.approx(220 / 120, abs=0.05)
     paper = 'getComputedStyle(document.body).backgroundColor'
     dark = opened(color_scheme='dark').evaluate(paper)
@@ -292,14 +350,17 @@ def test_contrast(opened):
     """Of every text with its background, in light and dark, at least 4.5 to 1 (WCAG AA)."""
     for scheme in ('light', 'dark'):
         worst = opened(color_scheme=scheme).evaluate('''() => {
-            const rgba = text => { const n = text.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n };
-            const luminance = c => c.slice(0, 3).map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+            const rgba = text => { const n = text.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n,
+            1] : n }; const luminance = c => c.slice(0, 3).map(v => v / 255).map(v => v <= .03928 ? v / 12.92
+            : ((v + .055) / 1.055) ** 2.4)
                 .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
-            const ground = e => { for (; e; e = e.parentElement) { const c = rgba(getComputedStyle(e).backgroundColor); if (c[3] === 1) return c } };
-            return [...document.querySelectorAll('main *')].filter(e => e.checkVisibility()
+            const ground = e => { for (; e; e = e.parentElement) { const c =
+            rgba(getComputedStyle(e).backgroundColor); if (c[3] === 1) return c } }; return
+            [...document.querySelectorAll('main *')].filter(e => e.checkVisibility()
                 && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())).map(e => {
-                const style = getComputedStyle(e), [a, b] = [rgba(e.closest('svg') ? style.fill : style.color), ground(e)].map(luminance).sort((a, b) => b - a);
-                return [(a + .05) / (b + .05), e.className.baseVal ?? e.className, e.textContent.slice(0, 20)];
+                const style = getComputedStyle(e), [a, b] = [rgba(e.closest('svg') ? style.fill :
+                style.color), ground(e)].map(luminance).sort((a, b) => b - a); return [(a + .05) / (b + .05),
+                e.className.baseVal ?? e.className, e.textContent.slice(0, 20)];
             }).sort((a, b) => a[0] - b[0])[0];
         }''')
         assert worst[0] >= 4.5, f'{scheme}: {worst}'

@@ -1,4 +1,5 @@
-"""The recipes in runs/: the big one's commands are all understood by the programs they start, the small one runs."""
+"""The recipes in runs/: the big one's commands are all understood by the programs they start, the small one
+runs."""
 import json
 import os
 import shutil
@@ -21,14 +22,22 @@ from data.manifest import prepare as manifest
 def test_every_command_of_the_big_recipe_parses(tmp_path, monkeypatch):
     """It is run with a torchrun and a python that only write down what they were asked."""
     for name in ('torchrun', 'python'):
-        (tmp_path / name).write_text(f'#!/bin/sh\nfor word in "$@"; do printf "%s\\037" "$word"; done >> {tmp_path}/asked; echo >> {tmp_path}/asked\n')
+        (tmp_path / name).write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\037" "$word"; done >> '
+                                     f'{tmp_path}/asked; echo >> {tmp_path}/asked\n')
         (tmp_path / name).chmod(0o755)
     (tmp_path / 'libri.jsonl').write_text(json.dumps(dict(key='a', wav='a.wav', txt='a')) + '\n')
     subprocess.run([str(ROOT / 'runs/omniflatten.sh')], check=True, capture_output=True,
-                   env=dict(os.environ, PATH=f'{tmp_path}:{os.environ["PATH"]}', SPEECH=f'{tmp_path}/libri.jsonl', TEXTS='a.json b.json'))
+                   env=dict(os.environ, PATH=f'{tmp_path}:{os.environ["PATH"]}',
+                            SPEECH=f'{tmp_path}/libri.jsonl', TEXTS='a.json b.json'))
     asked = [line.rstrip('\x1f').split('\x1f') for line in (tmp_path / 'asked').read_text().splitlines()]
-    asked = [[word for word in words if word not in ('--standalone', '--nproc_per_node=8', '--max_restarts=2', '-m')] for words in asked]
-    assert [words[0] for words in asked] == ['codec', 'data/manifest/prepare.py', 'data/simulate.py'] + 4 * ['train.py'] + ['evaluate.py'] + 2 * ['sample.py', 'evaluate.py']
+    asked = [[
+        word
+        for word in words
+        if word not in ('--standalone', '--nproc_per_node=8', '--max_restarts=2', '-m')]
+             for words in asked]
+    assert [words[0] for words in asked
+            ] == ['codec', 'data/manifest/prepare.py', 'data/simulate.py'] + 4 * ['train.py'] + [
+                'evaluate.py'] + 2 * ['sample.py', 'evaluate.py']
     monkeypatch.chdir(ROOT)
     prepared, out = [], {}
     monkeypatch.setattr(tokenise, 'run', lambda items, read, args, recipe: prepared.append(args))
@@ -43,36 +52,51 @@ def test_every_command_of_the_big_recipe_parses(tmp_path, monkeypatch):
             assert cfg.batch_tokens % (cfg.batch_size * cfg.block_size * 8) == 0
             out[cfg.init_from] = cfg
         elif script in ('sample.py', 'evaluate.py'):
-            assert config.load(dict(sample=sample, evaluate=evaluate)[script[:-3]].Config, arguments).checkpoint in [cfg.out_dir for cfg in out.values()]
-    assert prepared[1].files == ['a.json', 'b.json'] and prepared[1].tts == 'cosyvoice' and prepared[1].p_backchannel == 0
+            assert config.load(dict(sample=sample, evaluate=evaluate)[script[:-3]].Config,
+                               arguments).checkpoint in [cfg.out_dir for cfg in out.values()]
+    assert prepared[1].files == ['a.json', 'b.json'
+                                 ] and prepared[1].tts == 'cosyvoice' and prepared[1].p_backchannel == 0
     # each stage starts where the one before ends, and reads what was prepared
     assert list(out) == ['models/Qwen2-0.5B', 'out/align', 'out/half_duplex', 'out/duplex3']
-    assert [cfg.out_dir for cfg in out.values()] == ['out/align', 'out/half_duplex', 'out/duplex3', 'out/duplex2']
+    assert [cfg.out_dir for cfg in out.values()
+            ] == ['out/align', 'out/half_duplex', 'out/duplex3', 'out/duplex2']
     assert [cfg.data for cfg in out.values()] == [prepared[0].out] + 3 * [prepared[1].out]
-    assert {(cfg.learning_rate, cfg.beta1, cfg.beta2, cfg.weight_decay, cfg.min_learning_rate) for cfg in out.values()} == {(2e-5, 0.9, 0.95, 0.1, 0.0)}
-    assert [cfg.stages for cfg in out.values()] == ['asr+tts:5epochs', 'half_duplex:5epochs', 'duplex3:5epochs', 'duplex2:5epochs']
+    assert {(cfg.learning_rate, cfg.beta1, cfg.beta2, cfg.weight_decay, cfg.min_learning_rate)
+            for cfg in out.values()} == {(2e-5, 0.9, 0.95, 0.1, 0.0)}
+    assert [cfg.stages for cfg in out.values()
+            ] == ['asr+tts:5epochs', 'half_duplex:5epochs', 'duplex3:5epochs', 'duplex2:5epochs']
 
 
-@pytest.mark.parametrize('name, block_size', [('align', 1024), ('half_duplex', 8192), ('duplex3', 8192), ('duplex2', 8192)])
+@pytest.mark.parametrize('name, block_size', [('align', 1024), ('half_duplex', 8192), ('duplex3', 8192),
+                                              ('duplex2', 8192)])
 def test_the_configs_are_the_papers(name, block_size):
     """On eight GPUs; 100 M tokens a step."""
     cfg = config.load(train.Config, [str(ROOT / f'config/{name}.py')])
-    assert cfg.block_size == block_size and cfg.batch_tokens == 100_007_936 and cfg.batch_tokens % (8 * cfg.batch_size * cfg.block_size) == 0
+    assert cfg.block_size == block_size and cfg.batch_tokens == 100_007_936 and cfg.batch_tokens % (
+        8 * cfg.batch_size * cfg.block_size) == 0
 
 
 @pytest.mark.slow
 def test_rehearsal(tmp_path):
     pytest.importorskip('espeakng_loader')
-    done = subprocess.run([str(ROOT / 'runs/rehearsal.sh')], env=dict(os.environ, OUT=str(tmp_path / 'out'), PYTHON=sys.executable), capture_output=True, text=True)
+    done = subprocess.run([str(ROOT / 'runs/rehearsal.sh')], env=dict(os.environ, OUT=str(tmp_path / 'out'),
+                                                                      PYTHON=sys.executable),
+                          capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    for name, layout in (('align', 'tts'), ('half_duplex', 'half_duplex'), ('duplex3', 'duplex3'), ('duplex2', 'duplex2')):
-        assert json.loads((tmp_path / 'out' / name / 'config.json').read_text())['nanoduplex']['layout'] == layout
-        losses = [row['loss'] for row in map(json.loads, (tmp_path / 'out' / name / 'log.jsonl').read_text().splitlines()) if row['kind'] == 'train']
+    for name, layout in (('align', 'tts'), ('half_duplex', 'half_duplex'), ('duplex3', 'duplex3'),
+                         ('duplex2', 'duplex2')):
+        assert json.loads(
+            (tmp_path / 'out' / name / 'config.json').read_text())['nanoduplex']['layout'] == layout
+        losses = [
+            row['loss']
+            for row in map(json.loads, (tmp_path / 'out' / name / 'log.jsonl').read_text().splitlines())
+            if row['kind'] == 'train']
         assert losses[-1] < losses[0]
     question = read_audio(str(tmp_path / 'out/question.wav'), 16000)
     for name in ('duplex3', 'duplex2'):
         path = tmp_path / 'out' / name / 'samples' / 'question'
         user, assistant = (read_audio(f'{path}.wav', 16000, channel) for channel in (0, 1))
-        np.testing.assert_allclose(user[:len(question)], question, atol=1e-3)       # left the user, as they spoke
+        # left the user, as they spoke
+        np.testing.assert_allclose(user[:len(question)], question, atol=1e-3)
         assert len(user) == len(assistant) and path.with_suffix('.jsonl').exists()
     shutil.rmtree(tmp_path / 'out')

@@ -1,4 +1,5 @@
-"""Listening and talking at once: what streams equals what is computed whole, and only what a slot allows is said."""
+"""Listening and talking at once: what streams equals what is computed whole, and only what a slot allows is
+said."""
 import json
 import shutil
 from dataclasses import replace
@@ -24,7 +25,8 @@ from model import KVCache, Qwen2
 def loaded(small_run):
     data, checkpoint = small_run
     checkpoint = load_checkpoint(str(checkpoint))
-    return checkpoint.model, checkpoint.vocab, checkpoint.layout, checkpoint.codec, Dialogues(str(data), 'test')
+    return checkpoint.model, checkpoint.vocab, checkpoint.layout, checkpoint.codec, Dialogues(
+        str(data), 'test')
 
 
 def talk(loaded, users, n_chunk=4, layout=None, **settings):
@@ -48,8 +50,9 @@ def test_streaming_equals_whole(loaded, users):
     with torch.no_grad():
         logits = model(ids)     # (3, 88, V)
     at, kinds = 0, [slot.kind if slot.learned else None for slot in layout.chunk for _ in range(slot.n)] * 4
-    allowed = dict(text=[*range(vocab.n_text), vocab.control['<|silent_text|>']],
-                   speech=[vocab.control['<|silent_speech|>'], *range(vocab.code_start, vocab.code_start + vocab.n_codes)])
+    allowed = dict(
+        text=[*range(vocab.n_text), vocab.control['<|silent_text|>']], speech=[
+            vocab.control['<|silent_speech|>'], *range(vocab.code_start, vocab.code_start + vocab.n_codes)])
     for at, kind in enumerate(kinds):
         if kind:
             rows = torch.tensor(allowed[kind])
@@ -69,29 +72,37 @@ def test_users_side_by_side_do_not_hear_each_other(loaded, users):
         assert torch.equal(talk(loaded, users[row:row + 1])[1][0], together[row])
 
 
-@pytest.mark.parametrize('settings', [dict(), dict(text_temperature=2.0, speech_temperature=2.0), dict(speech_temperature=5.0, speech_top_k=2)])
+@pytest.mark.parametrize('settings', [
+    dict(),
+    dict(text_temperature=2.0, speech_temperature=2.0),
+    dict(speech_temperature=5.0, speech_top_k=2)])
 def test_only_allowed_ids_are_said(loaded, users, settings):
     model, vocab, layout, _, _ = loaded
     steps, ids = talk(loaded, users, 6, **settings)
     for row in ids.numpy():
         unflatten(row, layout, vocab)       # raises for an id in the wrong slot
     for text, codes in steps:
-        assert text.shape == (3, 2) and codes.shape == (3, 10) and codes.min() >= -1 and codes.max() < vocab.n_codes
+        assert text.shape == (3,
+                              2) and codes.shape == (3,
+                                                     10) and codes.min() >= -1 and codes.max() < vocab.n_codes
 
 
 def test_sampling(loaded, users):
     warm = dict(text_temperature=1.0, speech_temperature=1.0)
     assert torch.equal(talk(loaded, users, seed=1, **warm)[1], talk(loaded, users, seed=1, **warm)[1])
     assert not torch.equal(talk(loaded, users, seed=1, **warm)[1], talk(loaded, users, seed=2, **warm)[1])
-    assert torch.equal(talk(loaded, users, speech_top_k=1, text_top_k=1, **warm)[1], talk(loaded, users)[1])    # the likeliest
+    # the likeliest
+    assert torch.equal(talk(loaded, users, speech_top_k=1, text_top_k=1, **warm)[1], talk(loaded, users)[1])
     assert all((codes == -1).all() for _, codes in talk(loaded, users, silence_bias=1e6)[0])
     assert all((codes >= 0).all() for _, codes in talk(loaded, users, silence_bias=-1e6)[0])
     silent = loaded[1].control['<|silent_text|>']
-    assert all((text == silent).all() for text, _ in talk(loaded, users, text_weight=1e300)[0])     # the weight is taken back
+    # the weight is taken back
+    assert all((text == silent).all() for text, _ in talk(loaded, users, text_weight=1e300)[0])
 
 
 def test_past_the_context_the_oldest_chunks_leave(loaded, users):
-    """60 frames are 132 tokens; with room for 3 chunks the first 3 are as ever, and what left is forgotten for good."""
+    """60 frames are 132 tokens; with room for 3 chunks the first 3 are as ever, and what left is forgotten
+    for good."""
     whole, short = talk(loaded, users, 6)[1], talk(loaded, users, 6, max_context=66)[1]
     assert short.shape == whole.shape and torch.equal(short[:, :66], whole[:, :66])
     duplex = Duplex(loaded[0], loaded[1], loaded[2], 3, max_context=66)
@@ -102,9 +113,9 @@ def test_past_the_context_the_oldest_chunks_leave(loaded, users):
 
 
 def test_the_ring_holds_the_latest_positions(loaded):
-    """One layer's keys know only their own token, so a cache that has gone around its ring of 24 slots and forgotten all but
-    the last says what a model says that is fed those alone; pieces of 1 to 11 tokens fall across the ring's end and the
-    borders of buckets."""
+    """One layer's keys know only their own token, so a cache that has gone around its ring of 24 slots and
+    forgotten all but the last says what a model says that is fed those alone; pieces of 1 to 11 tokens fall
+    across the ring's end and the borders of buckets."""
     torch.manual_seed(0)
     model = Qwen2(replace(loaded[0].config, n_layer=1)).eval()
     idx = torch.randint(0, 300, (2, 150))
@@ -115,7 +126,8 @@ def test_the_ring_holds_the_latest_positions(loaded):
                 cache.drop(max(0, cache.len + T - 20))
                 logits = model(idx[:, at:at + T], kv_cache=cache)
                 at += T
-                expected = model(idx[:, at - cache.len:at])[:, -1]     # positions from 0: a score depends on distances only
+                # positions from 0: a score depends on distances only
+                expected = model(idx[:, at - cache.len:at])[:, -1]
                 torch.testing.assert_close(logits[:, -1], expected, atol=1e-5, rtol=1e-4)
         assert at == 132 and cache.len == 20 and cache.n_slot == 24
 
@@ -131,9 +143,11 @@ def test_buckets_change_nothing(loaded, users):
     assert torch.equal(torch.cat(duplex.ids, 1), whole) and slots == [32, 48, 80, 96, 112, 144]
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason='this CPU multiplies no bfloat16')
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason='this CPU multiplies no '
+                                                                             'bfloat16')
 def test_packed_layers_equal_plain_ones(loaded, users):
-    """In bfloat16 (8 bits, 0.4 %) the layers are stored otherwise and say the same; what is said by both is much the same."""
+    """In bfloat16 (8 bits, 0.4 %) the layers are stored otherwise and say the same; what is said by both is
+    much the same."""
     model, idx = Qwen2(loaded[0].config), torch.randint(0, 300, (2, 11))
     for block in model.model.layers:
         torch.nn.init.normal_(block.self_attn.qkv_proj.bias)
@@ -142,7 +156,8 @@ def test_packed_layers_equal_plain_ones(loaded, users):
         for T in (1, 3, 11):
             torch.testing.assert_close(packed(idx[:, :T]), plain(idx[:, :T]), atol=2e-2, rtol=2e-2)
     duplex = Duplex(*loaded[:3], 3, dtype=torch.bfloat16)
-    assert isinstance(duplex.model.model.layers[0].mlp.down_proj, Packed) and isinstance(duplex.heads['text'].linear, Packed)
+    assert isinstance(duplex.model.model.layers[0].mlp.down_proj, Packed) and isinstance(
+        duplex.heads['text'].linear, Packed)
     codes = talk(loaded, users, dtype=torch.bfloat16)[1] == talk(loaded, users)[1]
     assert codes.float().mean() > 0.5
 
@@ -152,13 +167,15 @@ needs_vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason='this
 
 @needs_vnni
 def test_int8_rounds_each_row_by_itself():
-    """127 ths of the largest in a row: (127, 1) @ (254, 2) is exact, 0.4 of a 127th is gone. A row of zeros stays one, and the
-    error of a row neither depends on the others nor exceeds what 8 bits twice explain: 1 / sqrt(12) of a step, about 1 %."""
+    """127 ths of the largest in a row: (127, 1) @ (254, 2) is exact, 0.4 of a 127th is gone. A row of zeros
+    stays one, and the error of a row neither depends on the others nor exceeds what 8 bits twice explain: 1 /
+    sqrt(12) of a step, about 1 %."""
     layer = Int8(torch.tensor([[254.0, 2.0], [0.0, 0.0]]), torch.tensor([0.5, 1.0]))
     x = torch.tensor([[127.0, 1.0], [127.0, 0.4], [0.0, 0.0]])
     assert layer(x).tolist() == [[127 * 254 + 2 + 0.5, 1.0], [127 * 254 + 0.5, 1.0], [0.5, 1.0]]
     torch.manual_seed(0)
-    weight, x = torch.randn(60, 200), torch.randn(2, 5, 200) * torch.tensor([1e-3, 1.0, 1e3, 1.0, 1.0])[:, None]
+    weight, x = torch.randn(60,
+                            200), torch.randn(2, 5, 200) * torch.tensor([1e-3, 1.0, 1e3, 1.0, 1.0])[:, None]
     layer, exact = Int8(weight), x @ weight.T
     assert ((layer(x) - exact).norm(dim=-1) / exact.norm(dim=-1)).max() < 0.02
     assert torch.equal(layer(x)[:, 3:4], layer(x[:, 3:4]))
@@ -171,7 +188,8 @@ def test_int8_says_much_the_same(loaded, users):
     for row in range(3):
         assert torch.equal(talk(loaded, users[row:row + 1], dtype=torch.int8)[1][0], together[row])
     duplex = Duplex(*loaded[:3], 3, dtype=torch.int8)
-    assert isinstance(duplex.model.model.layers[0].mlp.down_proj, Int8) and isinstance(duplex.heads['text'].linear, Int8)
+    assert isinstance(duplex.model.model.layers[0].mlp.down_proj, Int8) and isinstance(
+        duplex.heads['text'].linear, Int8)
     assert duplex.cache.keys.dtype == torch.bfloat16
 
 
@@ -187,7 +205,9 @@ def test_compiled_equals_eager(loaded, users):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     users = np.concatenate([users] * 3, 1)
-    assert torch.equal(talk(loaded, users, 18, max_context=300, compile=True)[1], talk(loaded, users, 18, max_context=300)[1])
+    assert torch.equal(
+        talk(loaded, users, 18, max_context=300, compile=True)[1],
+        talk(loaded, users, 18, max_context=300)[1])
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
 
 
@@ -219,11 +239,13 @@ def test_conversations_of_unequal_length(loaded):
 
 
 def test_who_has_ended_leaves(loaded, monkeypatch):
-    """Six users of 1 to 9 chunks, in no order: each hears what they would hear alone, and rows are decoded about as long as needed."""
+    """Six users of 1 to 9 chunks, in no order: each hears what they would hear alone, and rows are decoded
+    about as long as needed."""
     model, vocab, layout, codec, _ = loaded
     lengths, n_row = [15, 90, 4, 52, 88, 30], []
     users = [np.random.default_rng(n).integers(0, 32, n) for n in lengths]
-    talkative = dict(sampling=Sampling(silence_bias=-1e6, text_weight=1e-30))      # never silent, so that nothing is cut off unseen
+    # never silent, so that nothing is cut off unseen
+    talkative = dict(sampling=Sampling(silence_bias=-1e6, text_weight=1e-30))
     alone = [converse(model, vocab, layout, [codes], 0, **talkative)[0][0] for codes in users]
     step = Duplex.step
     monkeypatch.setattr(Duplex, 'step', lambda self, codes: (n_row.append(self.n_row), step(self, codes))[1])
@@ -235,23 +257,26 @@ def test_who_has_ended_leaves(loaded, monkeypatch):
 # the command
 
 def test_a_file_gets_its_answer(small_run, tmp_path, run):
-    """Stereo 44.1 kHz in, user on channel 1; out come a stereo wav, the user left as they were, and a transcript."""
+    """Stereo 44.1 kHz in, user on channel 1; out come a stereo wav, the user left as they were, and a
+    transcript."""
     wave = np.stack([np.zeros(66150, np.float32), hum(200, 1.5, 44100)], 1)
     write_audio(str(tmp_path / 'question.wav'), wave, 44100)
-    out = run('sample.py', f'--checkpoint={small_run[1]}', f'--user={tmp_path}/question.wav', '--user_channel=1', f'--out={tmp_path}/out',
-              '--silence_bias=-1e6', '--reply_sec=1').stdout
+    out = run('sample.py', f'--checkpoint={small_run[1]}', f'--user={tmp_path}/question.wav',
+              '--user_channel=1', f'--out={tmp_path}/out', '--silence_bias=-1e6', '--reply_sec=1').stdout
     decoded, rate = soundfile.read(tmp_path / 'out' / 'question.wav')
     assert rate == 16000 and decoded.shape == (63 * 640, 2)     # 2.5 s are 62.5 frames
     assert np.corrcoef(decoded[:24000, 0], hum(200, 1.5))[0, 1] > 0.98 and np.abs(decoded[:, 1]).max() > 0
     turns = [json.loads(line) for line in open(tmp_path / 'out' / 'question.jsonl')]
-    assert {turn['role'] for turn in turns} == {'user', 'assistant'} and all(0 <= t['start_sec'] < t['end_sec'] <= 2.52 for t in turns)
+    assert {turn['role'] for turn in turns} == {'user', 'assistant'} and all(
+        0 <= t['start_sec'] < t['end_sec'] <= 2.52 for t in turns)
     assert 'real-time factor' in out and 'chunk 400 ms' in out
 
 
 def test_a_split_is_listened_to(small_run, tmp_path, run):
     data, checkpoint = small_run
     run('sample.py', f'--checkpoint={checkpoint}', f'--data={data}', '--n_dialogue=3', f'--out={tmp_path}')
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f'd{i}.{kind}' for i in range(3) for kind in ('jsonl', 'wav')] + ['report.html']
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f'd{i}.{kind}' for i in range(3) for kind in ('jsonl', 'wav')] + ['report.html']
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""The loop: it learns, it can be killed and go on, and ranks and micro-steps give the gradient of one big batch."""
+"""The loop: it learns, it can be killed and go on, and ranks and micro-steps give the gradient of one big
+batch."""
 import importlib.util
 import json
 import os
@@ -20,9 +21,10 @@ TORCHRUN = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--np
 
 @pytest.fixture
 def toy(small_data, tmp_path):
-    return train.Config(data=str(small_data), out_dir=str(tmp_path / 'run'), stages='duplex3:10', n_layer=2, n_head=2, n_kv_head=1, n_embd=32,
-                        n_inner=64, block_size=128, batch_size=2, batch_tokens=512, eval_interval=5, log_interval=5, warmup_steps=2,
-                        learning_rate=3e-3, device='cpu', dtype='float32', tensorboard=False, n_listen=0)
+    return train.Config(data=str(small_data), out_dir=str(tmp_path / 'run'), stages='duplex3:10', n_layer=2,
+                        n_head=2, n_kv_head=1, n_embd=32, n_inner=64, block_size=128, batch_size=2,
+                        batch_tokens=512, eval_interval=5, log_interval=5, warmup_steps=2, learning_rate=3e-3,
+                        device='cpu', dtype='float32', tensorboard=False, n_listen=0)
 
 
 def arguments(cfg):
@@ -38,15 +40,18 @@ def equal(a, b):
 
 
 def test_it_learns(toy):
-    """60 dialogues whose answer follows from the question's codes: far below the 5.8 nats of guessing among ~330 ids."""
+    """60 dialogues whose answer follows from the question's codes: far below the 5.8 nats of guessing among
+    ~330 ids."""
     metrics = train.main(replace(toy, stages='duplex3:200', eval_interval=200))
     assert metrics['step'] == 200 and metrics['val_loss'] < 0.5
-    assert set(metrics) >= {'val_text', 'val_speech', 'val_silence', 'val_bits_per_sec', 'train_sec', 'best_val_loss'}
+    assert set(metrics) >= {
+        'val_text', 'val_speech', 'val_silence', 'val_bits_per_sec', 'train_sec', 'best_val_loss'}
 
 
 @pytest.mark.parametrize('stages', ['duplex3:10', 'asr+tts:4, duplex3:6'])
 def test_killed_and_resumed_equals_uninterrupted(toy, stages, tmp_path, monkeypatch):
-    """The run dies right before step 8, after the state of step 5 was saved; what goes on from there ends bit for bit alike."""
+    """The run dies right before step 8, after the state of step 5 was saved; what goes on from there ends bit
+    for bit alike."""
     whole = replace(toy, stages=stages, out_dir=str(tmp_path / 'whole'))
     train.main(whole)
     killed = replace(whole, out_dir=str(tmp_path / 'killed'))
@@ -62,21 +67,27 @@ def test_killed_and_resumed_equals_uninterrupted(toy, stages, tmp_path, monkeypa
     assert Path(train.last_state(killed.out_dir)).name == 'step-000005'
     metrics = train.main(replace(killed, resume=True))
     assert equal(weights(whole), weights(killed)) and metrics['step'] == 10
-    logs = [[{k: v for k, v in json.loads(line).items() if k not in ('tokens_per_sec', 'loader_wait')} for line in open(Path(cfg.out_dir) / 'log.jsonl')] for cfg in (whole, killed)]
+    logs = [[{k: v
+              for k, v in json.loads(line).items()
+              if k not in ('tokens_per_sec', 'loader_wait')}
+             for line in open(Path(cfg.out_dir) / 'log.jsonl')]
+            for cfg in (whole, killed)]
     assert logs[0] == logs[1]
     assert train.main(replace(killed, resume=True))['step'] == 10       # finished: nothing is done again
 
 
 def test_ranks_and_micro_steps_give_the_gradient_of_one_big_batch(toy, tmp_path, run):
-    """One step of SGD-like AdamW on 4 rows: in one piece, in 2 micro-steps, and on 2 ranks x 2 micro-steps of 1 row. Rows
-    hold unequal numbers of learned tokens, so a mean of means would differ in the third digit."""
-    one = replace(toy, stages='duplex3:1', batch_size=4, out_dir=str(tmp_path / 'one'), grad_clip=0.0, text_weight=3.0, user_noise=0.1)
+    """One step of SGD-like AdamW on 4 rows: in one piece, in 2 micro-steps, and on 2 ranks x 2 micro-steps of
+    1 row. Rows hold unequal numbers of learned tokens, so a mean of means would differ in the third digit."""
+    one = replace(toy, stages='duplex3:1', batch_size=4, out_dir=str(tmp_path / 'one'), grad_clip=0.0,
+                  text_weight=3.0, user_noise=0.1)
     two = replace(one, batch_size=2, out_dir=str(tmp_path / 'two'))
     four = replace(one, batch_size=1, out_dir=str(tmp_path / 'four'))
     train.main(one)
     train.main(two)
     run('train.py', *arguments(four), launcher=TORCHRUN)
-    moments = [load_file(Path(train.last_state(cfg.out_dir)) / 'optimizer.safetensors') for cfg in (one, two, four)]
+    moments = [
+        load_file(Path(train.last_state(cfg.out_dir)) / 'optimizer.safetensors') for cfg in (one, two, four)]
     for other in moments[1:]:
         for name in moments[0]:
             if name.endswith('exp_avg'):        # after one step (1 - beta1) x gradient
@@ -84,19 +95,26 @@ def test_ranks_and_micro_steps_give_the_gradient_of_one_big_batch(toy, tmp_path,
 
 
 def test_torchrun_equals_one_process(toy, tmp_path, run):
-    """10 steps on two ranks end where one process ends, up to the order of additions; and its log is the same."""
-    alone, ranks = replace(toy, out_dir=str(tmp_path / 'alone')), replace(toy, out_dir=str(tmp_path / 'ranks'), batch_size=1)
+    """10 steps on two ranks end where one process ends, up to the order of additions; and its log is the
+    same."""
+    alone, ranks = replace(toy,
+                           out_dir=str(tmp_path / 'alone')), replace(toy, out_dir=str(tmp_path / 'ranks'),
+                                                                     batch_size=1)
     expected = train.main(alone)
     run('train.py', *arguments(ranks), launcher=TORCHRUN)
     got = [json.loads(line) for line in open(Path(ranks.out_dir) / 'log.jsonl')][-1]
-    assert got['loss'] == pytest.approx(expected['val_loss'], rel=1e-3) and got['bits_per_sec'] == pytest.approx(expected['val_bits_per_sec'], rel=1e-3)
+    assert got['loss'] == pytest.approx(expected['val_loss'],
+                                        rel=1e-3) and got['bits_per_sec'] == pytest.approx(
+                                            expected['val_bits_per_sec'], rel=1e-3)
 
 
 def test_best_weights_are_those_of_the_lowest_val_loss(toy, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.2])
     monkeypatch.setattr(train, 'by_stream', lambda sums, sec, real=train.by_stream: dict(real(sums, sec)))
     saved = []
-    monkeypatch.setattr(train, 'publish', lambda folder, out_dir, real=train.publish: (saved.append(Path(folder).name), real(folder, out_dir)))
+    monkeypatch.setattr(
+        train, 'publish', lambda folder, out_dir, real=train.publish:
+        (saved.append(Path(folder).name), real(folder, out_dir)))
     real = train.by_stream
 
     def fake(sums, sec):
@@ -111,11 +129,14 @@ def test_best_weights_are_those_of_the_lowest_val_loss(toy, monkeypatch):
 def test_a_run_folder_is_complete(toy):
     train.main(toy)
     names = {str(path.relative_to(toy.out_dir)) for path in Path(toy.out_dir).rglob('*') if path.is_file()}
-    assert {'config.py', 'log.jsonl', 'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'vocab.json',
-            'merges.txt', 'generation_config.json', 'step-000010/optimizer.safetensors', 'step-000010/state.json'} <= names
+    assert {
+        'config.py', 'log.jsonl', 'config.json', 'model.safetensors', 'tokenizer.json',
+        'tokenizer_config.json', 'vocab.json', 'merges.txt', 'generation_config.json',
+        'step-000010/optimizer.safetensors', 'step-000010/state.json'} <= names
     assert not [name for name in names if name.endswith('.part')]
     assert config.load(train.Config, [str(Path(toy.out_dir) / 'config.py')]) == toy
-    again = train.main(replace(toy, stages='duplex3:5'))       # another run in the same folder: the first is kept
+    # another run in the same folder: the first is kept
+    again = train.main(replace(toy, stages='duplex3:5'))
     assert again['step'] == 5 and (Path(toy.out_dir + '.1') / 'model.safetensors').exists()
 
 
@@ -126,10 +147,12 @@ def test_opens_in_transformers(toy):
     from model import Qwen2
     from vocabulary import Vocabulary
     train.main(toy)
-    theirs, ours = AutoModelForCausalLM.from_pretrained(toy.out_dir).eval(), Qwen2.from_pretrained(toy.out_dir).eval()
+    theirs, ours = AutoModelForCausalLM.from_pretrained(toy.out_dir).eval(), Qwen2.from_pretrained(toy.out_dir
+                                                                                                   ).eval()
     tokenizer, vocab = AutoTokenizer.from_pretrained(toy.out_dir), Vocabulary.load(toy.out_dir)
     text = 'the capital of france is <|eot|> paris é'
-    assert tokenizer(text, split_special_tokens=True)['input_ids'] == vocab.encode(text) and len(tokenizer) == vocab.size
+    assert tokenizer(
+        text, split_special_tokens=True)['input_ids'] == vocab.encode(text) and len(tokenizer) == vocab.size
     assert tokenizer.convert_tokens_to_ids('<|s_3|>') == vocab.code_start + 3
     assert tokenizer.convert_tokens_to_ids('<|silent_speech|>') == vocab.control['<|silent_speech|>']
     idx = torch.randint(vocab.size, (2, 50), generator=torch.Generator().manual_seed(0))
@@ -139,7 +162,8 @@ def test_opens_in_transformers(toy):
 
 @pytest.mark.parametrize('tie, sharded', [(True, False), (False, True)])
 def test_starts_from_a_hugging_face_folder(toy, small_tokenizer, tmp_path, capsys, tie, sharded):
-    """A Qwen2 that knows text only, as transformers writes it: its vocabulary grows, what it knew stays, and it learns."""
+    """A Qwen2 that knows text only, as transformers writes it: its vocabulary grows, what it knew stays, and
+    it learns."""
     import shutil
 
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
@@ -148,27 +172,33 @@ def test_starts_from_a_hugging_face_folder(toy, small_tokenizer, tmp_path, capsy
     base = tmp_path / 'base'
     n_text = Vocabulary.load(small_tokenizer).n_text
     torch.manual_seed(0)
-    theirs = Qwen2ForCausalLM(Qwen2Config(vocab_size=n_text + 10, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                                          num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=tie, bos_token_id=None,
-                                          eos_token_id=None)).bfloat16()
+    theirs = Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=n_text + 10, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                    num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+                    tie_word_embeddings=tie, bos_token_id=None, eos_token_id=None)).bfloat16()
     theirs.save_pretrained(base, **(dict(max_shard_size='20KB') if sharded else {}))
     shutil.copy(small_tokenizer / 'tokenizer.json', base)
     train.main(replace(toy, init_from=str(base), stages='duplex3:1', learning_rate=0.0))
     out = capsys.readouterr().out
     vocab = Vocabulary.load(toy.out_dir)
-    assert vocab.code_start == n_text + 10 and f'{8 + vocab.size - n_text - 10} ids are new of {vocab.size}' in out     # 8 control tokens in spare rows
+    # 8 control tokens in spare rows
+    assert vocab.code_start == n_text + 10 and f'{8 + vocab.size - n_text - 10} ids are new of {vocab.size}' in out
     assert 'has seen contexts of at most 64' in out
-    grown, tokenizer = AutoModelForCausalLM.from_pretrained(toy.out_dir), AutoTokenizer.from_pretrained(toy.out_dir)
+    grown, tokenizer = AutoModelForCausalLM.from_pretrained(toy.out_dir
+                                                            ), AutoTokenizer.from_pretrained(toy.out_dir)
     assert grown.config.tie_word_embeddings == tie and len(tokenizer) == vocab.size == grown.config.vocab_size
     idx = torch.tensor([vocab.encode('the capital of france')])
     with torch.no_grad():
-        torch.testing.assert_close(grown(idx).logits[..., :n_text], theirs.float()(idx).logits[..., :n_text], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            grown(idx).logits[..., :n_text],
+            theirs.float()(idx).logits[..., :n_text], atol=1e-5, rtol=0)
     metrics = train.main(replace(toy, init_from=str(base), stages='duplex3:60', eval_interval=60))
     assert metrics['val_loss'] < 2
 
 
 def test_auto_batch_takes_the_most_rows_that_fit(toy, monkeypatch):
-    """With a memory of 6 rows: of the divisors of 12 rows a step (1 2 3 4 6 12) it is 6; with a memory of none, a sentence."""
+    """With a memory of 6 rows: of the divisors of 12 rows a step (1 2 3 4 6 12) it is 6; with a memory of
+    none, a sentence."""
     class Memory(torch.nn.Linear):
         def n_param(self):
             return 1
@@ -178,13 +208,16 @@ def test_auto_batch_takes_the_most_rows_that_fit(toy, monkeypatch):
             if len(idx) > self.n_row:
                 raise torch.OutOfMemoryError(f'{self.n_row} rows')
             return self.weight.sum() * 0, None
-    cfg, place, model = replace(toy, batch_tokens=12 * 128), train.Place(torch.device('cpu'), torch.float32, 0, 1), Memory(1, 1)
+
+    cfg, place, model = replace(toy, batch_tokens=12 * 128), train.Place(torch.device('cpu'), torch.float32,
+                                                                         0, 1), Memory(1, 1)
     for model.n_row, best in ((6, 6), (5, 4), (100, 12)):
         assert train.find_batch_size(model, cfg, place) == best
     model.n_row = 0
     with pytest.raises(ValueError, match='not even one row of block_size=128 fits'):
         train.find_batch_size(model, cfg, place)
-    with pytest.raises(ValueError, match='auto_batch tries how much the memory of a GPU takes, and there is none'):
+    with pytest.raises(ValueError, match='auto_batch tries how much the memory of a GPU takes, and there is '
+                                         'none'):
         train.main(replace(toy, auto_batch=True))
 
 
@@ -192,7 +225,8 @@ def test_a_state_of_another_version_is_named(toy):
     train.main(replace(toy, stages='duplex3:1'))
     path = Path(train.last_state(toy.out_dir)) / 'optimizer.safetensors'
     save_file({name.replace('qkv_proj', 'q_proj'): x for name, x in load_file(path).items()}, path)
-    with pytest.raises(ValueError, match='was saved by another version of this code .it has no state of .*qkv_proj'):
+    with pytest.raises(ValueError, match='was saved by another version of this code .it has no state of '
+                                         '.*qkv_proj'):
         train.main(replace(toy, resume=True))
 
 
@@ -222,11 +256,13 @@ def test_a_batch_as_large_as_the_data_is_pointed_out(toy, capsys):
 
 @pytest.mark.parametrize('change, message', [
     (dict(data='nowhere'), 'no data folder nowhere'),
-    (dict(batch_tokens=500), 'batch_tokens 500 is no multiple of batch_size 2 x block_size 128 x 1 processes = 256'),
+    (dict(batch_tokens=500), 'batch_tokens 500 is no multiple of batch_size 2 x block_size 128 x 1 processes '
+                             '= 256'),
     (dict(init_from='nowhere'), 'init_from: no folder nowhere'),
     (dict(device='foo'), "device 'foo' cannot be used here"),
     (dict(block_size=16, batch_tokens=64), 'a chunk of duplex3 has 22 tokens'),
-    (dict(stages='duplex3:5, half_duplex:5', block_size=30, batch_tokens=60), 'nothing in train fits layout half_duplex'),
+    (dict(stages='duplex3:5, half_duplex:5', block_size=30, batch_tokens=60), 'nothing in train fits layout '
+                                                                              'half_duplex'),
 ])
 def test_refused(toy, change, message):
     """One sentence, and the run that was there before stays where it was."""
@@ -246,11 +282,16 @@ def test_only_runs_are_moved_aside(toy):
     assert (Path(toy.out_dir) / 'notes.txt').exists()
 
 
-@pytest.mark.parametrize('setting, message', [
-    ('--speech_chunk=0', 'speech_chunk is 0'), ('--stages=duplex4:10', "did you mean 'duplex3'"), ('--stages=duplex3', 'LAYOUT:STEPS'),
-    ('--lerning_rate=1', "did you mean 'learning_rate'"), ('--batch_size=0', 'batch_size is 0'), ('--data=a:b', "'a:b' is not FOLDER:WEIGHT"), ('--data=a:1,', 'is not FOLDER'), ('--stages=asr:0epochs', 'LAYOUT:STEPS'),
-    ('--stages=asr:1.5', 'LAYOUT:STEPS'), ('--dtype=int8', 'dtype is'),
-])
+@pytest.mark.parametrize('setting, message', [('--speech_chunk=0', 'speech_chunk is 0'),
+                                              ('--stages=duplex4:10', "did you mean 'duplex3'"),
+                                              ('--stages=duplex3', 'LAYOUT:STEPS'),
+                                              ('--lerning_rate=1', "did you mean 'learning_rate'"),
+                                              ('--batch_size=0', 'batch_size is 0'),
+                                              ('--data=a:b', "'a:b' is not FOLDER:WEIGHT"),
+                                              ('--data=a:1,', 'is not FOLDER'),
+                                              ('--stages=asr:0epochs', 'LAYOUT:STEPS'),
+                                              ('--stages=asr:1.5', 'LAYOUT:STEPS'),
+                                              ('--dtype=int8', 'dtype is'), ])
 def test_settings_refused(setting, message):
     with pytest.raises(SystemExit) as error:
         config.load(train.Config, [setting])
@@ -268,7 +309,8 @@ def test_data_of_another_codec_is_refused(toy, small_data, tmp_path):
     other = tmp_path / 'other'
     shutil.copytree(small_data, other)
     for split in ('train', 'val'):
-        save_dialogues(str(other / f'{split}.arrow'), make_dialogues(20), dict(CODEC, fingerprint='fedcba9876543210'))
+        save_dialogues(str(other / f'{split}.arrow'), make_dialogues(20),
+                       dict(CODEC, fingerprint='fedcba9876543210'))
     with pytest.raises(ValueError, match='codec toy fedcba9876543210.*codec toy 0123456789abcdef'):
         train.main(replace(toy, data=str(other), init_from=toy.out_dir, out_dir=str(tmp_path / 'next')))
 
@@ -284,23 +326,28 @@ def heard(cfg):
 
 
 def test_it_is_heard_and_learns_the_same(spoken, tmp_path, capsys):
-    """Steps 5 and 10 are heard; weights, optimiser and random numbers end as those of a run that nobody listened to."""
+    """Steps 5 and 10 are heard; weights, optimiser and random numbers end as those of a run that nobody
+    listened to."""
     soundfile = pytest.importorskip('soundfile')
     deaf = replace(spoken, n_listen=0, out_dir=str(tmp_path / 'deaf'))
     train.main(deaf)
     train.main(spoken)
     assert 'note: ' not in capsys.readouterr().out
-    states = [load_file(Path(train.last_state(cfg.out_dir)) / 'optimizer.safetensors') for cfg in (spoken, deaf)]
+    states = [
+        load_file(Path(train.last_state(cfg.out_dir)) / 'optimizer.safetensors') for cfg in (spoken, deaf)]
     assert equal(*states) and 'rng' in states[0] and equal(weights(spoken), weights(deaf))
-    assert heard(deaf) == [] and heard(spoken) == [f'step-0000{step}-d{i}.{end}' for step in ('05', '10') for i in (0, 1) for end in ('jsonl', 'wav')]
+    assert heard(deaf) == [] and heard(spoken) == [
+        f'step-0000{step}-d{i}.{end}' for step in ('05', '10') for i in (0, 1) for end in ('jsonl', 'wav')]
     from data.dialogues import Dialogues
     reference = Dialogues(spoken.data, 'val')[1]
     wave, rate = soundfile.read(Path(spoken.out_dir) / 'listen/step-000010-d1.wav')
     assert wave.shape == (len(reference['user']) * 640, 2) and rate == 16000 and wave[:, 0].any()
     said = [json.loads(line) for line in open(Path(spoken.out_dir) / 'listen/step-000010-d1.jsonl')]
-    assert [turn['text'] for turn in said if turn['role'] == 'user'] == [turn['text'] for turn in reference['turns'] if turn['role'] == 'user']
+    assert [turn['text'] for turn in said if turn['role'] == 'user'
+            ] == [turn['text'] for turn in reference['turns'] if turn['role'] == 'user']
     page = (Path(spoken.out_dir) / 'report.html').read_text()
-    assert 'step 10' in page and re.findall('<a href="([^"]*)', page) == ['listen/step-000005-d0.wav', 'listen/step-000005-d1.wav']
+    assert 'step 10' in page and re.findall('<a href="([^"]*)', page) == [
+        'listen/step-000005-d0.wav', 'listen/step-000005-d1.wav']
     assert 'listen/' not in (Path(deaf.out_dir) / 'report.html').read_text()     # curves only
 
 
@@ -319,31 +366,43 @@ def test_what_cannot_be_heard_does_not_stop_the_run(spoken, monkeypatch, capsys,
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith('note: ')]
     if why == 'no vocoder' and not importlib.util.find_spec('soundfile'):
         why = 'no soundfile'
-    assert notes == ['note: what the model says is written, but not heard: ' + ('no vocoder here' if why == 'no vocoder' else 'pip install soundfile soxr')]
+    assert notes == [
+        'note: what the model says is written, but not heard: ' +
+        ('no vocoder here' if why == 'no vocoder' else 'pip install soundfile soxr')]
     assert heard(spoken) == [f'step-0000{step}-d{i}.jsonl' for step in ('05', '10') for i in (0, 1)]
-    assert '<a href="listen/step-000005-d0.jsonl">step 5, d0</a>' in (Path(spoken.out_dir) / 'report.html').read_text()
+    assert '<a href="listen/step-000005-d0.jsonl">step 5, d0</a>' in (Path(spoken.out_dir)
+                                                                      / 'report.html').read_text()
 
 
 def test_stages_without_a_clock_and_data_without_a_codec(toy, capsys):
     train.main(replace(toy, stages='asr+tts:10, duplex3:5', n_listen=2))
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith('note: ')]
-    assert len(notes) == 2 and 'asr+tts goes by turns, without a clock' in notes[0] and f'nothing is heard: no codec in {toy.data}' in notes[1]
+    assert len(notes) == 2 and 'asr+tts goes by turns, without a clock' in notes[
+        0] and f'nothing is heard: no codec in {toy.data}' in notes[1]
     assert heard(toy) == [] and (Path(toy.out_dir) / 'report.html').exists()
 
 
 def test_only_the_first_half_minute_is_listened_to():
-    turns = [dict(role='user', start=0, end=5, text='a'), dict(role='assistant', start=5, end=12, text='b'), dict(role='user', start=10, end=12, text='c')]
+    turns = [
+        dict(role='user', start=0, end=5, text='a'),
+        dict(role='assistant', start=5, end=12, text='b'),
+        dict(role='user', start=10, end=12, text='c')]
     short = cut(dict(id='x', user=list(range(12)), assistant=list(range(12)), turns=turns), 10)
-    assert short['user'] == short['assistant'] == list(range(10)) and short['turns'] == [turns[0], dict(turns[1], end=10)]
+    assert short['user'] == short['assistant'] == list(range(10)) and short['turns'] == [
+        turns[0], dict(turns[1], end=10)]
 
 
 def test_curves_are_the_whole_run_thinned(tmp_path):
     """1,001 train lines: every third, counted from the last; val, of two lines, stays."""
-    rows = [dict(kind='train', step=step, stage='x', lr=1.0, loss=step / 10, text=1.0) for step in range(1001)] + [dict(kind='val', step=step, loss=2.0, silence=3.0) for step in (500, 1000)]
+    rows = [
+        dict(kind='train', step=step, stage='x', lr=1.0, loss=step / 10, text=1.0) for step in range(1001)
+    ] + [dict(kind='val', step=step, loss=2.0, silence=3.0) for step in (500, 1000)]
     (tmp_path / 'log.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n')
     curves = read_curves(tmp_path / 'log.jsonl')
-    assert set(curves) == {'train loss', 'train text', 'val loss', 'val silence'} and curves['val loss'] == [(500, 2.0), (1000, 2.0)]
-    assert [step for step, _ in curves['train loss']] == list(range(1, 1001, 3)) and curves['train loss'][-1] == (1000, 100.0)
+    assert set(curves) == {'train loss', 'train text', 'val loss', 'val silence'} and curves['val loss'] == [
+        (500, 2.0), (1000, 2.0)]
+    assert [step for step, _ in curves['train loss']] == list(range(
+        1, 1001, 3)) and curves['train loss'][-1] == (1000, 100.0)
 
 
 WANDB = '''
@@ -352,7 +411,8 @@ class Error(Exception): pass
 def put(**values):
     with open(FILE, 'a') as file: print(json.dumps(values), file=file)
 class Audio:
-    def __init__(self, wave, sample_rate, caption): self.about = dict(audio=wave.shape, sample_rate=sample_rate, caption=caption)
+    def __init__(self, wave, sample_rate, caption): self.about = dict(audio=wave.shape,
+    sample_rate=sample_rate, caption=caption)
 class Run:
     def __init__(self, id): self.id = id
     def define_metric(self, name, step_metric): put(define_metric=[name, step_metric])
@@ -365,7 +425,8 @@ def init(project, name, id, resume, dir, config, reinit):
 
 
 def test_wandb(spoken, tmp_path, monkeypatch):
-    """Against a stub of its interface: scalars and audio arrive with their steps, a resumed run continues the same one."""
+    """Against a stub of its interface: scalars and audio arrive with their steps, a resumed run continues the
+    same one."""
     pytest.importorskip('soundfile')
     (tmp_path / 'stub').mkdir()
     (tmp_path / 'stub/wandb.py').write_text(f'FILE = {str(tmp_path / "put")!r}\n' + WANDB)
@@ -375,10 +436,14 @@ def test_wandb(spoken, tmp_path, monkeypatch):
     train.main(replace(spoken, stages='duplex3:6', wandb='voices', resume=True))
     put = [json.loads(line) for line in open(tmp_path / 'put')]
     inits, logs = [row['init'] for row in put if 'init' in row], [row['log'] for row in put if 'log' in row]
-    assert inits == [['voices', 'run', id, 'allow', spoken.out_dir, 1337] for id in (None, 'made-by-wandb')] and ['*', 'step'] in [row.get('define_metric') for row in put]
-    assert [(row['step'], next(iter(row)).split('/')[0]) for row in logs] == [(step, kind) for step in (5, 6) for kind in ('train', 'val', 'heard', 'heard')]
-    assert [step for step, _ in read_curves(Path(spoken.out_dir) / 'log.jsonl')['val loss']] == [5, 6] and len(heard(spoken)) == 8
-    assert logs[2]['heard/d0']['audio'][1] == 2 and logs[2]['heard/d0']['sample_rate'] == 16000 and 's user: ' in logs[2]['heard/d0']['caption']
+    assert inits == [['voices', 'run', id, 'allow', spoken.out_dir, 1337] for id in (None, 'made-by-wandb')
+                     ] and ['*', 'step'] in [row.get('define_metric') for row in put]
+    assert [(row['step'], next(iter(row)).split('/')[0]) for row in logs] == [
+        (step, kind) for step in (5, 6) for kind in ('train', 'val', 'heard', 'heard')]
+    assert [step for step, _ in read_curves(Path(spoken.out_dir) / 'log.jsonl')['val loss']] == [
+        5, 6] and len(heard(spoken)) == 8
+    assert logs[2]['heard/d0']['audio'][1] == 2 and logs[2]['heard/d0'][
+        'sample_rate'] == 16000 and 's user: ' in logs[2]['heard/d0']['caption']
     with pytest.raises(ValueError, match='wandb=offline cannot start: no network'):
         train.main(replace(spoken, wandb='offline'))
     monkeypatch.setitem(sys.modules, 'wandb', None)
@@ -392,17 +457,23 @@ def test_tensorboard_is_given_audio(spoken):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     train.main(replace(spoken, tensorboard=True, stages='duplex3:5'))
     events = EventAccumulator(spoken.out_dir).Reload()
-    assert events.Tags()['audio'] == ['heard/d0', 'heard/d1'] and [event.step for event in events.Audio('heard/d0')] == [5]
-    assert b'user: ' in events.Tensors('heard/d0/text_summary')[0].tensor_proto.string_val[0] and 'val/loss' in events.Tags()['scalars']
+    assert events.Tags()['audio'] == ['heard/d0', 'heard/d1'] and [
+        event.step for event in events.Audio('heard/d0')] == [5]
+    assert b'user: ' in events.Tensors(
+        'heard/d0/text_summary')[0].tensor_proto.string_val[0] and 'val/loss' in events.Tags()['scalars']
 
 
 def test_show_prints_the_rows_and_stops(toy, capsys, monkeypatch):
-    """Two rows of each stage; nothing is written. What user_noise replaced carries a ~, and without a terminal there are no colours."""
+    """Two rows of each stage; nothing is written. What user_noise replaced carries a ~, and without a
+    terminal there are no colours."""
     monkeypatch.delenv('FORCE_COLOR', raising=False)
-    assert train.main(replace(toy, show=2, stages='asr+tts:5, duplex3:5', user_noise=0.3, text_weight=5.0)) == {}
+    assert train.main(replace(toy, show=2, stages='asr+tts:5, duplex3:5', user_noise=0.3,
+                              text_weight=5.0)) == {}
     out = capsys.readouterr().out
-    assert out.count('\nrow ') == 4 and out.count('stage ') == 2 and ' text x5, ' in out and ' speech x1' in out
-    assert '~' in out.split('row 0')[1] and '!' not in re.sub('fed: .*', '', out).replace('!t', '') and '\033' not in out
+    assert out.count('\nrow ') == 4 and out.count(
+        'stage ') == 2 and ' text x5, ' in out and ' speech x1' in out
+    assert '~' in out.split('row 0')[1] and '!' not in re.sub('fed: .*', '', out).replace(
+        '!t', '') and '\033' not in out
     assert not os.path.exists(toy.out_dir)
     monkeypatch.setenv('FORCE_COLOR', '1')
     train.main(replace(toy, show=1))

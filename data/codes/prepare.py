@@ -1,8 +1,11 @@
 """
-Ready speech codes become dialogues: rows as SLAM-Omni publishes them (worstchan/…-SLAM-Omni), made with CosyVoice at 50 Hz.
+Ready speech codes become dialogues: rows as SLAM-Omni publishes them (worstchan/…-SLAM-Omni), made with
+CosyVoice at 50 Hz.
 
-    {"split_name": "identity", "index": 2, "round": 2, "source_text": "USER: … ASSISTANT: … <USER>: Wow, that's a lot!",
-     "source_wav": "audio/audio_2.wav", "target_text": "Yes, it certainly is!", "target_token": [745, 545, 203, …]}
+    {"split_name": "identity", "index": 2, "round": 2, "source_text": "USER: … ASSISTANT: … <USER>: Wow,
+    that's a lot!",
+     "source_wav": "audio/audio_2.wav", "target_text": "Yes, it certainly is!", "target_token": [745, 545,
+     203, …]}
 
     user       ▓ round 1 ▓                    ▓ round 2 ▓                      where every round of an index has the user's codes or audio:
     assistant             ▓ target_token ▓ gap            ▓ target_token ▓     a dialogue of two channels
@@ -12,7 +15,8 @@ Ready speech codes become dialogues: rows as SLAM-Omni publishes them (worstchan
     python data/codes/prepare.py rows.jsonl --codec=codecs/s3_50hz --out=data/slam --one_sided
     python data/codes/prepare.py rows.jsonl --codec=codecs/s3 --audio_dir=. --out=data/slam        the user's audio is encoded, by that codec
 
-Nothing in a row says which codec made it: give the right one. Codes that it doesn't have are refused, but those of another rate look alike.
+Nothing in a row says which codec made it: give the right one. Codes that it doesn't have are refused, but
+those of another rate look alike.
 """
 import json
 import os
@@ -23,11 +27,13 @@ import numpy as np
 from data import tokenise
 from data.recordings import find_audio, read_piece, read_rows
 
-FIELDS = dict(codes='target_token', text='target_text', user_codes='source_token', user_audio='source_wav', user_text='source_text', round='round')
+FIELDS = dict(codes='target_token', text='target_text', user_codes='source_token', user_audio='source_wav',
+              user_text='source_text', round='round')
 
 
 def list_items(args):
-    """id -> (places of the rows of a dialogue, whether the user is to be heard). Places, as the codes of a corpus fill the memory."""
+    """id -> (places of the rows of a dialogue, whether the user is to be heard). Places, as the codes of a
+    corpus fill the memory."""
     if args.manifest.endswith('.gz'):
         raise ValueError(f'{args.manifest}: unpack it first, rows are looked up by their place')
     audio_dir = args.audio_dir or os.path.dirname(os.path.abspath(args.manifest))
@@ -48,8 +54,11 @@ def list_items(args):
             counts['one_sided'] += len(rows)
             items |= {where: ([(where, offset)], False) for where, offset in places}
     if int(os.environ.get('RANK', 0)) == 0:
-        print(f'{counts["dialogues"]} dialogues of two channels from {counts["rounds"]} rows; {counts["one_sided"]} rows are one-sided, '
-              + ('as --one_sided asks for' if args.one_sided else f'those whose user has no {args.user_codes} and no file {args.user_audio}'))
+        print(f'{counts["dialogues"]} dialogues of two channels from {counts["rounds"]} rows; '
+              f'{counts["one_sided"]} rows are one-sided, '
+              + ('as --one_sided asks for' if args.one_sided else 'those whose user has no '
+                                                                  f'{args.user_codes} and no file '
+                                                                  f'{args.user_audio}'))
     return items
 
 
@@ -80,7 +89,8 @@ def read(item, codec, args):
     if not is_dialogue:
         (where, row), = rows
         codes = take_codes(row, args.codes, codec, where)
-        return tokenise.Recording(None, codes, [turn('assistant', 0, len(codes), take_text(row, args.text, where), codec)])
+        return tokenise.Recording(None, codes,
+                                  [turn('assistant', 0, len(codes), take_text(row, args.text, where), codec)])
 
     rounds = [row.get(args.round, 1) for _, row in rows]
     if not all(type(number) is int for number in rounds) or sorted(rounds) != list(range(1, len(rows) + 1)):
@@ -93,7 +103,8 @@ def read(item, codec, args):
             at += round(args.gap_sec * codec.rate_hz)
         user, codes = take_user(row, codec, args, audio_dir, where), take_codes(row, args.codes, codec, where)
         n_user = len(user) if user.dtype.kind != 'f' else -(-len(user) // hop(codec))
-        user_text = take_text(row, args.user_text, where).rsplit('<USER>:', 1)[-1].strip()      # what is before are the earlier rounds
+        # what is before are the earlier rounds
+        user_text = take_text(row, args.user_text, where).rsplit('<USER>:', 1)[-1].strip()
         turns.append(turn('user', at, at + n_user, user_text, codec))
         users.append((at, user))
         at += n_user
@@ -101,7 +112,8 @@ def read(item, codec, args):
         answers.append((at, codes))
         at += len(codes)
     if len({user.dtype.kind for _, user in users}) > 1:
-        raise ValueError(f'{rows[0][0]}, is of a dialogue whose user has codes in some rounds and audio in others')
+        raise ValueError(f'{rows[0][0]}, is of a dialogue whose user has codes in some rounds and audio in '
+                         'others')
     return tokenise.Recording(lay(users, at, codec), lay(answers, at, codec), turns)
 
 
@@ -146,23 +158,29 @@ def take_codes(row, name, codec, where):
         raise ValueError(f'{where}, has {name} {codes!r:.80}, no list of codes')
     for frame, code in enumerate(codes):
         if not 0 <= code < codec.n_codes:
-            raise ValueError(f'{where}, has code {code} at frame {frame} of {name}; codec {codec.name} has 0 to {codec.n_codes - 1}')
+            raise ValueError(f'{where}, has code {code} at frame {frame} of {name}; codec {codec.name} has 0 '
+                             f'to {codec.n_codes - 1}')
     return np.array(codes, np.uint16)
 
 
 def main():
     parser = tokenise.arguments(__doc__)
     parser.add_argument('manifest', help='JSON rows, not gzipped')
-    parser.add_argument('--audio_dir', help="where the paths of the user's audio start, or any part of them (the folder of the manifest)")
-    parser.add_argument('--one_sided', action='store_true', help='take the answers only; a codec that is a mere description cannot encode the user')
-    parser.add_argument('--gap_sec', type=float, default=0.5, help='between an answer and the next round; the assistant itself answers at once (0.5)')
+    parser.add_argument('--audio_dir', help="where the paths of the user's audio start, or any part of them "
+                                            "(the folder of the manifest)")
+    parser.add_argument('--one_sided', action='store_true', help='take the answers only; a codec that is a '
+                                                                 'mere description cannot encode the user')
+    parser.add_argument('--gap_sec', type=float, default=0.5, help='between an answer and the next round; '
+                                                                   'the assistant itself answers at once '
+                                                                   '(0.5)')
     parser.add_argument('--dialogue_fields', type=lambda names: names.split(','), default='split_name,index',
                         help='that rounds of a dialogue share (split_name,index)')
     for key, name in FIELDS.items():
         parser.add_argument(f'--{key}', metavar='FIELD', default=name, help=f'name of that field ({name})')
     args = parser.parse_args()
     settings = ('manifest', 'audio_dir', 'one_sided', 'gap_sec', 'dialogue_fields', *FIELDS)
-    tokenise.run(list_items(args), partial(read, args=args), args, {key: getattr(args, key) for key in settings})
+    tokenise.run(list_items(args), partial(read, args=args), args,
+                 {key: getattr(args, key) for key in settings})
 
 
 if __name__ == '__main__':

@@ -1,12 +1,13 @@
 """
-Spoken questions and answers to learn from, made on the spot: espeak-ng reads them in some eighty voices, a codec learns to write
-down what they say, and out come dialogues on two channels.
+Spoken questions and answers to learn from, made on the spot: espeak-ng reads them in some eighty voices, a
+codec learns to write down what they say, and out come dialogues on two channels.
 
     user       ░░ What is two plus three? ░░                               ░░ Tell me the capital of Peru. ░░
     assistant                               ▓▓ Two plus three is five. ▓▓                                     ▓▓ The capital …
 
-The user has one voice a dialogue, over noise; the assistant always the same one, and it answers at once. In some dialogues the user
-barges in, and the assistant stops. The voices of test.arrow and val.arrow are heard nowhere else: not by the codec, nor in training.
+The user has one voice a dialogue, over noise; the assistant always the same one, and it answers at once. In
+some dialogues the user barges in, and the assistant stops. The voices of test.arrow and val.arrow are heard
+nowhere else: not by the codec, nor in training.
 
     python data/demo/prepare.py                                               writes into its own folder, in a minute on two cores
     python data/demo/prepare.py --say='What is the capital of France?' --wav=question.wav --voice=linda
@@ -41,14 +42,14 @@ N_UTTERANCE = 4000        # one-sided, to train on in the alignment stage alone
 N_CLIP = 1600             # that the codec is fitted on
 N_CODES = 512
 REACTION = 3              # frames of silence after which the assistant knows that the user has ended: 120 ms
-N_WORKER = 2              # part of the recipe: espeak-ng repeats itself, its noises aside, in the same order in a fresh process
+# part of the recipe: espeak-ng repeats itself, its noises aside, in the same order in a fresh process
+N_WORKER = 2
 FRAME = 640               # samples
 MAX_FRAME = 230           # 9.2 s: 23 chunks, 506 tokens of duplex3
 
 CAPITALS = {
-    'France': 'Paris', 'Germany': 'Berlin', 'Portugal': 'Lisbon', 'Russia': 'Moscow', 'Egypt': 'Cairo', 'Japan': 'Tokyo',
-    'Canada': 'Ottawa', 'Peru': 'Lima',
-}
+    'France': 'Paris', 'Germany': 'Berlin', 'Portugal': 'Lisbon', 'Russia': 'Moscow', 'Egypt': 'Cairo',
+    'Japan': 'Tokyo', 'Canada': 'Ottawa', 'Peru': 'Lima', }
 NUMBERS = 'zero one two three four five six'.split()
 SMALL_TALK = {
     'Hello there.': 'Hello, nice to meet you.',
@@ -61,7 +62,8 @@ SMALL_TALK = {
 TOPICS = [  # question -> answer; a dialogue takes each question from one of the three by chance
     {question.format(country): f'The capital of {country} is {city}.' for country, city in CAPITALS.items()
      for question in ('What is the capital of {}?', 'Tell me the capital of {}.')},
-    {f'What is {NUMBERS[one]} plus {NUMBERS[other]}?': f'{NUMBERS[one].capitalize()} plus {NUMBERS[other]} is {NUMBERS[one + other]}.'
+    {f'What is {NUMBERS[one]} plus {NUMBERS[other]}?': f'{NUMBERS[one].capitalize()} plus {NUMBERS[other]} '
+                                                       f'is {NUMBERS[one + other]}.'
      for one in range(1, 4) for other in range(1, 4)},
     SMALL_TALK]
 TOPIC_SHARE = [0.5, 0.3, 0.2]
@@ -74,7 +76,8 @@ def pick_question(rng):
     return topic[rng.integers(len(topic))]
 
 
-# espeak-ng's variants of its voice. Several are near copies of each other (steph2, steph3): held out together or not at all.
+# espeak-ng's variants of its voice. Several are near copies of each other (steph2, steph3): held out together
+# or not at all.
 ASSISTANT, ASSISTANT_RATE = 'f1', 200
 TEST_VOICES = ('Alicia Andy Gene Gene2 Mike mike2 belinda david edward edward2 f2 f5 linda m3 m7 pablo '
                'steph steph2 steph3 zac').split()
@@ -86,7 +89,8 @@ def add_noise(wave, rng, snr_db, level):
     """level: the mean square of the speech."""
     noise = noises()[rng.integers(8)]
     if len(wave) >= len(noise):
-        raise ValueError(f'{len(wave) / SAMPLE_RATE:.0f} s of speech, {len(noise) / SAMPLE_RATE:.0f} s is the longest there is noise for')
+        raise ValueError(f'{len(wave) / SAMPLE_RATE:.0f} s of speech, {len(noise) / SAMPLE_RATE:.0f} s is '
+                         'the longest there is noise for')
     at = rng.integers(len(noise) - len(wave))
     return wave + noise[at:at + len(wave)] * np.float32(np.sqrt(level / 10 ** (snr_db / 10)))
 
@@ -97,15 +101,18 @@ def word_list(words, first_frame, end_frame):
 
 
 def codec_clips(espeak, rng, n_clip):
-    """-> waves, their phonemes as integers (a 40 ms each, 0 is silence), whether it is the assistant who speaks"""
+    """-> waves, their phonemes as integers (a 40 ms each, 0 is silence), whether it is the assistant who
+    speaks"""
     sentences = QUESTIONS + sorted(set(ANSWERS.values()))
-    jobs = [(TRAIN_VOICES[i % len(TRAIN_VOICES)], sentences[rng.integers(len(sentences))]) for i in range(n_clip)]
+    jobs = [
+        (TRAIN_VOICES[i % len(TRAIN_VOICES)], sentences[rng.integers(len(sentences))]) for i in range(n_clip)]
     jobs += [(ASSISTANT, text) for text in sentences]
     number = {'_': 0, '_:': 0}
     waves, labels = [], []
     for voice, text in tqdm(jobs, desc='codec clips', unit='clip', mininterval=1):
         mine = voice == ASSISTANT
-        speech, _, phonemes = espeak.say(text, voice, **({'rate': ASSISTANT_RATE} if mine else Espeak.style(rng)))
+        speech, _, phonemes = espeak.say(text, voice,
+                                         **({'rate': ASSISTANT_RATE} if mine else Espeak.style(rng)))
         before, after = rng.integers(SAMPLE_RATE // 20, SAMPLE_RATE // 2, 2)
         wave = np.pad(speech, (before, after))
         if not mine:
@@ -132,11 +139,13 @@ def render_answers(espeak, codec):
 
 
 def make_dialogue(espeak, codec, answers, silence, rng, voice, vary_size):
-    """One user, as many questions as fit: two as a rule; or one somewhere in a long silence, in which nobody may speak."""
+    """One user, as many questions as fit: two as a rule; or one somewhere in a long silence, in which nobody
+    may speak."""
     is_quiet = rng.random() < 0.07
     start_sec = rng.uniform(0.1, 3.5) if is_quiet else max(0.1, rng.normal(0.35, 0.1))
     speech, start = [], int(start_sec * SAMPLE_RATE)  # where each question begins, in samples
-    turns, barge_in = [], 1 if rng.random() < 0.2 else None  # the answer that the next question does not wait for
+    # the answer that the next question does not wait for
+    turns, barge_in = [], 1 if rng.random() < 0.2 else None
     style = Espeak.style(rng, vary_size)
     assistant = np.full(MAX_FRAME, silence, dtype=np.uint16)
     n_frame = 0
@@ -156,13 +165,17 @@ def make_dialogue(espeak, codec, answers, silence, rng, voice, vary_size):
         if turns and turns[-1]['end'] > first:  # the user has barged in, the assistant notices
             said = turns[-1]
             stop = min(said['end'], first + int(rng.uniform(0.2, 0.4) * 25))
-            said['words'] = [word | {'end': min(word['end'], stop)} for word in said['words'] if word['start'] < stop]
+            said['words'] = [
+                word | {'end': min(word['end'], stop)} for word in said['words'] if word['start'] < stop]
             said['text'] = ' '.join(word['text'] for word in said['words'])
             said['end'] = stop
             assistant[stop:] = silence
         speech.append((start, wave))
-        turns.append(dict(role='user', start=first, end=end, text=question, words=word_list(words, first, end)))
-        turns.append(dict(role='assistant', start=answer_start, end=answer_end, text=answer, words=word_list(answer_words, answer_start, answer_end)))
+        turns.append(
+            dict(role='user', start=first, end=end, text=question, words=word_list(words, first, end)))
+        turns.append(
+            dict(role='assistant', start=answer_start, end=answer_end, text=answer,
+                 words=word_list(answer_words, answer_start, answer_end)))
         assistant[answer_start:answer_end] = codes
         n_frame = answer_end
         if len(speech) == barge_in:
@@ -175,7 +188,8 @@ def make_dialogue(espeak, codec, answers, silence, rng, voice, vary_size):
     for at, said in speech:
         wave[at:at + len(said)] += said
     level = np.mean(np.concatenate([said for _, said in speech]) ** 2)
-    return dict(user=codec.encode(add_noise(wave, rng, rng.uniform(15, 50), level)), assistant=assistant[:n_frame], turns=turns)
+    return dict(user=codec.encode(add_noise(wave, rng, rng.uniform(15, 50), level)),
+                assistant=assistant[:n_frame], turns=turns)
 
 
 def make_utterance(espeak, codec, rng, voice):
@@ -201,7 +215,8 @@ def work(number, folder, n_dialogue, n_utterance, results):
             rng = np.random.default_rng([SEED, *split.encode(), i])
             voice = voices[i % len(voices)]
             if i < n_dialogue[split]:
-                record = make_dialogue(espeak, codec, answers, silence, rng, voice, vary_size=split == 'train')
+                record = make_dialogue(espeak, codec, answers, silence, rng, voice,
+                                       vary_size=split == 'train')
             else:
                 record = make_utterance(espeak, codec, rng, voice)
             results.put((split, i, {'id': f'{split}-{i:05d}-{voice}', **record}))
@@ -236,17 +251,21 @@ def round_trip(espeak, codec):
         contour.append(np.corrcoef(*(np.log(e + 1e-4 * e.max()) for e in energy))[0, 1])
         same.append(codec.encode(heard) == codes)
         longer.append(abs(len(heard) / len(wave) - 1))
-    return dict(same_codes=np.mean(np.concatenate(same)), loudness_correlation=np.mean(contour), duration_error=max(longer))
+    return dict(same_codes=np.mean(np.concatenate(same)), loudness_correlation=np.mean(contour),
+                duration_error=max(longer))
 
 
 def prepare(out, n_train_dialogue, n_utterance, n_clip):
-    """Fits the codec and the BPE, then writes the three splits, and last of all prepared.json, which says so."""
+    """Fits the codec and the BPE, then writes the three splits, and last of all prepared.json, which says
+    so."""
     what = json.dumps([n_train_dialogue, n_utterance, n_clip])
     what += ''.join(map(inspect.getsource, (sys.modules[__name__], sys.modules[Espeak.__module__], MelCodec)))
     recipe, marker = hashlib.sha256(what.encode()).hexdigest()[:16], os.path.join(out, 'prepared.json')
     if min(n_train_dialogue, n_clip) < N_CODES // 10 or n_utterance < 0:
-        raise ValueError(f'--n_dialogue and --n_clip have to be {N_CODES // 10} at least, --n_utterance not below 0')
-    if os.path.exists(marker) and all(os.path.exists(os.path.join(out, f'{split}.arrow')) for split in ('train', *N_HELD_OUT)):
+        raise ValueError(f'--n_dialogue and --n_clip have to be {N_CODES // 10} at least, --n_utterance not '
+                         'below 0')
+    if os.path.exists(marker) and all(
+            os.path.exists(os.path.join(out, f'{split}.arrow')) for split in ('train', *N_HELD_OUT)):
         if read_json(marker)['recipe'] == recipe:
             return print(f'{out} is prepared already')
     os.makedirs(out, exist_ok=True)
@@ -262,11 +281,14 @@ def prepare(out, n_train_dialogue, n_utterance, n_clip):
     n_dialogue = {'train': n_train_dialogue, **N_HELD_OUT}
     context = multiprocessing.get_context('spawn')
     results = context.Queue()
-    workers = [context.Process(target=work, args=(i, out, n_dialogue, n_utterance, results), daemon=True) for i in range(N_WORKER)]
+    workers = [
+        context.Process(target=work, args=(i, out, n_dialogue, n_utterance, results), daemon=True)
+        for i in range(N_WORKER)]
     for worker in workers:
         worker.start()
     found = {split: {} for split in n_dialogue}
-    for _ in tqdm(range(sum(n_dialogue.values()) + n_utterance), desc='dialogues', unit='record', mininterval=1):
+    for _ in tqdm(range(sum(n_dialogue.values()) + n_utterance), desc='dialogues', unit='record',
+                  mininterval=1):
         while True:
             try:
                 split, i, record = results.get(timeout=5)
@@ -280,7 +302,8 @@ def prepare(out, n_train_dialogue, n_utterance, n_clip):
         records = [records[i] for i in sorted(records)]
         save_dialogues(os.path.join(out, f'{split}.arrow'), records, codec.describe())
         statistics[split] = dict(
-            n_dialogue=n_dialogue[split], n_record=len(records), n_voice=len({record['id'].split('-')[2] for record in records}),
+            n_dialogue=n_dialogue[split], n_record=len(records),
+            n_voice=len({record['id'].split('-')[2] for record in records}),
             hours=round(sum(len(record['user']) for record in records) * FRAME / SAMPLE_RATE / 3600, 2),
             n_question=sum(turn['role'] == 'user' for record in records for turn in record['turns']))
     for key, value in statistics.items():
@@ -289,10 +312,12 @@ def prepare(out, n_train_dialogue, n_utterance, n_clip):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', default=HERE, help='folder to write into')
     parser.add_argument('--n_dialogue', type=int, default=N_DIALOGUE, help='dialogues to train on')
-    parser.add_argument('--n_utterance', type=int, default=N_UTTERANCE, help='one-sided utterances to train on')
+    parser.add_argument('--n_utterance', type=int, default=N_UTTERANCE, help='one-sided utterances to train '
+                                                                             'on')
     parser.add_argument('--n_clip', type=int, default=N_CLIP, help='clips that the codec is fitted on')
     parser.add_argument('--say', help='instead: read this aloud into a wav')
     parser.add_argument('--wav', default='question.wav')
@@ -307,7 +332,8 @@ def main():
     speech = Espeak().say(args.say, args.voice, args.rate, args.pitch)[0]
     wave = np.pad(speech, SAMPLE_RATE // 2)
     wave = add_noise(wave, np.random.default_rng(SEED), args.snr_db, np.mean(speech ** 2))
-    write_audio(args.wav, soxr.resample(0.5 * wave / np.abs(wave).max(), SAMPLE_RATE, args.sample_rate), args.sample_rate)
+    write_audio(args.wav, soxr.resample(0.5 * wave / np.abs(wave).max(), SAMPLE_RATE, args.sample_rate),
+                args.sample_rate)
 
 
 if __name__ == '__main__':

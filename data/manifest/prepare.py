@@ -1,5 +1,6 @@
 """
-Audio with its text, a row each, becomes one-sided utterances: what the alignment stage (ASR, TTS) learns from.
+Audio with its text, a row each, becomes one-sided utterances: what the alignment stage (ASR, TTS) learns
+from.
 
     {"audio": "a/1.wav", "text": "Hello there."}                                         BLSP, and most others ("transcript" too)
     {"key": "u1", "wav": "a/1.wav", "txt": "Hello there."}                               wenet, its data.list
@@ -8,7 +9,8 @@ Audio with its text, a row each, becomes one-sided utterances: what the alignmen
     python data/manifest/prepare.py train.jsonl --codec=codecs/s3 --out=data/libri
     python data/manifest/prepare.py data.list --audio_dir=wavs --role=assistant --codec=codecs/s3 --out=data/voice
 
-An utterance is the user's as a rule (ASR); --role=assistant for a voice that the model is to have (TTS). Rows may be gzipped.
+An utterance is the user's as a rule (ASR); --role=assistant for a voice that the model is to have (TTS). Rows
+may be gzipped.
 """
 import os
 from functools import partial
@@ -25,22 +27,27 @@ def pick(row, names):
 
 def list_items(path):
     """id -> (where, row). Rows without an id are called after their place, as are those that are no rows."""
-    return by_id((str(pick(row or {}, FIELDS['id']) or where), (where, row)) for where, row, _ in read_rows(path))
+    return by_id(
+        (str(pick(row or {}, FIELDS['id']) or where), (where, row)) for where, row, _ in read_rows(path))
 
 
 def read(item, codec, args):
     where, row = item
     if row is None:
         raise ValueError(f'{where}, is no JSON object')
-    names = dict(FIELDS, **{kind: (name,) for kind, name in (('audio', args.audio_field), ('text', args.text_field)) if name})
+    names = dict(
+        FIELDS,
+        **{kind: (name, ) for kind, name in (('audio', args.audio_field), ('text', args.text_field)) if name})
     audio, text = (pick(row, names[kind]) for kind in ('audio', 'text'))
     for kind, value in dict(audio=audio, text=text).items():
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f'{where}, has {kind} {value!r} under {" or ".join(names[kind])}; --{kind}_field=NAME says where it is')
+            raise ValueError(f'{where}, has {kind} {value!r} under {" or ".join(names[kind])}; '
+                             f'--{kind}_field=NAME says where it is')
     path = find_audio(audio, args.audio_dir or os.path.dirname(os.path.abspath(args.manifest)))
     waves = read_piece(path, path, codec.sample_rate, *piece(row, where))
     if args.channel is None and len(waves) > 1 or (args.channel or 0) not in range(len(waves)):
-        raise ValueError(f'{path} has {len(waves)} channels, of which --channel={args.channel} is none; give 0 to {len(waves) - 1}')
+        raise ValueError(f'{path} has {len(waves)} channels, of which --channel={args.channel} is none; give '
+                         f'0 to {len(waves) - 1}')
     wave = waves[args.channel or 0]
     turn = dict(role=args.role, start_sec=0.0, end_sec=len(wave) / codec.sample_rate, text=text)
     return tokenise.Recording(**{'user': None, 'assistant': None, args.role: wave}, turns=[turn])
@@ -60,13 +67,16 @@ def piece(row, where):
 def main():
     parser = tokenise.arguments(__doc__)
     parser.add_argument('manifest', help='JSON rows, .gz or not')
-    parser.add_argument('--audio_dir', help='where its paths start, or any part of them (the folder of the manifest)')
+    parser.add_argument('--audio_dir', help='where its paths start, or any part of them (the folder of the '
+                                            'manifest)')
     parser.add_argument('--role', choices=('user', 'assistant'), default='user', help='who speaks (user)')
     parser.add_argument('--channel', type=int, help='of the files, from 0; needed where they have several')
     parser.add_argument('--audio_field', help=f'name of the field ({" or ".join(FIELDS["audio"])})')
     parser.add_argument('--text_field', help=f'name of the field ({" or ".join(FIELDS["text"])})')
     args = parser.parse_args()
-    recipe = {key: getattr(args, key) for key in ('manifest', 'audio_dir', 'role', 'channel', 'audio_field', 'text_field')}
+    recipe = {
+        key: getattr(args, key)
+        for key in ('manifest', 'audio_dir', 'role', 'channel', 'audio_field', 'text_field')}
     tokenise.run(list_items(args.manifest), partial(read, args=args), args, recipe)
 
 

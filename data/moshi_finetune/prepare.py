@@ -11,8 +11,8 @@ Folders as kyutai's moshi-finetune reads them become dialogues of two channels.
 
     python data/moshi_finetune/prepare.py data.jsonl --codec=codecs/s3 --out=data/talk
 
-Without the user's words the user's channel has its audio but no turns: all that duplex training needs, while the layouts of
-whole turns (asr, half_duplex) see the assistant only.
+Without the user's words the user's channel has its audio but no turns: all that duplex training needs, while
+the layouts of whole turns (asr, half_duplex) see the assistant only.
 """
 import json
 import math
@@ -42,7 +42,8 @@ def read(item, codec, args):
     if len(waves) != 2:
         raise ValueError(f'{path} has {len(waves)} channels, not one for the user and one for the assistant')
     words = read_words(os.path.splitext(path)[0] + '.json', args.assistant_speakers)
-    return tokenise.Recording(waves[args.user_channel], waves[1 - args.user_channel], turns_of(words, args.gap_sec))
+    return tokenise.Recording(waves[args.user_channel], waves[1 - args.user_channel],
+                              turns_of(words, args.gap_sec))
 
 
 def read_words(path, assistant_speakers):
@@ -54,7 +55,9 @@ def read_words(path, assistant_speakers):
         for text, (start_sec, end_sec), speaker in content['alignments']:
             if not math.isfinite(start_sec + end_sec) or not isinstance(text, str):
                 raise ValueError(f'{path} has the word {text!r} from {start_sec} s to {end_sec} s')
-            words['assistant' if speaker in assistant_speakers else 'user'].append(dict(text=text, start_sec=start_sec, end_sec=end_sec))
+            words['assistant' if speaker in
+                  assistant_speakers else 'user'].append(dict(text=text, start_sec=start_sec,
+                                                              end_sec=end_sec))
     except json.JSONDecodeError as error:
         raise ValueError(f'{path} is no JSON ({error})')
     except (KeyError, TypeError) as error:
@@ -65,12 +68,15 @@ def read_words(path, assistant_speakers):
 def main():
     parser = tokenise.arguments(__doc__)
     parser.add_argument('manifest', help='the data.jsonl')
-    parser.add_argument('--user_channel', type=int, choices=(0, 1), default=1, help='the assistant has the other (1: right)')
+    parser.add_argument('--user_channel', type=int, choices=(0, 1), default=1, help='the assistant has the '
+                                                                                    'other (1: right)')
     parser.add_argument('--assistant_speakers', default='SPEAKER_MAIN', type=lambda names: names.split(','),
                         help='all others are the user (SPEAKER_MAIN)')
-    parser.add_argument('--gap_sec', type=float, default=0.6, help='a longer pause between words ends a turn (0.6)')
+    parser.add_argument('--gap_sec', type=float, default=0.6, help='a longer pause between words ends a turn '
+                                                                   '(0.6)')
     args = parser.parse_args()
-    recipe = {key: getattr(args, key) for key in ('manifest', 'user_channel', 'assistant_speakers', 'gap_sec')}
+    recipe = {
+        key: getattr(args, key) for key in ('manifest', 'user_channel', 'assistant_speakers', 'gap_sec')}
     tokenise.run(list_items(args.manifest), partial(read, args=args), args, recipe)
 
 

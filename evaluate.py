@@ -36,7 +36,7 @@ from decode import Sampling, converse, for_decoding, pick_linear, render
 from flatten import ROLES
 from measures import foreign, judge, report, words
 from measures.losses import by_stream, loss_sums
-from measures.turns import PATIENCE_SEC, conversation, find, share, summarise, who_speaks
+from measures.turns import PATIENCE_SEC, assess, conversation, mean, summarise, who_speaks
 
 
 @dataclass(frozen=True)
@@ -176,11 +176,11 @@ def answers(found, decoded, references):
                                     _), (another,
                                          _) in zip(codes, codes[1:] + codes[:1], pairs, pairs[1:] + pairs[:1])
         if plain(text) != plain(another)]
-    figures = dict(n_answer=len(pairs), code_error_rate=share(distances),
-                   code_error_rate_of_another_answer=share(others))
+    figures = dict(n_answer=len(pairs), code_error_rate=mean(distances),
+                   code_error_rate_of_another_answer=mean(others))
     if any(text for _, text in pairs):
         errors = words.error_rate(*zip(*pairs))
-        figures |= dict(answer_accuracy=share(plain(due) == plain(text) for due, text in pairs),
+        figures |= dict(answer_accuracy=mean(plain(due) == plain(text) for due, text in pairs),
                         answer_wer=errors['wer'], answer_cer=errors['cer'])
         for due, text in [pair for pair in pairs if plain(pair[0]) != plain(pair[1])][:5]:
             print(f'  wrong: {text!r}, expected {due!r}')
@@ -274,7 +274,7 @@ def from_checkpoint(cfg):
         conversations.append(
             conversation(reference['id'], codec.rate_hz, turns['user'], dialogue, codec.silence_codes, n,
                          turns['assistant'], wave, codec.sample_rate))
-    found = [find(c) for c in conversations]
+    found = [assess(c) for c in conversations]
     return metrics | answers(found, decoded, both), conversations, found
 
 
@@ -285,10 +285,10 @@ def main(cfg):
         # a wrong folder is told now, not after all the listening
         words.load_whisper(cfg.whisper, pick_device(cfg.device))
     if cfg.dialogues:
-        read = foreign.read(cfg.dialogues, user_channel=cfg.user_channel, user_name=cfg.user_name,
+        read = foreign.read_conversations(cfg.dialogues, user_channel=cfg.user_channel, user_name=cfg.user_name,
                             assistant_name=cfg.assistant_name, vad=cfg.vad)
         conversations = list(islice(read, cfg.n_dialogue or None))
-        metrics, found = {}, [find(c) for c in conversations]
+        metrics, found = {}, [assess(c) for c in conversations]
     else:
         metrics, conversations, found = from_checkpoint(cfg)
     if conversations:
@@ -330,7 +330,7 @@ def judged(cfg, conversations, cache):
                              or judge.PROMPT, cache_path=cache, usd_per_m_in=cfg.judge_usd_per_m_in,
                              usd_per_m_out=cfg.judge_usd_per_m_out)
         given = [each['score'] for each in scores if each['score'] is not None]
-        figures |= {f'judge_score_of_{name}': share(given), f'n_judged_{name}': len(given)}
+        figures |= {f'judge_score_of_{name}': mean(given), f'n_judged_{name}': len(given)}
     return figures
 
 

@@ -27,7 +27,7 @@ from data.dialogues import Dialogues
 from decode import Sampling, converse, render, write_transcript
 from flatten import ROLES
 from measures import report
-from measures.turns import conversation, find, stretches
+from measures.turns import assess, conversation, stretches
 
 MAX_REPORT = 100        # dialogues in report.html: below 20 MB, if they last half a minute
 
@@ -113,7 +113,7 @@ def main(cfg):
         print(f'{path}.wav  {len(wave) / codec.sample_rate:.1f} s')
         for turn in sorted(dialogue['turns'], key=lambda turn: turn['start']):
             print(f'  {turn["start"] / codec.rate_hz:6.2f} s  {turn["role"]:9}  {turn["text"] or "(speech)"}')
-    found = [find(each) for each in conversations]
+    found = [assess(each) for each in conversations]
     responses = [turn['response'] for turns in found for turn in turns if turn['response'] is not None]
     first_reply = f'{1e3 * responses[0] / codec.rate_hz:.0f} ms after the user stopped' if responses else 'none'
     heard_sec = sum(len(each.codes) for each in heard) / codec.rate_hz

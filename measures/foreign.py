@@ -27,7 +27,7 @@ import numpy as np
 from common.audio import read_audio, write_audio
 from data.recordings import turns_of
 from flatten import ROLES
-from measures.turns import find, stretches
+from measures.turns import assess, stretches
 
 AUDIO = '.wav', '.flac', '.ogg', '.mp3'
 TRANSCRIPT = '.jsonl', '.json', '.tsv', '.csv', '.txt'
@@ -39,7 +39,7 @@ WINDOW_HZ = 100                         # speech is looked for in windows of 10 
 SHORTEST_SEC = 0.1
 
 
-def read(folder, rate_hz=25.0, user_channel=0, gap_sec=0.5, user_name='user', assistant_name='assistant',
+def read_conversations(folder, rate_hz=25.0, user_channel=0, gap_sec=0.5, user_name='user', assistant_name='assistant',
          vad='webrtc', aggressiveness=2):
     """
     -> an iterator over the conversations in a folder, by name. Raises ValueError for what is in doubt:
@@ -229,7 +229,7 @@ def hear_energy(windows):
 def samples_of(conversation):
     """Yields task, start, end, name of its annotation, that, and the frame from which the assistant's words
     count."""
-    found = [f for f in find(conversation) if f['kind'] != 'backchannel']
+    found = [f for f in assess(conversation) if f['kind'] != 'backchannel']
     for before, f, after in zip([None, *found], found, [*found[1:], None]):
         start, end, until = f['start'], f['end'], after['start'] if after else conversation['n_frame']
         if f['kind'] == 'interruption':

@@ -120,7 +120,7 @@ class Listener:
                 wav = path.with_suffix('.wav')
                 links.append((f'step {int(at)}, {name}', f'listen/{(wav if wav.exists() else path).name}'))
         write(os.path.join(self.cfg.out_dir, 'report.html'), f'{self.cfg.out_dir}, step {step}',
-              conversations, found=[turns.find(each) for each in conversations],
+              conversations, outcomes=[turns.assess(each) for each in conversations],
               curves=read_curves(os.path.join(self.cfg.out_dir, 'log.jsonl')), note=note, links=links)
 
 

@@ -3,7 +3,7 @@ A page to see and hear conversations on: figures and plots on top, below each di
 file, opens offline.
 
     from measures import report
-    report.write('report.html', 'out/demo on data/demo, test', conversations, found=[turns.find(c) for c in
+    report.write('report.html', 'out/demo on data/demo, test', conversations, outcomes=[turns.assess(c) for c in
     conversations],
                  figures=[('answers within 400 ms', '97 %', '68 %')], curves={'train text': [(50, 2.7), (100,
                  0.2)]})
@@ -73,14 +73,14 @@ def loudness(wave, speaks):
     return ''.join(map(str, np.round(9 * np.sqrt(levels / max(levels.max(initial=0), 1e-4))).astype(int)))
 
 
-def marks(found, rate_hz):
+def marks(outcomes, rate_hz):
     """What the page writes between the lanes: [kind, first frame, last frame, label, start of the user turn
     that it belongs to]."""
     patience = PATIENCE_SEC * rate_hz
 
     def ms(frames):
         return f'{1e3 * abs(frames) / rate_hz:,.0f} ms' + ' early' * (frames < 0)
-    for f in found:
+    for f in outcomes:
         start, end, response, yielded = f['start'], f['end'], f['response'], f['yielded']
         if f['kind'] == 'interruption':
             yield 'interruption', start, start + (yielded or 0), 'interrupts, ' + (
@@ -101,7 +101,7 @@ def marks(found, rate_hz):
             yield 'unprompted', f['unprompted'], f['unprompted'], '▼ spoke again', start
 
 
-def dialogue(c, found):
+def dialogue(c, outcomes):
     """A conversation as the page reads it; the sound is apart."""
     both, spans = np.ones(c['n_frame'], bool), {}
     for role in ROLES:
@@ -113,7 +113,7 @@ def dialogue(c, found):
     return dict(
         id=str(c['id']), rate_hz=c['rate_hz'], n_frame=c['n_frame'], chunk_frames=c['chunk_frames'],
         turns=c['turns'], expected=c['expected'], spans=spans, both=stretches(both, c['rate_hz'], 0),
-        marks=list(marks(found, c['rate_hz'])), loud={
+        marks=list(marks(outcomes, c['rate_hz'])), loud={
             role: loudness(None if c['wave'] is None else c['wave'][:, i], c['speaks'][role])
             for i, role in enumerate(ROLES)})
 
@@ -159,9 +159,9 @@ def plot(title, says, x_label, lines, y_ticks=None, y_text=percent, bars=False):
             f'text-anchor="middle">{html.escape(x_label)}</text></svg><p>{html.escape(says)}</p></figure>')
 
 
-def turn_plots(found, rate_hz):
+def turn_plots(outcomes, rate_hz):
     """The response times, and Acc@K for the answers and for the user's interruptions."""
-    due = [f for f in found if f['expects']]
+    due = [f for f in outcomes if f['expects']]
     times = [max(f['response'], 0) for f in due if f['response'] is not None and f['response'] < MAX_K]
     if times:
         yield plot(
@@ -173,8 +173,8 @@ def turn_plots(found, rate_hz):
     for title, yields, colour in (('Acc@K: the assistant takes its turn', False, 1), ('Acc@K: it yields to '
                                                                                       'an interruption', True,
                                                                                       0)):
-        n = accuracy(found, 1, yields)[1]
-        by, at = ([(k, accuracy(found, k, yields, exactly)[0] / n)
+        n = accuracy(outcomes, 1, yields)[1]
+        by, at = ([(k, accuracy(outcomes, k, yields, exactly)[0] / n)
                    for k in range(1, MAX_K + 1)] if n else []
                   for exactly in (False, True))
         if n:
@@ -217,16 +217,16 @@ def table(figures):
     return f'<table><thead><tr><th scope="col">figure</th>{head}</tr></thead><tbody>{rows}</tbody></table>' if figures else ''
 
 
-def write(path, title, conversations, found=None, figures=None, curves=None, note='', links=()):
-    """Writes the page. found: turns.find of each conversation; figures: [(label, ours, theirs)]; curves:
+def write(path, title, conversations, outcomes=None, figures=None, curves=None, note='', links=()):
+    """Writes the page. outcomes: turns.assess of each conversation; figures: [(label, ours, theirs)]; curves:
     {label: [(step, loss)]};
     links: [(label, file)], relative to the page."""
-    assert found is None or len(found) == len(
-        conversations), f'{len(found)} found, {len(conversations)} conversations'
-    plots = [*turn_plots([f for of_one in found for f in of_one], conversations[0]['rate_hz'])
-             ] if found else []
+    assert outcomes is None or len(outcomes) == len(
+        conversations), f'{len(outcomes)} outcomes, {len(conversations)} conversations'
+    plots = [*turn_plots([f for of_one in outcomes for f in of_one], conversations[0]['rate_hz'])
+             ] if outcomes else []
     plots += [loss_plot(curves)] if curves else []
-    page, sounds = [dialogue(c, f) for c, f in zip(conversations, found or [[]] * len(conversations))], []
+    page, sounds = [dialogue(c, f) for c, f in zip(conversations, outcomes or [[]] * len(conversations))], []
     heard = [(c, one) for c, one in zip(conversations, page) if c['wave'] is not None]
     with ThreadPoolExecutor() as pool:      # LAME is the slow part, and lets go of the interpreter
         for i, (sound, sample_rate

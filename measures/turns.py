@@ -77,7 +77,7 @@ def user_turns(conversation, said, patience):
     return turns
 
 
-def find(conversation):
+def assess(conversation):
     """
     What the assistant did about each of the user's turns: a list of dicts, times in frames, with
       start, end   of the user's turn; text: what was said
@@ -104,7 +104,7 @@ def find(conversation):
     speaks = np.zeros(n_frame + MAX_K, bool)
     for a, b in said:
         speaks[a:b] = True
-    found = []
+    outcomes = []
     for i, turn in enumerate(turns):
         start, end = turn['start'], turn['end']
         until = turns[i + 1]['start'] if i + 1 < len(turns) else n_frame
@@ -130,7 +130,7 @@ def find(conversation):
                   for a, b in silent
                   if b - a >= PAUSE_SEC * rate_hz and 0 < a and start + b < end]
         due = None if expected is None else next((a for a in expected if start < a['start'] <= until), None)
-        found.append(
+        outcomes.append(
             dict(
                 kind=kind, start=start, end=end, text=turn['text'], expects=kind != 'backchannel'
                 and (due is not None if expected is not None else answer is not None or until < n_frame
@@ -145,63 +145,63 @@ def find(conversation):
                     t for t in conversation['turns']
                     if t['role'] == 'assistant' and start <= t['start'] < until
                 ], due=due if due is not None and due['end'] <= until else None))
-    return found
+    return outcomes
 
 
-def accuracy(found, k, yields=False, exactly=False):
+def accuracy(outcomes, k, yields=False, exactly=False):
     """Acc@k -> (hits, cases): has the assistant answered within the first k frames after the user's end; or
     (yields) has it, interrupted, fallen silent within the first k after the user's start. exactly: does it
     speak, is it silent, at the k-th (of a turn shorter than that at its last: afterwards it may answer)."""
     if yields:
-        cases = [f for f in found if f['kind'] == 'interruption']
+        cases = [f for f in outcomes if f['kind'] == 'interruption']
         hits = [
             f for f in cases if f['yielded'] is not None and f['yielded'] < k
             and not (exactly and f['speaks_from_start'][min(k, f['end'] - f['start']) - 1])]
     else:
-        cases = [f for f in found if f['expects']]
+        cases = [f for f in outcomes if f['expects']]
         hits = [
             f for f in cases if f['response'] is not None and f['response'] < k
             and not (exactly and not f['speaks_from_end'][k - 1])]
     return len(hits), len(cases)
 
 
-def share(values):
+def mean(values):
     values = list(values)
     return float(np.mean(values)) if values else None
 
 
-def summarise(found, rate_hz):
-    """found of all conversations -> {figure: value}. A share is of those turns that it speaks of; None where
+def summarise(outcomes, rate_hz):
+    """outcomes of all conversations -> {figure: value}. A share is of those turns that it speaks of; None where
     there are none."""
     patience = PATIENCE_SEC * rate_hz
-    due = [f for f in found if f['expects']]
+    due = [f for f in outcomes if f['expects']]
     responses = [
         max(f['response'], 0) for f in due if f['response'] is not None and f['response'] <= patience]
-    cut = [f for f in found if f['kind'] == 'interruption']
+    cut = [f for f in outcomes if f['kind'] == 'interruption']
     yields = [f['yielded'] for f in cut if f['yielded'] is not None and f['yielded'] <= patience]
-    mhm = [f for f in found if f['kind'] == 'backchannel' and f['goes_on'] and f['was_speaking']]
-    pauses = [taken for f in found for *_, taken in f['pauses']]
+    mhm = [f for f in outcomes if f['kind'] == 'backchannel' and f['goes_on'] and f['was_speaking']]
+    pauses = [taken for f in outcomes for *_, taken in f['pauses']]
 
     def acc(yields):
         for exactly in (True, False):
             for k in KS:
-                hits, n = accuracy(found, k, yields, exactly)
+                hits, n = accuracy(outcomes, k, yields, exactly)
                 yield f'{"user" if yields else "assistant"}_acc_{"at" if exactly else "by"}_{k}', hits / n if n else None
 
     def ms(values, average):
         return 1e3 * float(average(values)) / rate_hz if values else None
 
     return dict(
-        n_turn=len(found),
+        n_turn=len(outcomes),
         n_answer_due=len(due), n_interruption=len(cut), n_backchannel=len(mhm), n_pause=len(pauses),
         **dict(acc(yields=False)), response_ms=ms(responses,
                                                   np.mean), response_median_ms=ms(responses, np.median),
         no_answer_rate=1 - len(responses) / len(due) if due else None,
-        false_start_rate=share(f['false_start'] is not None for f in found if f['kind'] != 'backchannel'),
-        pause_taken_rate=share(pauses), unprompted_rate=share(f['unprompted'] is not None for f in due),
+        false_start_rate=mean(f['false_start'] is not None for f in outcomes if f['kind'] != 'backchannel'),
+        pause_taken_rate=mean(pauses), unprompted_rate=mean(f['unprompted'] is not None for f in due),
         **dict(acc(yields=True)), yield_ms=ms(yields, np.mean), yield_median_ms=ms(yields, np.median),
         no_yield_rate=1 - len(yields) / len(cut) if cut else None,
-        backchannel_stopped_rate=share(f['yielded'] is not None and f['yielded'] <= f['end'] - f['start']
+        backchannel_stopped_rate=mean(f['yielded'] is not None and f['yielded'] <= f['end'] - f['start']
                                        + rate_hz / 2 for f in mhm))
 
 

@@ -14,7 +14,7 @@ import train
 from codec.mel import MelCodec
 from common.audio import write_audio
 from evaluate import answers, plain, table
-from measures.turns import conversation, find
+from measures.turns import assess, conversation
 from tests.conftest import hum
 
 
@@ -41,7 +41,7 @@ def compare(*turns):
     for t in turns:
         assistant[t['start']:t['end']] = range(t['start'], t['end'])
     decoded = dict(user=list(range(70)), assistant=assistant, turns=list(turns))
-    return answers([find(conversation('r', 25.0, USER, decoded, [99], expected=ANSWERS))], [decoded],
+    return answers([assess(conversation('r', 25.0, USER, decoded, [99], expected=ANSWERS))], [decoded],
                    [REFERENCE])
 
 

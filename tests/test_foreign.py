@@ -42,7 +42,7 @@ def test_voices_are_heard_when_they_speak(tmp_path, vad, name, rate):
     if vad == 'webrtc':
         pytest.importorskip('webrtcvad', reason='pip install webrtcvad-wheels')
     write_dialogue(tmp_path / name, rate=rate)
-    c, = foreign.read(tmp_path, vad=vad)
+    c, = foreign.read_conversations(tmp_path, vad=vad)
     assert (c['id'], c['n_frame'], c['wave'].shape, c['sample_rate'], c['expected'],
             c['chunk_frames']) == ('a', 150, (96000, 2), 16000, None, 0)
     for role, truth in (('user', USER), ('assistant', ASSISTANT)):
@@ -59,9 +59,9 @@ def test_swapped_channels_are_the_same_conversation(tmp_path):
         write_dialogue(tmp_path / name / 'a.wav')
         wave, rate = soundfile.read(tmp_path / name / 'a.wav')
         soundfile.write(tmp_path / name / 'a.wav', wave[:, channels], rate)
-    one, = foreign.read(tmp_path / 'here', vad='energy')
-    other, = foreign.read(tmp_path / 'there', vad='energy', user_channel=1)
-    mirrored, = foreign.read(tmp_path / 'there', vad='energy')
+    one, = foreign.read_conversations(tmp_path / 'here', vad='energy')
+    other, = foreign.read_conversations(tmp_path / 'there', vad='energy', user_channel=1)
+    mirrored, = foreign.read_conversations(tmp_path / 'there', vad='energy')
     np.testing.assert_equal(one, other)
     assert spans(one, 'user') == spans(mirrored, 'assistant') and spans(one, 'assistant') == spans(
         mirrored, 'user')
@@ -85,10 +85,10 @@ def test_a_pause_is_no_end_and_a_click_no_beginning(tmp_path):
     """0.5 to 1.3 s, a pause of 0.4 s, then until 2.5 s: one turn, which is silent in between. A burst of 60
     ms is nobody."""
     write_dialogue(tmp_path / 'a.wav', user=[(0.5, 1.3), (1.7, 2.5), (4.0, 4.06)], assistant=[])
-    c, = foreign.read(tmp_path, vad='energy')
+    c, = foreign.read_conversations(tmp_path, vad='energy')
     (start, end), = spans(c, 'user')
     assert abs(start - 12.5) <= 2 and abs(end - 62.5) <= 2 and not c['speaks']['user'][35:40].any()
-    two, = foreign.read(tmp_path, vad='energy', gap_sec=0.3)
+    two, = foreign.read_conversations(tmp_path, vad='energy', gap_sec=0.3)
     assert len(spans(two, 'user')) == 2 and not spans(two, 'assistant')
 
 
@@ -119,7 +119,7 @@ def test_words_become_turns_in_any_form(tmp_path, form):
         alignments=[[word, [start, end], role]
                     for role, start, end, word in WORDS])) if form == 'alignments' else rows(form)
     (tmp_path / f'sw.{"json" if form == "alignments" else form}').write_text(content)
-    c, = foreign.read(tmp_path, user_name='A', assistant_name='B', gap_sec=0.45)
+    c, = foreign.read_conversations(tmp_path, user_name='A', assistant_name='B', gap_sec=0.45)
     assert [(turn['role'], turn['start'], turn['end'], turn['text']) for turn in c['turns']] == [
         ('user', 10, 40, 'What is that?'), ('assistant', 45, 70, 'A dog.'), ('user', 60, 65, 'mhm'),
         ('assistant', 82, 92, 'Yes.')]
@@ -138,10 +138,10 @@ def test_what_sample_wrote_comes_back(tmp_path):
         dict(role='assistant', start=45, end=70, text='狗。'),
         dict(role='user', start=75, end=100, text='')]
     write_transcript(str(tmp_path / 'd0.jsonl'), dict(turns=turns[::-1]), 25.0)
-    alone, = foreign.read(tmp_path)
+    alone, = foreign.read_conversations(tmp_path)
     assert alone['turns'] == turns and alone['n_frame'] == 100 and alone['speaks']['assistant'].sum() == 25
     write_dialogue(tmp_path / 'd0.wav', assistant=[(1.9, 2.6), (4.5, 5.5)])         # the second is in no turn
-    c, = foreign.read(tmp_path, vad='energy')
+    c, = foreign.read_conversations(tmp_path, vad='energy')
     assert c['turns'] == turns and c['n_frame'] == 150
     said = np.flatnonzero(c['speaks']['assistant'])
     assert abs(said[0] - 47.5) <= 2 and abs(said[-1] + 1 - 65) <= 2 and len(said) == said[-1] + 1 - said[0]
@@ -153,7 +153,7 @@ def test_who_has_no_words_is_heard(tmp_path):
     (tmp_path / 'a.json').write_text(
         json.dumps(dict(
             alignments=[['A', [1.8, 2.2], 'SPEAKER_MAIN'], ['dog.', [2.2, 2.8], 'SPEAKER_MAIN']])))
-    c, = foreign.read(tmp_path, vad='energy', assistant_name='SPEAKER_MAIN')
+    c, = foreign.read_conversations(tmp_path, vad='energy', assistant_name='SPEAKER_MAIN')
     assert spans(c, 'assistant') == [(45, 70)] and [turn['text'] for turn in c['turns']] == ['', 'A dog.', '']
     assert np.abs(np.array(spans(c, 'user')) - 25 * np.array(USER)).max() <= 2
 
@@ -187,20 +187,20 @@ def line(**changes):
 def test_transcripts_that_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError) as error:
-        list(foreign.read(tmp_path))
+        list(foreign.read_conversations(tmp_path))
     assert message in str(error.value)
 
 
 def test_folders_that_are_refused(tmp_path, monkeypatch):
     def refused(message, **options):
         with pytest.raises(ValueError) as error:
-            list(foreign.read(tmp_path, **options))
+            list(foreign.read_conversations(tmp_path, **options))
         assert message in str(error.value)
 
     refused(f'{tmp_path} has no dialogue: no audio (.wav .flac .ogg .mp3) and no transcript (.jsonl .json '
             '.tsv .csv .txt)')
     with pytest.raises(ValueError, match='no folder'):
-        foreign.read(tmp_path / 'gone')
+        foreign.read_conversations(tmp_path / 'gone')
     soundfile.write(tmp_path / 'a.wav', np.zeros(16000), 16000)
     refused(f'{tmp_path / "a.wav"} has 1 channel, a dialogue has two: the user on one, the assistant on the '
             'other')
@@ -211,7 +211,7 @@ def test_folders_that_are_refused(tmp_path, monkeypatch):
     refused('a.jsonl, row 2, ends at 1.2 s, the audio beside it at 1.00 s; is it cut off, or the audio of '
             'another?')
     (tmp_path / 'a.jsonl').write_text(line(end=1.05))       # rounded, no more
-    c, = foreign.read(tmp_path, vad='energy')
+    c, = foreign.read_conversations(tmp_path, vad='energy')
     assert spans(c, 'user') == [(12, 25)] and c['n_frame'] == 25 and not c['speaks']['assistant'].any()
     (tmp_path / 'a.tsv').write_text('')
     refused('has two files of transcript for a: a.jsonl and a.tsv; remove one')
@@ -230,7 +230,7 @@ def conversation(tmp_path, words, n_sec=None):
     (tmp_path / 'sw.txt').write_text('\n'.join(' '.join(map(str, row)) for row in words))
     if n_sec:
         write_dialogue(tmp_path / 'sw.wav', n_sec=n_sec)
-    return next(foreign.read(tmp_path))
+    return next(foreign.read_conversations(tmp_path))
 
 
 SAID = [('user', 0.4, 1.0, 'Wait,'), ('user', 1.4, 2.0, 'why?'), ('assistant', 2.4, 3.2, 'Because'),
@@ -324,7 +324,7 @@ def test_real_voices_are_heard_when_they_speak(tmp_path, vad):
         wave[start:start + len(said), channel] += said
         truth.append((channel, start_sec * 25, (start_sec + len(said) / 16000) * 25))
     soundfile.write(tmp_path / 'a.wav', wave, 16000)
-    c, = foreign.read(tmp_path, vad=vad, gap_sec=1.0)
+    c, = foreign.read_conversations(tmp_path, vad=vad, gap_sec=1.0)
     got = [(int(turn['role'] == 'assistant'), turn['start'], turn['end']) for turn in c['turns']]
     assert len(got) == 4 and np.abs(np.array(got) - np.array(truth)).max() <= (3 if vad == 'webrtc' else 4), (
         got, truth)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from measures import report
-from measures.turns import MAX_K, find
+from measures.turns import MAX_K, assess
 
 RATE_HZ, SAMPLE_RATE = 25.0, 16000
 NASTY = '</script><img src=x onerror="document.title=\'owned\'"> <!-- {{title}} \u2028 & "quoted" 你好'
@@ -34,7 +34,7 @@ def talk(id='one', n_sec=8, turns=((0, 'user', 1, 3, 'What is two?'), (1, 'assis
 
 
 def turn(start, end, **more):
-    """As turns.find has it; the assistant speaks from response on."""
+    """As turns.assess has it; the assistant speaks from response on."""
     response = more.get('response')
     speaks = np.arange(MAX_K) >= (MAX_K if response is None else response)
     return dict(
@@ -129,7 +129,7 @@ def test_plots_say_their_figures(tmp_path):
         turn(30, 40, response=3, kind='interruption', yielded=6),
         turn(50, 60, response=10),
         turn(70, 80, kind='interruption')]
-    reader = written(tmp_path, 'A run', [talk(wave=None)], found=[found],
+    reader = written(tmp_path, 'A run', [talk(wave=None)], outcomes=[found],
                      curves={'train text': [(0, 2.0), (50, 0.5)], 'val text': [(50, 0.25)]})
     says = [attrs['aria-label'] for tag, attrs in reader.tags if tag == 'svg' and attrs.get('role') == 'img']
     times, takes, yields, loss = [text.replace('\u00a0', ' ') for text in says]
@@ -212,7 +212,7 @@ def hundred(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         real = report.mp3
         patch.setattr(report, 'mp3', lambda wave, rate: once if len(wave) > 9 * rate else real(wave, rate))
-        report.write(str(path), 'A hundred', conversations, found=[find(c) for c in conversations],
+        report.write(str(path), 'A hundred', conversations, outcomes=[assess(c) for c in conversations],
                      figures=[('answers', '97 %', '68 %')], note='Hums.')
     return path
 

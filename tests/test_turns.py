@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import measures.turns
 from flatten import ROLES
-from measures.turns import conversation, find, stretches, summarise, who_speaks
+from measures.turns import assess, conversation, stretches, summarise, who_speaks
 
 GOLDEN = (pathlib.Path(__file__).parent / 'golden' / 'measures.txt').read_text()
 EXAMPLES = dict(re.findall(r'^== (.*)\n((?:(?!==).*\n?)*)', GOLDEN, re.M))
@@ -42,7 +42,7 @@ def read(example):
 @pytest.mark.parametrize('name', EXAMPLES)
 def test_worked_example(name):
     drawn, figures = read(EXAMPLES[name])
-    found = summarise(find(drawn), drawn['rate_hz'])
+    found = summarise(assess(drawn), drawn['rate_hz'])
     assert figures and {key: found[key] for key in figures} == {
         key: value if value is None else pytest.approx(value) for key, value in figures.items()}
 
@@ -50,7 +50,7 @@ def test_worked_example(name):
 def test_the_drawing_in_the_docstring():
     """The user's turns begin at 2, 38 and 59; the picture says what becomes of each."""
     user, assistant = (re.search(f'{role} +([.░▓-]+)', measures.turns.__doc__).group(1) for role in ROLES)
-    one, mhm, cut = find(
+    one, mhm, cut = assess(
         converse(re.sub('░', '#', user), re.sub('▓', '#', assistant), re.sub('▓', '#', assistant)))
     assert (one['false_start'], one['pauses'], one['end'], one['response']) == (10, [(9, 16, True)], 20, 2)
     assert (mhm['start'], mhm['kind'], mhm['yielded']) == (38, 'backchannel', 10)
@@ -79,7 +79,7 @@ def test_replies_shifted_by_some_frames_come_later_by_those(lengths, n):
         for turn in spoken:
             codes[turn['start']:turn['end']] = 1
         return summarise(
-            find(
+            assess(
                 conversation('x', 25.0, user, dict(user=np.ones(at, int), assistant=codes, turns=spoken), [0],
                              expected=answers)), 25.0)
 
@@ -120,7 +120,7 @@ def test_stretches_cover_all_speech_and_no_long_gap(speaks, n_join):
 @settings(max_examples=200, deadline=None)
 def test_any_conversation_can_be_measured(user, assistant, reference):
     drawn = converse(user, assistant, reference)
-    figures = summarise(find(drawn), 25.0)
+    figures = summarise(assess(drawn), 25.0)
     assert all(value is None or 0 <= value <= 1
                for key, value in figures.items()
                if '_acc_' in key or key.endswith('_rate'))

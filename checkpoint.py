@@ -1,11 +1,11 @@
 """
 Checkpoints: what a run writes, and how it is read back. Nothing in them is pickled.
 
-    out/demo                    the weights that did best on val: a Hugging Face folder, which transformers opens as it is
-        config.json             its entry "nanoduplex" is Info: layouts, codec, where the codes start
+    out/demo                    a Hugging Face folder of the weights that did best on val
+        config.json             as transformers has it; the entry "nanoduplex" is Info below
         model.safetensors       tokenizer.json, vocab.json, merges.txt, …
         codec/                  the speech codec, or what names it
-        step-001900/            the same of the latest step, and what a run goes on from:
+        step-001900/            the same of the latest step, from which a run goes on, with
             optimizer.safetensors, state.json
 
     checkpoint = load_checkpoint('out/demo')
@@ -28,8 +28,7 @@ from vocabulary import Vocabulary
 
 class Info(NamedTuple):
     """What a checkpoint of ours says of itself."""
-    # [Layout] it was trained in, in this run and those before it; it decodes in the last
-    layouts: list
+    layouts: list           # [Layout] that it was trained in, by runs before this one, too; decodes in the last
     text_weight: float      # of a text token in the loss
     code_start: int         # the id of speech code 0
     n_codes: int
@@ -103,7 +102,7 @@ def check_codec(folder, codec, dialogues):
                          "checkpoint's codec, or take the checkpoint that goes with the data")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # a run's states
 
 def save_state(out_dir, model, optimizer, vocab, info, codec_folder, state):

@@ -2,9 +2,9 @@
 Listening and talking: the user's speech goes in chunk by chunk, the assistant's text and speech come out.
 
     user     ─ 10 codes ─┐                    ┌─ 10 codes ─┐
-    assistant            └─► 2 text, 10 codes ┘            └─► 2 text, 10 codes        one chunk, 400 ms at 25 Hz
+    assistant            └─► 2 text, 10 codes ┘            └─► 2 text, 10 codes     a chunk is 400 ms at 25 Hz
 
-    Duplex.step     one chunk of every user
+    Duplex.step     a chunk of each user in, the assistant's chunk out
     converse        whole recordings, many side by side
     render          a decoded dialogue as stereo sound
 """
@@ -22,12 +22,14 @@ from common.files import whole
 from flatten import ROLES, unflatten
 from model import KVCache, Qwen2
 
+# ------------------------------------------------------------------------------------------------------------
+# linear layers for few tokens at a time, on a CPU
 
 class Packed(nn.Module):
     """
-    A bf16 linear layer on a CPU, its weight stored in the blocks that oneDNN multiplies: F.linear blocks it
-    anew in every call, which for one token takes as long as all else. What torch.compile's freezing does,
-    without a minute of compiling.
+    A bf16 layer whose weight is stored in the blocks that oneDNN multiplies. F.linear makes these blocks anew
+    in every call, which for one token takes as long as all the rest. torch.compile's freezing does the same
+    as this class, but takes a minute to compile.
     """
 
     def __init__(self, weight, bias=None):
@@ -40,9 +42,9 @@ class Packed(nn.Module):
 
 class Int8(nn.Module):
     """
-    A linear layer whose weight and inputs are rounded to 8 bits, both by 127ths of the largest in the row: of
-    the weight here, of x in each call, for each token by itself. For a few tokens a CPU waits for weights,
-    and these are half of bf16's.
+    A layer whose weight and inputs are rounded to 8 bits: each row of the weight, and each token of the
+    input, in 127ths of its largest entry. With few tokens a CPU waits for weights, and these are half as
+    large as bf16's.
     """
 
     def __init__(self, weight, bias=None):
@@ -50,47 +52,44 @@ class Int8(nn.Module):
         weight = weight.detach().float()
         scale = weight.abs().amax(1).clamp_min(1e-30) / 127
         rows = (weight / scale[:, None]).round().to(torch.int8)
+        zeros = torch.zeros(len(rows), dtype=torch.int64)
         engine = torch.backends.quantized.engine
-        # 'x86' may pack for oneDNN, which takes half as long again
-        torch.backends.quantized.engine = 'fbgemm'
-        # such tensors will go (pytorch #184982); onednn.qlinear_prepack, which stays, is slower for a few
-        # tokens
+        torch.backends.quantized.engine = 'fbgemm'      # 'x86' may pack for oneDNN: 1.5 times as slow
         with warnings.catch_warnings():
+            # torch will drop these tensors (pytorch #184982); onednn.qlinear_prepack, which stays, is slower
+            # here
             warnings.simplefilter('ignore', UserWarning)
-            self.weight = torch.ops.quantized.linear_prepack(
-                torch._make_per_channel_quantized_tensor(rows, scale.double(),
-                                                         torch.zeros(len(rows), dtype=torch.int64), 0))
+            rows = torch._make_per_channel_quantized_tensor(rows, scale.double(), zeros, 0)
+            self.weight = torch.ops.quantized.linear_prepack(rows)
         torch.backends.quantized.engine = engine
         self.bias = bias
 
     def forward(self, x):
-        # linear_dynamic saves 10 us of 80 to 700, but takes one scale for all rows: users would change what
-        # others are told
+        # linear_dynamic would save 10 us of 80 to 700, but has one scale for all rows: what one user says
+        # would change what another one is answered
         scale = x.abs().amax(-1, keepdim=True).clamp_min_(1e-30)
-        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            x / scale, 1 / 127, 128, self.weight).mul_(scale)
+        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        y = multiply(x / scale, 1 / 127, 128, self.weight).mul_(scale)
         return y if self.bias is None else y.add_(self.bias)
 
 
 def pick_linear(dtype, device, compile):
-    """-> the class that multiplies fastest in dtype, None for nn.Linear; and the dtype of all else."""
+    """-> the class that multiplies fastest in dtype, None for nn.Linear; and the dtype of everything else."""
+    is_cpu = device.type == 'cpu' and not compile   # packed weights gain more there than compiling
     if dtype == torch.int8:
-        # without VNNI two products are added in 16 bits, which they may exceed
-        if device.type != 'cpu' or compile or not torch.cpu._is_vnni_supported(
-        ) or 'fbgemm' not in torch.backends.quantized.supported_engines:
-            raise ValueError('dtype int8 is for CPUs with AVX-512 VNNI, and nothing is compiled: take '
-                             'bfloat16 or float32')
+        # without VNNI two products are added in 16 bits, which may overflow
+        has_vnni = torch.cpu._is_vnni_supported() and 'fbgemm' in torch.backends.quantized.supported_engines
+        if not is_cpu or not has_vnni:
+            raise ValueError('dtype int8 is for CPUs with AVX-512 VNNI, and nothing is compiled: '
+                             'take bfloat16 or float32')
         return Int8, torch.float32
-    # what is packed cannot be compiled, and on a CPU gains more: compiling there is for tests of what a GPU
-    # does
-    is_packed = device.type == 'cpu' and not compile and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported(
-    )
+    is_packed = is_cpu and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return Packed if is_packed else None, dtype
 
 
 def for_decoding(model, dtype, linear):
-    """model in dtype, which shares with the original what need not change; its linear layers are of class
-    linear, if given."""
+    """A copy of model in dtype, with linear layers of class linear, if given. Weights that need not change
+    are shared with the original."""
     with torch.device('meta'):
         copy = Qwen2(model.config)
     copy.load_state_dict({name: x.to(dtype) for name, x in model.state_dict().items()}, assign=True)
@@ -101,32 +100,34 @@ def for_decoding(model, dtype, linear):
     return copy.eval()
 
 
+# ------------------------------------------------------------------------------------------------------------
+# choosing a token
+
 @dataclass(frozen=True)
 class Sampling:
     """How a token is chosen among those that its slot allows."""
     text_temperature: float = 0.0       # 0: always the likeliest
     speech_temperature: float = 0.0
-    text_top_k: int = 0                 # sample among the k likeliest; 0: among all
+    text_top_k: int = 0                 # choose among the k likeliest; 0: among all
     speech_top_k: int = 0
-    silence_bias: float = 0.0           # added to the logit of silence in speech slots: below 0 talks sooner
-    # what training weighed text by, which made writing that much likelier than it is
-    text_weight: float = 1.0
+    silence_bias: float = 0.0           # added to the logit of silence in speech slots; below 0 talks sooner
+    text_weight: float = 1.0            # training's: it made writing that much likelier, which is undone here
     seed: int = 1337
 
 
 class SlotHead(nn.Module):
     """
-    The rows of the model's head that one kind of slot may choose from, text or speech: in a speech slot of
-    the real
-    model 4,097 of 156,032. forward: x (n_row, C) -> logits (n_row, n_id); id = start + index.
+    The part of the model's head from which one kind of slot, text or speech, is chosen: in a speech slot of
+    Qwen2-0.5B these are 4,097 ids of 156,032. forward: x (n_row, C) -> logits (n_row, n_id) of ids start,
+    start + 1 …
     """
 
     def __init__(self, model, vocab, kind, sampling, linear):
         super().__init__()
-        first, end = (0, vocab.n_text) if kind == 'text' else (vocab.code_start,
-                                                               vocab.code_start + vocab.n_codes)
+        codes = vocab.code_start, vocab.code_start + vocab.n_codes
+        first, end = (0, vocab.n_text) if kind == 'text' else codes
         silent = vocab.control[f'<|silent_{kind}|>']
-        # one stretch of rows, so that none is copied; what lies in it and is not allowed gets -inf
+        # rows are taken in one stretch, as a view; ids in it that the slot does not allow get -inf
         stretch = slice(min(first, silent), max(end, silent + 1))
         rows = (model.lm_head or model.model.embed_tokens).weight[stretch]      # (n_id, C)
         bias = torch.full((stretch.stop,), -torch.inf, device=rows.device)
@@ -145,31 +146,34 @@ class SlotHead(nn.Module):
         return self.linear(x).float() + self.bias
 
     def choose(self, logits, noise):
-        """logits (n_row, n_id) -> ids (n_row, 1). noise (n_row, n_id), exponential, where the temperature is
-        above 0."""
+        """logits (n_row, n_id) -> ids (n_row, 1). noise (n_row, n_id) is exponential, None if temperature is
+        0."""
         if noise is not None:
             logits = logits / self.temperature
             if self.top_k:
                 least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < least, -torch.inf)
-            # the likeliest of p / noise is a draw from p, as torch.multinomial makes it, which waits for the
-            # device
+            # the largest of p / noise is a draw from p; torch.multinomial does the same, but waits for the
+            # GPU
             logits = logits.softmax(-1) / noise
         return logits.argmax(-1, keepdim=True) + self.start
 
 
+# ------------------------------------------------------------------------------------------------------------
+# conversations
+
 class Duplex:
     """
     A model in conversation with n_row users at once. step takes one chunk of each user's codes, int [n_row,
-    n], and returns what the assistant writes and says meanwhile: text ids [n_row, m], speech codes [n_row,
-    n], -1 where silent.
+    n], and returns what the assistant writes and says meanwhile: text ids [n_row, m] and speech codes [n_row,
+    n], in which -1 is silence.
 
-    Only ids that a slot allows are scored. Against sampling from all ids this takes the chance of the others
-    away and shares it out. The user's ids are fed together with the assistant's last one, so a chunk of
-    duplex3 takes 12 passes through the model, not 22. Past max_context tokens the oldest chunks leave.
+    Only ids that a slot allows are scored; their probabilities are those of the whole head, scaled to sum to
+    1. The user's ids are fed together with the assistant's last one, so a chunk of duplex3 takes 12 passes
+    through the model and not 22. Beyond max_context tokens the oldest chunks are forgotten.
 
-    Nothing waits for the device between a chunk's first pass and its last. On a GPU the passes of each shape
-    (11 tokens, 1 for text, 1 for speech) are captured once as a CUDA graph and replayed.
+    Within a chunk nothing waits for the device. On a GPU the passes of each shape (11 tokens, 1 token for
+    text, 1 for speech) are captured once as a CUDA graph and replayed.
     """
 
     def __init__(self, model, vocab, layout, n_row=1, sampling=None, max_context=None, dtype=None,
@@ -184,17 +188,16 @@ class Duplex:
         self.vocab, self.layout, self.n_row, self.device = vocab, layout, n_row, weight.device
         linear, rest = pick_linear(dtype or weight.dtype, self.device, compile)
         self.model = for_decoding(model, rest, linear)
-        sampling = sampling or Sampling()
-        self.heads = {
-            kind: SlotHead(self.model, vocab, kind, sampling, linear) for kind in ('text', 'speech')}
+        sampling, kinds = sampling or Sampling(), ('text', 'speech')
+        self.heads = {kind: SlotHead(self.model, vocab, kind, sampling, linear) for kind in kinds}
         self.generator = torch.Generator(self.device).manual_seed(sampling.seed)
-        cache_dtype = torch.bfloat16 if linear is Int8 else rest    # half of what attention reads
+        cache_dtype = torch.bfloat16 if linear is Int8 else rest    # attention reads half as much
         bucket = 32 if self.device.type == 'cpu' else 1024
         self.cache = KVCache(self.model, n_row, max_context, bucket, cache_dtype)
-        # chosen or heard, but not yet read by the model
+        # ids that were chosen or heard, but that the model has not read yet
         self.unfed = torch.empty(n_row, 0, dtype=torch.int64, device=self.device)
-        self.ids = []               # [n_row, tokens] of the whole conversation, in pieces
-        self.graphs = {}            # shape of a pass -> what was captured; only on a GPU
+        self.ids = []               # those of the whole conversation, in pieces of [n_row, tokens]
+        self.graphs = {}            # on a GPU: shape of a pass -> what was captured
         self.read_one = self.model.read_on
         self.compile = compile
         if compile:
@@ -202,8 +205,8 @@ class Duplex:
 
     @torch.inference_mode()
     def compile_pass(self):
-        """Compiles the passes of one token, 11 of 12, now rather than in the conversation."""
-        # one graph for all buckets of the cache
+        """Compiles the passes of one token, 11 of 12, before the conversation: one graph for all cache
+        sizes."""
         self.read_one = torch.compile(self.model.read_on, dynamic=True, fullgraph=True)
         self.sample('speech', self.unfed.new_zeros(self.n_row, 1))
         self.cache.len = self.cache.next_pos = 0
@@ -243,11 +246,11 @@ class Duplex:
         """Reads ids (n_row, T) and chooses one token, (n_row, 1)."""
         noise, head = None, self.heads[kind]
         if head.temperature:
-            noise = torch.empty(self.n_row, len(head.bias),
-                                device=self.device).exponential_(generator=self.generator)
+            noise = torch.empty(self.n_row, len(head.bias), device=self.device)
+            noise.exponential_(generator=self.generator)
         self.cache.advance(ids.shape[1])
         for x in (ids, self.cache.keys, self.cache.values) if self.compile else ():
-            torch._dynamo.mark_static(x)        # of all sizes only n_slot changes
+            torch._dynamo.mark_static(x)        # only cache.n_slot changes
         if self.device.type != 'cuda':
             return self.next_token(kind, ids, noise)
         shape = kind, ids.shape[1], self.cache.n_slot
@@ -261,16 +264,17 @@ class Duplex:
         return token.clone()
 
     def capture(self, kind, *inputs):
-        """-> a CUDA graph of next_token, the tensors that it reads, the one that it writes. Reading twice
-        changes nothing: the same keys go into the same slots."""
+        """-> a CUDA graph of next_token, the tensors that it reads, the one that it writes. next_token runs
+        twice
+        here, which is harmless: the same keys go into the same slots of the cache."""
         inputs = [x if x is None else x.clone() for x in inputs]
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):   # libraries make their workspaces, which they may not during a capture
+        with torch.cuda.stream(side):   # libraries allocate workspaces now, as a capture does not allow it
             self.next_token(kind, *inputs)
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # in training another thread allocates meanwhile
+        # thread_local: when a model is heard in training, the loader's thread allocates at the same time
         with torch.cuda.graph(graph, capture_error_mode='thread_local'):
             token = self.next_token(kind, *inputs)
         return graph, inputs, token
@@ -291,13 +295,12 @@ class Duplex:
 def converse(model, vocab, layout, users, silence_code, on_chunk=lambda: None, **settings):
     """
     users: [codes of each] -> ([dialogue as decoded], seconds each chunk took); settings are Duplex's. All
-    users are listened to side by side. The last chunk of each is filled up with silence, and who has ended
-    soon leaves the batch.
+    users are listened to side by side. A user's last chunk is filled up with silence; users who have ended
+    leave.
     """
     n = layout.speech_chunk
     n_chunk = [-(-len(codes) // n) for codes in users]
-    # the longest first: who leaves is at the end
-    order = sorted(range(len(users)), key=lambda i: -n_chunk[i])
+    order = sorted(range(len(users)), key=lambda i: -n_chunk[i])    # the longest first: last rows end first
     heard = np.full((len(users), max(n_chunk) * n), silence_code, np.int64)
     for row, i in zip(heard, order):
         row[:len(users[i])] = users[i]
@@ -305,7 +308,7 @@ def converse(model, vocab, layout, users, silence_code, on_chunk=lambda: None, *
     chunk_sec, ids = [], [None] * len(users)
     for c in range(max(n_chunk) + 1):
         n_row = sum(c < m for m in n_chunk)
-        # not whenever one ends: the others' keys and values are copied, and graphs captured anew on a GPU
+        # not each time one ends: to leave, the others' keys and values are copied, and graphs captured again
         if n_row <= 0.75 * duplex.n_row:
             rows = torch.cat(duplex.ids, dim=1).cpu().numpy()       # (n_row, chunks * K)
             for row, i in zip(rows, order[:duplex.n_row]):
@@ -316,16 +319,16 @@ def converse(model, vocab, layout, users, silence_code, on_chunk=lambda: None, *
             duplex.step(heard[:duplex.n_row, c * n:c * n + n])
             chunk_sec.append(time.perf_counter() - start)
             on_chunk()
-    return [to_dialogue(row, layout, vocab, silence_code, len(codes)) for row, codes in zip(ids, users)
-            ], chunk_sec
+    decoded = [to_dialogue(row, layout, vocab, silence_code, len(codes)) for row, codes in zip(ids, users)]
+    return decoded, chunk_sec
 
 
 def to_dialogue(ids, layout, vocab, silence_code, n_frame):
-    """ids of a whole conversation -> its dialogue, cut off after n_frame frames, where the user ended."""
+    """ids of a whole conversation -> its dialogue, cut off where the user's n_frame frames end."""
     dialogue = unflatten(ids, layout, vocab, silence_code)
-    turns = [
-        dict(turn, end=min(turn['end'], n_frame)) for turn in dialogue['turns'] if turn['start'] < n_frame]
-    return dict(dialogue, turns=turns, **{role: dialogue[role][:n_frame] for role in ROLES})
+    channels = {role: dialogue[role][:n_frame] for role in ROLES}
+    turns = [turn for turn in dialogue['turns'] if turn['start'] < n_frame]
+    return dict(dialogue, **channels, turns=[dict(turn, end=min(turn['end'], n_frame)) for turn in turns])
 
 
 def render(dialogue, codec, user_wave=None):
@@ -335,7 +338,7 @@ def render(dialogue, codec, user_wave=None):
     user_wave = codec.decode(np.asarray(dialogue['user'])) if user_wave is None else user_wave[:len(wave)]
     wave[:len(user_wave), 0] = user_wave
     for turn in dialogue['turns']:
-        if turn['role'] == 'assistant':     # between its turns the assistant is silent, not quietly noisy
+        if turn['role'] == 'assistant':     # between turns there is digital silence, not the codec's noise
             said = codec.decode(np.asarray(dialogue['assistant'][turn['start']:turn['end']]))
             wave[turn['start'] * hop:turn['end'] * hop, 1] = said
     return wave
@@ -345,6 +348,6 @@ def write_transcript(path, dialogue, rate_hz):
     """A JSON line a turn: role, start_sec, end_sec, text."""
     with whole(path) as part, open(part, 'w', encoding='utf-8') as file:
         for turn in sorted(dialogue['turns'], key=lambda turn: turn['start']):
-            times = dict(start_sec=round(turn['start'] / rate_hz, 3), end_sec=round(turn['end'] / rate_hz, 3))
-            file.write(
-                json.dumps(dict(role=turn['role'], **times, text=turn['text']), ensure_ascii=False) + '\n')
+            row = dict(role=turn['role'], start_sec=round(turn['start'] / rate_hz, 3),
+                       end_sec=round(turn['end'] / rate_hz, 3), text=turn['text'])
+            file.write(json.dumps(row, ensure_ascii=False) + '\n')

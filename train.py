@@ -3,13 +3,13 @@ Trains a Qwen2 on flattened dialogues, on one device or on many.
 
     python train.py config/demo.py --batch_size=4                           a laptop
     python train.py config/demo.py --resume=true                            go on where it was killed
-    torchrun --standalone --nproc_per_node=2 train.py config/demo.py        two GPUs, or two processes on a CPU
+    torchrun --standalone --nproc_per_node=2 train.py config/demo.py        two GPUs, or two CPU processes
 
-    each stage of the curriculum: rows of packed dialogues ─► loss on learned tokens ─► AdamW ─► now and then: val, save
+    each stage: rows of packed dialogues ─► loss on learned tokens ─► AdamW ─► now and then: evaluate, save
 
-out_dir becomes a Hugging Face model folder with the weights that did best on val (checkpoint.py says what is
-where); log.jsonl has every line that was printed, config.py the settings, and report.html the loss curves and
-what the model answered at the last evaluation, to be heard.
+out_dir becomes a Hugging Face model folder with the weights that did best on val (checkpoint.py says what
+lies where). Beside them: log.jsonl with every line that was printed, config.py with the settings, and
+report.html with the loss curves and with what the model answered at the last evaluation, as audio.
 """
 import gc
 import importlib.util
@@ -20,29 +20,17 @@ import resource
 import shutil
 import sys
 import time
-from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import partial
 from glob import glob
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+import checkpoint
 import config
-from checkpoint import (
-    Info,
-    check_codec,
-    check_vocabulary,
-    last_state,
-    load_state,
-    move_aside,
-    publish,
-    read_info,
-    save_state,
-)
-from common.device import PEAK_FLOPS, pick_device, pick_dtype
+from common.device import PEAK_FLOPS, Place, join
 from data.dialogues import Dialogues
 from data.loader import STREAMS, Loader, Mixture, Prefetch
 from flatten import get_layout
@@ -56,38 +44,34 @@ from vocabulary import CONTROL, Vocabulary
 
 @dataclass(frozen=True)
 class Config:
-    # what is learned
-    # a folder with train.arrow, val.arrow, codec/; or several by weight: 'data/a:0.7,data/b:0.3'
+    # data: a folder with train.arrow, val.arrow and codec/, or several by weight: 'data/a:0.7,data/b:0.3'
     data: str = 'data/demo'
-    # layouts and steps or epochs, one after the other: 'asr.user+tts:400, duplex3:5epochs'
+    # layouts, and how many steps or epochs of them, stage by stage: 'asr.user+tts:400, duplex3:5epochs'
     stages: str = 'duplex3:1000'
-    # frames a chunk; None: the layout's own, 10 (400 ms at 25 Hz; with codes of 50 Hz take 20)
-    speech_chunk: int | None = None
+    speech_chunk: int | None = None     # frames a chunk; None: the layout's own, 10: 400 ms at 25 Hz
     text_chunk: int | None = None       # text tokens a chunk; None: the layout's own, 2
     learn_user_text: bool = True        # half_duplex: is the user's text a target; the paper does not say
-    # the model; with init_from its sizes come from the checkpoint
-    # a checkpoint, or a Hugging Face Qwen2, whose vocabulary then grows; None: random weights
+
+    # model: init_from is a checkpoint, whose sizes are taken; None starts from random weights. A Hugging Face
+    # Qwen2 gets new rows for control tokens and speech codes, which start as new_rows says (Qwen2.grow)
     init_from: str | None = None
-    # where ids that are new start: spread (mean and spread of the old), words, normal, zeros
-    new_rows: str = 'spread'
+    new_rows: str = 'spread'            # spread, words, normal or zeros
     new_rows_scale: float = 0.5         # of spread, in standard deviations of the old rows
     n_layer: int = 4
     n_head: int = 6
     n_kv_head: int = 2
     n_embd: int = 192
     n_inner: int = 512
-    # tokens a row; at 55 a second (duplex3 at 25 Hz) 18.6 s of conversation
-    block_size: int = 1024
-    # the batch
+    block_size: int = 1024              # tokens a row; 18.6 s at the 55 tokens a second of duplex3
+
+    # batch
     batch_size: int = 4                 # rows a micro-step on each device: as many as its memory takes
-    auto_batch: bool = False            # on a GPU: instead of batch_size, the most rows that its memory takes
-    # tokens an optimiser step over all devices; micro-steps follow from it
-    batch_tokens: int = 4096
-    # share of the user's codes replaced at random in training: unknown voices differ, too
-    user_noise: float = 0.0
-    # of a text token in the loss: there are few, and all else follows from them
-    text_weight: float = 1.0
-    # AdamW
+    auto_batch: bool = False            # on a GPU: finds that number by trying, instead of batch_size
+    batch_tokens: int = 4096            # tokens an optimiser step, over all devices and micro-steps
+    user_noise: float = 0.0             # share of the user's codes replaced at random: new voices differ, too
+    text_weight: float = 1.0            # of a text token in the loss: text is rare, and decides what is said
+
+    # AdamW, with a cosine schedule
     learning_rate: float = 1e-3
     min_learning_rate: float = 0.0      # where the cosine ends
     warmup_steps: int = 50
@@ -95,36 +79,33 @@ class Config:
     beta2: float = 0.95
     weight_decay: float = 0.1           # on matrices only
     grad_clip: float = 1.0              # 0.0: no clipping
+
     # running
     out_dir: str = 'out/demo'
-    resume: bool = False                # continue the run in out_dir, where there is one
+    resume: bool = False                # go on with the run in out_dir, where there is one
     eval_interval: int = 200            # steps between evaluations on all of val; each also saves the state
     log_interval: int = 10
+    n_listen: int = 2                   # dialogues of val to answer at each evaluation, for report.html
     device: str = 'auto'                # cuda, cpu, …; auto: a GPU if there is one
-    # of the matmuls: float32, bfloat16; auto: bfloat16 where the hardware multiplies it
-    dtype: str = 'auto'
-    # the blocks, by torch.compile: for GPUs; on a CPU it would need the dense mask, and be slower
-    compile: bool = False
-    tensorboard: bool = True            # log there too, where tensorboard is installed
-    wandb: str | None = None            # log there too, in the project of that name
-    # dialogues of val that the model listens to at each evaluation, to be heard in out_dir/report.html; 0:
-    # none
-    n_listen: int = 2
-    # print so many rows of each stage as the model gets them, in colour, and stop
-    show: int = 0
+    dtype: str = 'auto'                 # of matmuls: float32, bfloat16; auto: bfloat16 in hardware, or fp32
+    compile: bool = False               # the blocks, by torch.compile: for GPUs, a CPU gets slower by it
+    tensorboard: bool = True            # log there, too, where tensorboard is installed
+    wandb: str | None = None            # log there, too, in the project of this name
+    show: int = 0                       # print so many rows of each stage as the model gets them, and stop
     seed: int = 1337
 
     def __post_init__(self):
         for name in ('batch_size', 'batch_tokens', 'block_size', 'eval_interval', 'log_interval'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}, it has to be at least 1')
-        if self.n_listen < 0 or self.show < 0:
-            raise ValueError(f'n_listen is {self.n_listen}, show is {self.show}; they cannot be negative')
+        for name in ('n_listen', 'show', 'grad_clip', 'warmup_steps'):
+            if getattr(self, name) < 0:
+                raise ValueError(f'{name} is {getattr(self, name)}, it cannot be negative')
         if self.dtype not in ('auto', 'float32', 'bfloat16'):
             raise ValueError(f"dtype is {self.dtype!r}, known are 'auto', 'float32' and 'bfloat16'")
-        if not 0 <= self.user_noise <= 1 or self.text_weight <= 0 or self.grad_clip < 0 or self.warmup_steps < 0:
-            raise ValueError('user_noise has to lie between 0 and 1, text_weight above 0, grad_clip and '
-                             'warmup_steps not below 0')
+        if not 0 <= self.user_noise <= 1 or self.text_weight <= 0:
+            raise ValueError(f'user_noise is {self.user_noise}, it has to lie between 0 and 1; '
+                             f'text_weight is {self.text_weight}, it has to be above 0')
         if not self.out_dir.strip('/.'):
             raise ValueError(f'out_dir is {self.out_dir!r}; it has to name a folder for the run')
         object.__setattr__(self, 'out_dir', os.path.normpath(self.out_dir))
@@ -132,61 +113,36 @@ class Config:
         self.mixture()
 
     def mixture(self):
-        """[(folder, weight)] of the data sets. Raises ValueError for a list that cannot be read."""
+        """data -> [(folder, weight)]. Raises ValueError for a list that cannot be read."""
         sets = []
-        for part in self.data.split(','):
-            folder, colon, weight = part.strip().rpartition(':')
+        for part in map(str.strip, self.data.split(',')):
+            folder, colon, weight = part.rpartition(':')
             try:
                 sets.append((folder, float(weight)) if colon else (weight, 1.0))
             except ValueError:
-                raise ValueError(f'data: {part.strip()!r} is not FOLDER:WEIGHT')
+                raise ValueError(f'data: {part!r} is not FOLDER:WEIGHT')
             if not sets[-1][0] or not 0 < sets[-1][1] < math.inf:
-                raise ValueError(f'data: {part.strip()!r} is not FOLDER or FOLDER:WEIGHT with a weight above '
-                                 '0')
+                raise ValueError(f'data: {part!r} is not FOLDER or FOLDER:WEIGHT with a weight above 0')
         return sets
 
     def curriculum(self):
-        """[([Layout], steps, epochs)] of the stages, one of the two is None. Raises ValueError for a stage
-        that cannot be read."""
+        """stages -> [([Layout], steps or None, epochs or None)]. Raises ValueError for what is none."""
         stages = []
-        for part in self.stages.split(','):
-            names, _, length = part.strip().partition(':')
-            found = re.fullmatch(r'\s*(\d+\.?\d*)\s*(epochs?)?\s*', length)
-            n, unit = found.groups() if found else ('0', None)
+        for part in map(str.strip, self.stages.split(',')):
+            names, _, length = part.partition(':')
+            match = re.fullmatch(r'\s*(\d+\.?\d*)\s*(epochs?)?\s*', length)
+            n, unit = match.groups() if match else ('0', None)
             if not float(n) or not (unit or n.isdigit()):
-                raise ValueError(f'stages: {part.strip()!r} is not LAYOUT:STEPS, LAYOUT:5epochs or '
+                raise ValueError(f'stages: {part!r} is not LAYOUT:STEPS, LAYOUT:5epochs or '
                                  'LAYOUT+LAYOUT:STEPS')
-            layouts = [
-                get_layout(name.strip(), self.speech_chunk, self.text_chunk, self.learn_user_text)
-                for name in names.split('+')]
+            settings = self.speech_chunk, self.text_chunk, self.learn_user_text
+            layouts = [get_layout(name.strip(), *settings) for name in names.split('+')]
             stages.append((layouts, None, float(n)) if unit else (layouts, int(n), None))
         return stages
 
-class Place(NamedTuple):
-    """Where this process computes: alone, or as one of those that torchrun started."""
-    device: torch.device
-    dtype: torch.dtype      # of the matmuls
-    rank: int
-    world_size: int
-
-    @property
-    def is_main(self):
-        return self.rank == 0
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
-
-    def all_reduce(self, *tensors):
-        for tensor in tensors if self.world_size > 1 else ():
-            dist.all_reduce(tensor)
-
-    def barrier(self):
-        if self.world_size > 1:
-            dist.barrier()
-
 
 class Stage(NamedTuple):
-    """One stage of the curriculum: steps first to last of the run."""
+    """One stage of the curriculum: the steps of the run from first to last."""
     layouts: list
     first: int
     last: int
@@ -194,7 +150,7 @@ class Stage(NamedTuple):
     val_loader: Mixture
     counts: dict            # of an epoch, see Loader.measure
     epoch_steps: float      # optimiser steps in an epoch
-    info: Info              # for the checkpoints written in it
+    info: checkpoint.Info   # for the checkpoints written in it
 
     @property
     def name(self):
@@ -202,7 +158,7 @@ class Stage(NamedTuple):
 
 
 class Run(NamedTuple):
-    """All that outlives a step."""
+    """What all steps of a run share."""
     cfg: Config
     place: Place
     model: Qwen2
@@ -211,26 +167,24 @@ class Run(NamedTuple):
     optimizer: torch.optim.Optimizer
     state: dict             # step, loader, best, best_step, sec_heard, train_sec: what state.json holds
     n_step: int
-    logger: Logger | None   # these two on the first process only
+    logger: Logger | None   # logger and listener: on the first process only
     listener: Listener | None
 
-    def print(self, *values):
+    def print(self, text):
         if self.place.is_main:
-            print(*values, flush=True)
+            print(text, flush=True)
 
 
 def main(cfg):
-    """Trains as cfg says, returns the metrics of the last evaluation. Raises ValueError where cfg and files
-    don't agree."""
-    place = join(cfg)
+    """Trains as cfg says, returns the last evaluation. Raises ValueError where cfg and the files disagree."""
+    place = join(cfg.device, cfg.dtype)
     check_settings(cfg, place)
     torch.manual_seed(cfg.seed)
     train_data, val_data = open_data(cfg)
-    resume_from = last_state(cfg.out_dir) if cfg.resume else None
+    resume_from = checkpoint.last_state(cfg.out_dir) if cfg.resume else None
     cfg, model, vocab = build_model(cfg, place, train_data[0], resume_from)
     gradient = share_start(model, place)
-    # before compiling, which would do it for every size; compiled it takes less memory
-    if cfg.auto_batch:
+    if cfg.auto_batch:      # before compiling, which would take place for every size; compiled it takes less
         cfg = replace(cfg, batch_size=find_batch_size(model, cfg, place), auto_batch=False)
         gradient.zero_()
     if cfg.compile:
@@ -243,14 +197,13 @@ def main(cfg):
     optimizer = make_optimizer(model, cfg)
     state = dict(step=0, loader=None, best=None, best_step=None, sec_heard=0.0, train_sec=0.0)
     if resume_from:
-        state = load_state(resume_from, model, optimizer)
+        state = checkpoint.load_state(resume_from, model, optimizer)
     open_out_dir(cfg, place, resume_from, state)
     logger = Logger(cfg, state['step']) if place.is_main else None
     listener = Listener(cfg, vocab, val_data, place.dtype) if place.is_main else None
     run = Run(cfg, place, model, vocab, gradient, optimizer, state, stages[-1].last, logger, listener)
     print_start(run)
-    # Python's garbage collector need not look through all that torch has imported, again and again
-    gc.freeze()
+    gc.freeze()     # Python's collector need not look through all that torch has imported, again and again
     metrics = {}
     for stage in stages:
         if state['step'] < stage.last:      # else it was done before the run was resumed
@@ -260,100 +213,85 @@ def main(cfg):
         run.print(f'{cfg.out_dir} had finished its {run.n_step} steps before')
     run.print(f'{cfg.out_dir}: {state["train_sec"]:.0f} s of training, best val loss {state["best"]:.3f}, '
               f'at most {peak_bytes(place.device) / 1e9:.1f} GB of memory a process')
-    # the first to leave would take the others' connections with it while rank 0 still saves
-    place.barrier()
+    place.barrier()         # a process that ends closes its connections, while the first may still be saving
     if place.world_size > 1:
         dist.destroy_process_group()
-    return dict(step=state['step'], best_val_loss=state['best'], train_sec=state['train_sec'],
-                **{f'val_{key}': value for key, value in metrics.items()})
+    val = {f'val_{key}': value for key, value in metrics.items()}
+    return dict(step=state['step'], best_val_loss=state['best'], train_sec=state['train_sec'], **val)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # what a run starts from
-
-def join(cfg):
-    """Joins the other processes, if torchrun started several -> Place."""
-    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    device = pick_device(cfg.device)
-    if device.type == 'cuda':
-        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision('high')
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-    return Place(device, pick_dtype(cfg.dtype, device), rank, world_size)
-
 
 def check_settings(cfg, place):
     """Raises ValueError for settings that this machine, or this number of processes, cannot run."""
     if cfg.auto_batch and place.device.type != 'cuda':
-        raise ValueError('auto_batch tries how much the memory of a GPU takes, and there is none: give '
-                         'batch_size')
+        raise ValueError('auto_batch tries how much the memory of a GPU takes, and there is none: '
+                         'give batch_size')
     if cfg.wandb and not importlib.util.find_spec('wandb'):
         raise ValueError(f'wandb={cfg.wandb}: wandb is not installed (pip install wandb)')
-    batch_size = 1 if cfg.auto_batch else cfg.batch_size
-    micro_tokens = batch_size * cfg.block_size * place.world_size
+    n_row = 1 if cfg.auto_batch else cfg.batch_size
+    micro_tokens = n_row * cfg.block_size * place.world_size
     if cfg.batch_tokens % micro_tokens:
-        raise ValueError(f'batch_tokens {cfg.batch_tokens} is no multiple of batch_size {batch_size} x '
-                         'block_size '
+        following = -(-cfg.batch_tokens // micro_tokens) * micro_tokens
+        raise ValueError(f'batch_tokens {cfg.batch_tokens} is no multiple of batch_size {n_row} x block_size '
                          f'{cfg.block_size} x {place.world_size} processes = {micro_tokens}; '
-                         f'the next is {-(-cfg.batch_tokens // micro_tokens) * micro_tokens}')
+                         f'the next is {following}')
 
 
 def open_data(cfg):
-    """-> [Dialogues] of train and of val, one a data set, all made with the same codec."""
+    """-> [Dialogues] of train and [Dialogues] of val, one for each data set, all made with the same codec."""
     folders = [folder for folder, _ in cfg.mixture()]
     train_data, val_data = ([Dialogues(folder, split) for folder in folders] for split in ('train', 'val'))
     codec = train_data[0].codec
     for dialogues in train_data + val_data:
         if dialogues.codec != codec:
             raise ValueError(f'{dialogues.folder} was made with codec {dialogues.codec}, {folders[0]} with '
-                             f'{codec}: '
-                             'they cannot be mixed')
+                             f'{codec}: they cannot be mixed')
     return train_data, val_data
 
 
 def build_model(cfg, place, dialogues, resume_from):
-    """A run goes on, starts from a checkpoint, or from random weights -> cfg with the model's sizes, model,
-    vocabulary."""
-    start_from = resume_from or cfg.init_from
-    if start_from and not os.path.isdir(start_from):
-        raise ValueError(f'init_from: no folder {start_from}; download the model, and give the folder with '
-                         'its config.json')
-    vocab = Vocabulary.load(start_from or os.path.join(dialogues.folder, 'tokenizer'),
-                            dialogues.codec['n_codes'])
-    if not start_from:
-        sizes = cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.n_embd, cfg.n_inner
-        return cfg, Qwen2(ModelConfig(vocab.size, cfg.block_size, *sizes)).to(place.device), vocab
-    model, info = Qwen2.from_pretrained(start_from), read_info(start_from)
-    if cfg.block_size > model.config.block_size and place.is_main:
-        print(f'note: block_size={cfg.block_size}, {start_from} has seen contexts of at most '
-              f'{model.config.block_size}')
+    """Loads the model to resume or to start from, or makes one of random weights -> cfg with the model's
+    sizes, the model on its device, its vocabulary."""
+    folder = resume_from or cfg.init_from
+    if folder and not os.path.isdir(folder):
+        raise ValueError(f'init_from: no folder {folder}; download the model, and give the folder with its '
+                         'config.json')
+    vocab = Vocabulary.load(folder or os.path.join(dialogues.folder, 'tokenizer'), dialogues.codec['n_codes'])
+    names = 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner'
+    if not folder:
+        sizes = {name: getattr(cfg, name) for name in names}
+        return cfg, Qwen2(ModelConfig(vocab.size, cfg.block_size, **sizes)).to(place.device), vocab
+    model, info = Qwen2.from_pretrained(folder), checkpoint.read_info(folder)
+    notes = []
+    if cfg.block_size > model.config.block_size:
+        notes.append(f'note: block_size={cfg.block_size}, {folder} has seen contexts of at most '
+                     f'{model.config.block_size}')
     if info:
-        check_vocabulary(start_from, model, vocab)
-        check_codec(start_from, info.codec, dialogues)
+        checkpoint.check_vocabulary(folder, model, vocab)
+        checkpoint.check_codec(folder, info.codec, dialogues)
     else:
         new = vocab.untrained + list(range(model.config.vocab_size, vocab.size))
-        if place.is_main:
-            print(f'{start_from}: {len(new)} ids are new of {vocab.size}, their rows start from '
-                  f'{cfg.new_rows}')
-        words = {vocab.control[name]: vocab.encode(text) for name, text in CONTROL.items()}
-        words = {i: ids for i, ids in words.items() if i in vocab.untrained}
+        notes.append(f'{folder}: {len(new)} ids are new of {vocab.size}, '
+                     f'their rows start from {cfg.new_rows}')
+        descriptions = {vocab.control[name]: vocab.encode(text) for name, text in CONTROL.items()}
+        words = {i: ids for i, ids in descriptions.items() if i in vocab.untrained}
         model.grow(vocab.size, new, vocab.n_text, cfg.new_rows, cfg.new_rows_scale, words, cfg.seed)
-    model.config = replace(model.config, block_size=cfg.block_size)     # the context it will know
-    sizes = {
-        name: getattr(model.config, name) for name in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner')}
-    return replace(cfg, **sizes), model.to(place.device), vocab         # config.py will say them
+    for note in notes if place.is_main else ():
+        print(note)
+    model.config = replace(model.config, block_size=cfg.block_size)     # the context that it will know
+    sizes = {name: getattr(model.config, name) for name in names}       # config.py will say them
+    return replace(cfg, **sizes), model.to(place.device), vocab
 
 
 def share_start(model, place):
     """
-    Gives all processes the weights of the first, whatever each machine's random numbers or files were -> the
-    gradient.
+    Gives every process the weights of the first, as random numbers or files may differ -> the gradient.
 
-    The gradients of all parameters are views of one flat fp32 tensor, into which hundreds of micro-steps add.
-    So there is one all-reduce a step, and no DDP, which would split the compiled graphs and reduce bucket by
-    bucket what takes 12 ms of 60 s (100 M tokens on 8 GPUs).
+    The gradients of all parameters are views of one flat fp32 tensor, to which hundreds of micro-steps add.
+    So there is one all-reduce a step, of 12 ms in 60 s (100 M tokens on 8 GPUs). DDP is not used: it would
+    split the compiled graphs, and overlap with them, in many small reductions, what takes no time.
     """
     params = list(model.parameters())
     gradient = torch.zeros(model.n_param(), device=place.device)
@@ -365,23 +303,23 @@ def share_start(model, place):
 
 
 def find_batch_size(model, cfg, place):
-    """The most rows a micro-step that the memory takes, of those that divide the step. Tried with the most
-    expensive rows
-    there are: one document each, of which everything is learned."""
+    """The most rows a micro-step that fit into memory, among the numbers that divide the step. Tried on the
+    most expensive rows there are: one document each, all of it learned."""
     device, best = place.device, 0
-    rows = cfg.batch_tokens // (cfg.block_size * place.world_size)
+    n_most = cfg.batch_tokens // (cfg.block_size * place.world_size)
     moments = torch.empty(2 * model.n_param(), device=device)       # AdamW will want them
-    for n in (n for n in range(1, rows + 1) if rows % n == 0):
-        idx = torch.zeros(n, cfg.block_size, dtype=torch.int64, device=device)
+    for n_row in (n for n in range(1, n_most + 1) if n_most % n == 0):
+        idx = torch.zeros(n_row, cfg.block_size, dtype=torch.int64, device=device)
         pos = torch.arange(cfg.block_size, device=device).expand_as(idx)
         learn = torch.arange(idx.numel(), device=device)
+        weights = torch.ones(len(learn), device=device)
         try:
             with place.autocast():
-                total, _ = model(idx, pos, idx, learn, idx.flatten(), torch.ones(len(learn), device=device))
+                total, _ = model(idx, pos, idx, learn, idx.flatten(), weights)
             total.backward()
         except torch.OutOfMemoryError:
             break
-        best = n
+        best = n_row
     del moments
     if place.world_size > 1:
         least = torch.tensor(best, device=device)
@@ -393,12 +331,11 @@ def find_batch_size(model, cfg, place):
 
 
 def plan_stages(cfg, place, vocab, train_data, val_data):
-    """-> [Stage], their data looked through, so that what doesn't fit is found before the first step."""
-    rows_a_step = cfg.batch_tokens // cfg.block_size
+    """-> [Stage]. All data is looked through, so that what doesn't fit is found before the first step."""
     shape = vocab, cfg.block_size, cfg.batch_size, cfg.seed, place.rank, place.world_size
     weights = [weight for _, weight in cfg.mixture()]
     padded = is_padded(cfg, place)
-    before = read_info(cfg.init_from) if cfg.init_from else None
+    before = checkpoint.read_info(cfg.init_from) if cfg.init_from else None
     trained = {layout.name: layout for layout in before.layouts} if before else {}
     stages, first = [], 0
     for layouts, n_step, n_epoch in cfg.curriculum():
@@ -406,63 +343,145 @@ def plan_stages(cfg, place, vocab, train_data, val_data):
         val_loaders = [Loader(data, layouts, *shape, padded=padded) for data in val_data]
         loader, val_loader = Mixture(loaders, weights), Mixture(val_loaders, weights)
         counts = loader.measure()
-        epoch_steps = counts['rows'] / rows_a_step
-        n_step = n_step or max(1, round(n_epoch * epoch_steps))
-        # a layout that is trained again comes last: the checkpoint decodes in the last one
-        for layout in layouts:
+        epoch_steps = counts['rows'] / (cfg.batch_tokens // cfg.block_size)
+        last = first + (n_step or max(1, round(n_epoch * epoch_steps)))
+        for layout in layouts:      # what is trained again comes last: checkpoints decode in the last layout
             trained.pop(layout.name, None)
             trained[layout.name] = layout
-        info = Info(list(trained.values()), cfg.text_weight, vocab.code_start, vocab.n_codes,
-                    train_data[0].codec)
-        stages.append(Stage(layouts, first, first + n_step, loader, val_loader, counts, epoch_steps, info))
-        first += n_step
+        codec = train_data[0].codec
+        info = checkpoint.Info([*trained.values()], cfg.text_weight, vocab.code_start, vocab.n_codes, codec)
+        stages.append(Stage(layouts, first, last, loader, val_loader, counts, epoch_steps, info))
+        first = last
     return stages
 
 
 def is_padded(cfg, place):
-    # a CPU needs no batches of one shape, unless it compiles
+    """Do all batches need one shape? On a CPU they don't, unless it compiles."""
     return place.device.type != 'cpu' or cfg.compile
 
 
 def make_optimizer(model, cfg):
     matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]     # biases and norms: no pull towards zero
+    others = [p for p in model.parameters() if p.dim() < 2]     # biases and norms are not pulled towards zero
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=others, weight_decay=0.0)]
     is_fused = matrices[0].device.type in ('cuda', 'cpu')
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=is_fused)
 
 
 def open_out_dir(cfg, place, resume_from, state):
-    """The folder of the run: a used one is moved aside, unless the run in it goes on."""
+    """Makes the folder of the run. A used one is moved aside, unless the run in it goes on."""
     is_used = os.path.exists(os.path.join(cfg.out_dir, 'log.jsonl'))
     if not resume_from and not is_used and glob(os.path.join(cfg.out_dir, '*')):
         raise ValueError(f'{cfg.out_dir} holds files that are no run of train.py: choose another --out_dir')
-    place.barrier()         # all have read what they start from, which may be what is moved now
+    place.barrier()         # all processes have read what they start from, which may lie in that folder
     if not place.is_main:
         return
     if not resume_from and is_used:
-        print(f'{cfg.out_dir} held another run, moved to {move_aside(cfg.out_dir)}')
+        print(f'{cfg.out_dir} held another run, moved to {checkpoint.move_aside(cfg.out_dir)}')
     elif resume_from and state['best_step'] == state['step']:
-        publish(resume_from, cfg.out_dir)       # it may have been killed right before
+        checkpoint.publish(resume_from, cfg.out_dir)    # the run may have been killed right before
     os.makedirs(cfg.out_dir, exist_ok=True)
     config.save(cfg, os.path.join(cfg.out_dir, 'config.py'))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # training
+
+def train_stage(run, stage):
+    """Trains to the end of a stage, evaluating and saving on the way. Returns the last evaluation."""
+    cfg, place, model, state = run.cfg, run.place, run.model, run.state
+    if state['step'] == stage.first:    # another layout: its losses do not compare with the last one's
+        state.update(best=None, best_step=None)
+    else:
+        stage.loader.state = state['loader']
+    batches = Prefetch(stage.loader, place.device)
+    meter = Meter(batches, place.device)
+    while state['step'] < stage.last:
+        lr = get_lr(state['step'], run.n_step, cfg)
+        for group in run.optimizer.param_groups:
+            group['lr'] = lr
+        n_learned, total_weight = 0, torch.zeros((), device=place.device)
+        for _ in range(count_micro_steps(cfg, place)):
+            batch = batches.next_batch()
+            weights = token_weights(batch, cfg.text_weight)
+            with place.autocast():      # -> scalar, (N)
+                total, losses = model(batch.idx, batch.pos, batch.doc, batch.learn, batch.targets, weights)
+            total.backward()
+            n_learned += len(losses)
+            total_weight += weights.sum()
+            meter.add(batch, losses)
+        # The gradient so far is that of a sum. It is divided once, by the weight of all tokens of all
+        # processes: rows hold unequal numbers of learned tokens, which a mean of means would weigh unequally.
+        place.all_reduce(run.gradient, total_weight)
+        run.gradient.div_(total_weight)
+        grad_norm = run.gradient.norm()
+        if cfg.grad_clip:
+            run.gradient.mul_((cfg.grad_clip / grad_norm).clamp(max=1.0))
+        run.optimizer.step()
+        run.gradient.zero_()
+        state['step'] += 1
+        meter.n_step += 1
+
+        is_evaluated = state['step'] % cfg.eval_interval == 0 or state['step'] == stage.last
+        if is_evaluated or state['step'] % cfg.log_interval == 0:
+            log_training(run, stage, meter, lr, float(grad_norm), batch, n_learned)
+        if is_evaluated:
+            metrics = evaluate(run, stage)
+            log_evaluation(run, stage, metrics)
+            state['loader'] = batches.state
+            if place.is_main:
+                save_and_listen(run, stage)
+            meter.restart()
+    batches.close()
+    return metrics
+
 
 def get_lr(step, n_step, cfg):
     if step < cfg.warmup_steps:
         return cfg.learning_rate * (step + 1) / cfg.warmup_steps
     progress = (step - cfg.warmup_steps) / max(1, n_step - cfg.warmup_steps)
-    return cfg.min_learning_rate + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.learning_rate
-                                                                               - cfg.min_learning_rate)
+    above = cfg.learning_rate - cfg.min_learning_rate
+    return cfg.min_learning_rate + 0.5 * (1 + math.cos(math.pi * progress)) * above
+
+
+def count_micro_steps(cfg, place):
+    return cfg.batch_tokens // (cfg.batch_size * cfg.block_size * place.world_size)
 
 
 def token_weights(batch, text_weight):
     """-> (N), of the targets in the loss"""
     return torch.where(batch.stream == STREAMS.index('text'), text_weight, 1.0)
 
+
+def evaluate(run, stage):
+    """The loss on all of val, of which each process takes its part -> what by_stream returns."""
+    sums, sec = loss_sums(run.model, stage.val_loader, run.place.device, run.place.autocast())
+    return by_stream(*over_processes(run.place, sums, sec))
+
+
+def over_processes(place, sums, sec):
+    """stream_sums and seconds of one process -> those of all"""
+    both = torch.cat([sums.flatten(), sums.new_tensor([sec])])
+    place.all_reduce(both)
+    return both[:-1].view_as(sums), float(both[-1])
+
+
+def save_and_listen(run, stage):
+    """On the first process, while the others wait at their next all-reduce: writes the state to go on from
+    and, if this evaluation was the best, the run's model. Then the model answers some dialogues of val."""
+    cfg, state = run.cfg, run.state
+    codec_folder = os.path.join(cfg.mixture()[0][0], 'codec')
+    folder = checkpoint.save_state(cfg.out_dir, run.model, run.optimizer, run.vocab, stage.info, codec_folder,
+                                   state)
+    if state['best_step'] == state['step']:
+        checkpoint.publish(folder, cfg.out_dir)
+    heard = run.listener.hear(state['step'], run.model, stage.layouts)
+    run.logger.log_heard(state['step'], heard)
+    run.listener.report(state['step'], heard)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what is printed and logged
 
 class Meter:
     """What came together since the last line of the log."""
@@ -481,65 +500,30 @@ class Meter:
         self.sec += batch.sec
 
 
-def train_stage(run, stage):
-    """Trains to the end of a stage, evaluating and saving on the way. Returns the metrics of the last
-    evaluation."""
-    cfg, place, model, state = run.cfg, run.place, run.model, run.state
-    if state['step'] == stage.first:
-        # another layout: its losses do not compare with the last one's
-        state.update(best=None, best_step=None)
-    else:
-        stage.loader.state = state['loader']
-    batches = Prefetch(stage.loader, place.device)
-    meter = Meter(batches, place.device)
-    n_micro = cfg.batch_tokens // (cfg.batch_size * cfg.block_size * place.world_size)
-    while state['step'] < stage.last:
-        lr = get_lr(state['step'], run.n_step, cfg)
-        for group in run.optimizer.param_groups:
-            group['lr'] = lr
-        n_learned, total_weight = 0, torch.zeros((), device=place.device)
-        for _ in range(n_micro):
-            batch = batches.next_batch()
-            weights = token_weights(batch, cfg.text_weight)
-            with place.autocast():
-                # scalar, (N)
-                total, losses = model(batch.idx, batch.pos, batch.doc, batch.learn, batch.targets, weights)
-            total.backward()
-            n_learned += len(losses)
-            total_weight += weights.sum()
-            meter.add(batch, losses)
-        # rows hold unequal numbers of learned tokens, and a mean of means would weigh them unequally: so far
-        # the gradient
-        # is of a sum; it is divided once, by the weight of all tokens of all ranks
-        place.all_reduce(run.gradient, total_weight)
-        run.gradient.div_(total_weight)
-        grad_norm = run.gradient.norm()
-        if cfg.grad_clip:
-            run.gradient.mul_((cfg.grad_clip / grad_norm).clamp(max=1.0))
-        run.optimizer.step()
-        run.gradient.zero_()
-        state['step'] += 1
-        meter.n_step += 1
-
-        is_evaluated = state['step'] % cfg.eval_interval == 0 or state['step'] == stage.last
-        if is_evaluated or state['step'] % cfg.log_interval == 0:
-            mfu = partial(utilisation, run, batch, n_learned)
-            log_training(run, stage, meter, lr, float(grad_norm), mfu)
-        if is_evaluated:
-            metrics = evaluate(run, stage)
-            log_evaluation(run, stage, metrics)
-            state['loader'] = batches.state
-            if place.is_main:
-                save_and_listen(run, stage)
-            meter.restart()
-    batches.close()
-    return metrics
-
-
-def evaluate(run, stage):
-    """The loss on all of val, each rank its part -> by_stream's dict."""
-    sums, sec = loss_sums(run.model, stage.val_loader, run.place.device, run.place.autocast())
-    return by_stream(*over_ranks(run.place, sums, sec))
+def log_training(run, stage, meter, lr, grad_norm, batch, n_learned):
+    """Prints and logs the steps since the last line. Raises ValueError where the loss is not finite."""
+    cfg, state = run.cfg, run.state
+    sums, sec = over_processes(run.place, meter.sums, meter.sec)    # waits for the device; other steps don't
+    losses = by_stream(sums, sec)
+    if not math.isfinite(losses['loss'] + grad_norm):
+        go_on_from = checkpoint.last_state(cfg.out_dir) or 'the start'
+        raise ValueError(f'loss is {losses["loss"]}, gradient norm {grad_norm} at step {state["step"]}: '
+                         f'lower learning_rate, and go on from {go_on_from} with --resume=true')
+    elapsed = time.time() - meter.start
+    tokens_per_sec = meter.n_step * cfg.batch_tokens / elapsed
+    state['sec_heard'] += sec
+    state['train_sec'] += elapsed
+    mfu = utilisation(run, batch, n_learned, tokens_per_sec)
+    run.print(f'step {state["step"]:>6}/{run.n_step} | {format_losses(losses)} | lr {lr:.1e} | '
+              f'norm {grad_norm:6.2f} | {1e3 * elapsed / meter.n_step:6.0f} ms | '
+              f'{tokens_per_sec / 1e3:6.1f}k tok/s | '
+              + (f'mfu {mfu:4.0%} | ' if mfu else '') + f'{state["sec_heard"] / 3600:6.2f} h heard')
+    if run.logger:
+        loader_wait = (meter.batches.wait_sec - meter.waited_sec) / elapsed
+        run.logger.log(kind='train', step=state['step'], stage=stage.name, lr=lr, grad_norm=grad_norm,
+                       tokens_per_sec=tokens_per_sec, mfu=mfu, hours_heard=state['sec_heard'] / 3600,
+                       loader_wait=loader_wait, **losses)
+    meter.restart()
 
 
 def log_evaluation(run, stage, metrics):
@@ -554,59 +538,8 @@ def log_evaluation(run, stage, metrics):
         run.logger.log(kind='val', step=state['step'], stage=stage.name, **metrics)
 
 
-def save_and_listen(run, stage):
-    """On the first process: writes the state to go on from and, after the best evaluation, the run's model.
-    Then the model is heard. The other processes wait at their next all-reduce."""
-    cfg, state = run.cfg, run.state
-    codec_folder = os.path.join(cfg.mixture()[0][0], 'codec')
-    folder = save_state(cfg.out_dir, run.model, run.optimizer, run.vocab, stage.info, codec_folder, state)
-    if state['best_step'] == state['step']:
-        publish(folder, cfg.out_dir)
-    heard = run.listener.hear(state['step'], run.model, stage.layouts)
-    run.logger.log_heard(state['step'], heard)
-    run.listener.report(state['step'], heard)
-
-
-def over_ranks(place, sums, sec):
-    """stream_sums and seconds of one process -> of all."""
-    both = torch.cat([sums.flatten(), sums.new_tensor([sec])])
-    place.all_reduce(both)
-    return both[:-1].view_as(sums), float(both[-1])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what is printed and logged
-
-def log_training(run, stage, meter, lr, grad_norm, mfu):
-    """Prints and logs the steps since the last line, and starts anew. Raises ValueError where training has
-    diverged."""
-    cfg, state = run.cfg, run.state
-    sums, sec = over_ranks(run.place, meter.sums, meter.sec)    # waits for the device, as other lines don't
-    losses = by_stream(sums, sec)
-    if not math.isfinite(losses['loss'] + grad_norm):
-        raise ValueError(f'loss is {losses["loss"]}, gradient norm {grad_norm} at step {state["step"]}: '
-                         'lower '
-                         f'learning_rate, and go on from {last_state(cfg.out_dir) or "the start"} with '
-                         '--resume=true')
-    elapsed = time.time() - meter.start
-    tokens_per_sec = meter.n_step * cfg.batch_tokens / elapsed
-    state['sec_heard'] += sec
-    state['train_sec'] += elapsed
-    mfu = mfu(tokens_per_sec)
-    run.print(f'step {state["step"]:>6}/{run.n_step} | {format_losses(losses)} | lr {lr:.1e} | norm '
-              f'{grad_norm:6.2f} | '
-              f'{1e3 * elapsed / meter.n_step:6.0f} ms | {tokens_per_sec / 1e3:6.1f}k tok/s | '
-              + (f'mfu {mfu:4.0%} | ' if mfu else '') + f'{state["sec_heard"] / 3600:6.2f} h heard')
-    if run.logger:
-        run.logger.log(kind='train', step=state['step'], stage=stage.name, lr=lr, grad_norm=grad_norm,
-                       tokens_per_sec=tokens_per_sec, mfu=mfu, hours_heard=state['sec_heard'] / 3600,
-                       loader_wait=(meter.batches.wait_sec - meter.waited_sec) / elapsed, **losses)
-    meter.restart()
-
-
 def utilisation(run, batch, n_learned, tokens_per_sec):
-    """MFU: the FLOPs that these tokens require, over what the GPUs can do at most. None on devices nobody
-    looked up."""
+    """MFU: the FLOPs that these tokens require, over the most that the GPU can do. None for other devices."""
     device, world_size = run.place.device, run.place.world_size
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
     peak_flops = next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
@@ -619,45 +552,37 @@ def utilisation(run, batch, n_learned, tokens_per_sec):
 
 def print_start(run):
     cfg, place = run.cfg, run.place
-    n_micro = cfg.batch_tokens // (cfg.batch_size * cfg.block_size * place.world_size)
     run.print(f'{run.model.n_param() / 1e6:.1f} M parameters, {run.vocab.size} ids, {place.device}, '
-              f'{str(place.dtype).removeprefix("torch.")}, {place.world_size} process(es); {n_micro} '
-              'micro-steps of '
-              f'{cfg.batch_size} x {cfg.block_size} x {place.world_size} = {cfg.batch_tokens} tokens a step, '
-              f'{run.n_step} steps')
+              f'{str(place.dtype).removeprefix("torch.")}, {place.world_size} process(es); '
+              f'{count_micro_steps(cfg, place)} micro-steps of {cfg.batch_size} x {cfg.block_size} x '
+              f'{place.world_size} = {cfg.batch_tokens} tokens a step, {run.n_step} steps')
 
 
 def print_stage(run, stage):
-    """What the stage goes through, and notes on settings that a reader would frown at."""
-    cfg, c = run.cfg, stage.counts
+    """What the stage goes through, and notes on settings that make no sense together."""
+    cfg, c, n_step = run.cfg, stage.counts, stage.last - stage.first
     n_dialogue = sum(len(loader.dialogues) for loader in stage.loader.loaders)
-    padding = 'no padding'
-    if is_padded(cfg, run.place):
-        padding = f'{1 - c["tokens"] / (c["rows"] * cfg.block_size + c["documents"]):.1%} padding'
-    n_step = stage.last - stage.first
+    padding = 1 - c['tokens'] / (c['rows'] * cfg.block_size + c['documents'])
     run.print(f'stage {stage.name}, steps {stage.first} to {stage.last}: an epoch has {c["dialogues"]} of '
-              f'{n_dialogue} '
-              f'dialogues, {c["documents"]} documents, {c["sec"] / 3600:.2f} h, {c["tokens"]} tokens, '
-              f'{c["learned"] / c["tokens"]:.0%} learned, {padding}, {c["too_long"]} documents too long, '
-              f'{c["text_dropped"]} text tokens dropped; it takes {stage.epoch_steps:.3g} steps, '
-              f'the stage {n_step / stage.epoch_steps:.3g} epochs')
+              f'{n_dialogue} dialogues, {c["documents"]} documents, {c["sec"] / 3600:.2f} h, '
+              f'{c["tokens"]} tokens, {c["learned"] / c["tokens"]:.0%} learned, '
+              + (f'{padding:.1%} padding, ' if is_padded(cfg, run.place) else 'no padding, ')
+              + f'{c["too_long"]} documents too long, {c["text_dropped"]} text tokens dropped; '
+              f'it takes {stage.epoch_steps:.3g} steps, the stage {n_step / stage.epoch_steps:.3g} epochs')
     if n_step < 100 and stage.epoch_steps < 10:
         run.print(f'note: {n_step} steps in all, as a step takes {cfg.batch_tokens} tokens and an epoch has '
                   f'{c["tokens"]}: a model hardly moves in so few; a --batch_tokens of '
-                  f'{c["tokens"] / 100:.2g} would '
-                  'make 100 an epoch')
+                  f'{c["tokens"] / 100:.2g} would make 100 an epoch')
     if n_step > 50 * stage.epoch_steps:
         run.print(f'note: the stage goes through its data {n_step / stage.epoch_steps:.0f} times: '
                   'it will know it by heart')
     if cfg.warmup_steps > run.n_step / 2:
         run.print(f'note: warmup_steps={cfg.warmup_steps} of {run.n_step} steps: the learning rate hardly '
-                  'gets to '
-                  f'{cfg.learning_rate}')
-    n_all = c['too_long'] + c['documents']
-    if c['too_long'] > 0.05 * n_all:
-        run.print(f'note: {c["too_long"]} of {n_all} documents are longer than block_size={cfg.block_size} '
-                  'and left '
-                  'out: raise it')
+                  f'gets to {cfg.learning_rate}')
+    n_document = c['too_long'] + c['documents']
+    if c['too_long'] > 0.05 * n_document:
+        run.print(f'note: {c["too_long"]} of {n_document} documents are longer than '
+                  f'block_size={cfg.block_size} and left out: raise it')
 
 
 def peak_bytes(device):
@@ -672,16 +597,16 @@ def show_rows(cfg, stages, vocab):
     columns = shutil.get_terminal_size((110, 24)).columns
     for stage in stages:
         print(f'stage {stage.name}')
-        clean, n_shown = copy(stage.loader), 0      # without user_noise, to see what it replaced
-        clean.loaders, clean.taken = [copy(each) for each in clean.loaders], list(clean.taken)
-        for each in clean.loaders:
-            each.user_noise = 0.0
+        clean, n_shown = copy(stage.loader), 0      # the same without user_noise, to see what it replaced
+        clean.loaders, clean.taken = [copy(loader) for loader in clean.loaders], list(clean.taken)
+        for loader in clean.loaders:
+            loader.user_noise = 0.0
         while n_shown < cfg.show:
-            batch, without_noise = stage.loader.next_batch(), clean.next_batch()
+            batch, clean_idx = stage.loader.next_batch(), clean.next_batch().idx
             n_row = min(len(batch.idx), cfg.show - n_shown)
             weights = token_weights(batch, cfg.text_weight)
-            print_coloured(
-                draw_batch(batch, stage.layouts, vocab, STREAMS, weights, n_row, columns, without_noise.idx))
+            drawing = draw_batch(batch, stage.layouts, vocab, STREAMS, weights, n_row, columns, clean_idx)
+            print_coloured(drawing)
             n_shown += n_row
 
 

@@ -1,5 +1,10 @@
-"""Which device the tensors live on, and in which numbers it multiplies."""
+"""Where a process computes: on which device, in which numbers, and beside which other processes."""
+import os
+from contextlib import nullcontext
+from typing import NamedTuple
+
 import torch
+import torch.distributed as dist
 
 # dense bf16 FLOP/s from the datasheets, for MFU; other devices print none
 PEAK_FLOPS = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12, 'RTX 4090': 165e12}
@@ -15,11 +20,49 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """'auto' is bfloat16 where the device multiplies it in hardware, else float32; other names are torch's
-    own."""
+    """'auto' is bfloat16 where the hardware multiplies it, else float32; other names are torch's own."""
     if name != 'auto':
         return getattr(torch, name)
     if device.type == 'cuda':
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    # a CPU without avx512_bf16 emulates bf16, more slowly than fp32
-    return torch.bfloat16 if device.type == 'cpu' and torch.cpu._is_avx512_bf16_supported() else torch.float32
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:   # a CPU without avx512_bf16 emulates bf16, more slowly than fp32
+        has_bf16 = device.type == 'cpu' and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+class Place(NamedTuple):
+    """The first process (rank 0) is the one that prints and writes."""
+    device: torch.device
+    dtype: torch.dtype = torch.float32      # of the matmuls
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def autocast(self):
+        is_plain = self.dtype == torch.float32
+        return nullcontext() if is_plain else torch.autocast(self.device.type, self.dtype)
+
+    def all_reduce(self, *tensors):
+        """Sums each tensor over all processes, in place."""
+        for tensor in tensors if self.world_size > 1 else ():
+            dist.all_reduce(tensor)
+
+    def barrier(self):
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def join(device_name, dtype_name):
+    """Joins the other processes, if torchrun started several -> Place."""
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    device = pick_device(device_name)
+    if device.type == 'cuda':
+        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    return Place(device, pick_dtype(dtype_name, device), rank, world_size)

@@ -62,7 +62,7 @@ def test_golden(name, regen):
 
 def test_the_pictures_in_the_docstring():
     result = doctest.testmod(F)
-    assert result.failed == 0 and result.attempted == 7
+    assert result.failed == 0 and result.attempted == 12
 
 
 def test_shown_against_time():

@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import checkpoint
 import config
 import train
+from checkpoint import last_state
 from measures.listen import cut, read_curves
 
 TORCHRUN = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
@@ -32,7 +34,7 @@ def arguments(cfg):
 
 
 def weights(cfg):
-    return load_file(Path(train.last_state(cfg.out_dir)) / 'model.safetensors')
+    return load_file(Path(last_state(cfg.out_dir)) / 'model.safetensors')
 
 
 def equal(a, b):
@@ -64,7 +66,7 @@ def test_killed_and_resumed_equals_uninterrupted(toy, stages, tmp_path, monkeypa
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, 'get_lr', die)
         train.main(killed)
-    assert Path(train.last_state(killed.out_dir)).name == 'step-000005'
+    assert Path(last_state(killed.out_dir)).name == 'step-000005'
     metrics = train.main(replace(killed, resume=True))
     assert equal(weights(whole), weights(killed)) and metrics['step'] == 10
     logs = [[{k: v
@@ -87,7 +89,7 @@ def test_ranks_and_micro_steps_give_the_gradient_of_one_big_batch(toy, tmp_path,
     train.main(two)
     run('train.py', *arguments(four), launcher=TORCHRUN)
     moments = [
-        load_file(Path(train.last_state(cfg.out_dir)) / 'optimizer.safetensors') for cfg in (one, two, four)]
+        load_file(Path(last_state(cfg.out_dir)) / 'optimizer.safetensors') for cfg in (one, two, four)]
     for other in moments[1:]:
         for name in moments[0]:
             if name.endswith('exp_avg'):        # after one step (1 - beta1) x gradient
@@ -113,7 +115,7 @@ def test_best_weights_are_those_of_the_lowest_val_loss(toy, monkeypatch):
     monkeypatch.setattr(train, 'by_stream', lambda sums, sec, real=train.by_stream: dict(real(sums, sec)))
     saved = []
     monkeypatch.setattr(
-        train, 'publish', lambda folder, out_dir, real=train.publish:
+        checkpoint, 'publish', lambda folder, out_dir, real=checkpoint.publish:
         (saved.append(Path(folder).name), real(folder, out_dir)))
     real = train.by_stream
 
@@ -223,7 +225,7 @@ def test_auto_batch_takes_the_most_rows_that_fit(toy, monkeypatch):
 
 def test_a_state_of_another_version_is_named(toy):
     train.main(replace(toy, stages='duplex3:1'))
-    path = Path(train.last_state(toy.out_dir)) / 'optimizer.safetensors'
+    path = Path(last_state(toy.out_dir)) / 'optimizer.safetensors'
     save_file({name.replace('qkv_proj', 'q_proj'): x for name, x in load_file(path).items()}, path)
     with pytest.raises(ValueError, match='was saved by another version of this code .it has no state of '
                                          '.*qkv_proj'):
@@ -334,7 +336,7 @@ def test_it_is_heard_and_learns_the_same(spoken, tmp_path, capsys):
     train.main(spoken)
     assert 'note: ' not in capsys.readouterr().out
     states = [
-        load_file(Path(train.last_state(cfg.out_dir)) / 'optimizer.safetensors') for cfg in (spoken, deaf)]
+        load_file(Path(last_state(cfg.out_dir)) / 'optimizer.safetensors') for cfg in (spoken, deaf)]
     assert equal(*states) and 'rng' in states[0] and equal(weights(spoken), weights(deaf))
     assert heard(deaf) == [] and heard(spoken) == [
         f'step-0000{step}-d{i}.{end}' for step in ('05', '10') for i in (0, 1) for end in ('jsonl', 'wav')]

@@ -28,7 +28,7 @@ from vocabulary import Vocabulary
 
 class Info(NamedTuple):
     """What a checkpoint of ours says of itself."""
-    layouts: list           # [Layout] that it was trained in, by runs before this one, too; decodes in the last
+    layouts: list           # [Layout] that it was trained in, also by earlier runs; decodes in the last
     text_weight: float      # of a text token in the loss
     code_start: int         # the id of speech code 0
     n_codes: int
@@ -96,28 +96,27 @@ def check_codec(folder, codec, dialogues):
     theirs = dialogues.codec
     if codec != theirs:
         raise ValueError(f'{dialogues.folder} was made with codec {theirs["name"]} {theirs["fingerprint"]}, '
-                         f'{folder} '
-                         f'was trained with codec {codec["name"]} {codec["fingerprint"]}: prepare the data '
-                         'with the '
-                         "checkpoint's codec, or take the checkpoint that goes with the data")
+                         f'{folder} was trained with codec {codec["name"]} {codec["fingerprint"]}: prepare '
+                         "the data with the checkpoint's codec, or take the checkpoint that goes with it")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # a run's states
 
 def save_state(out_dir, model, optimizer, vocab, info, codec_folder, state):
-    """Writes out_dir/step-000300, all that a run needs to go on as if it had not stopped; removes the one
+    """Writes out_dir/step-000300, from which a run goes on as if it had not stopped. Removes the one
     before."""
     folder = os.path.join(out_dir, f'step-{state["step"]:06d}')
     names = {p: name for name, p in model.named_parameters()}
-    moments = {
-        f'{names[p]}.{key}': value for p, entry in optimizer.state.items() for key, value in entry.items()}
+    tensors = {'rng': torch.get_rng_state()}
+    for p, entry in optimizer.state.items():
+        tensors |= {f'{names[p]}.{key}': value for key, value in entry.items()}
     with whole(folder) as part:
         model.save_pretrained(part, extra={'nanoduplex': write_info(info)})
         vocab.save(part)
         if os.path.isdir(codec_folder):
             shutil.copytree(codec_folder, os.path.join(part, 'codec'))
-        save_file(moments | {'rng': torch.get_rng_state()}, os.path.join(part, 'optimizer.safetensors'))
+        save_file(tensors, os.path.join(part, 'optimizer.safetensors'))
         write_json(os.path.join(part, 'state.json'), state)
     for old in glob(os.path.join(out_dir, 'step-*')):
         if old != folder:
@@ -126,13 +125,13 @@ def save_state(out_dir, model, optimizer, vocab, info, codec_folder, state):
 
 
 def load_state(folder, model, optimizer):
-    """Puts optimizer and random numbers where they were, and returns the rest of the state."""
+    """Sets optimizer and random numbers back to where they were -> the rest of the state"""
     tensors = load_file(os.path.join(folder, 'optimizer.safetensors'))
     missing = [name for name, _ in model.named_parameters() if f'{name}.exp_avg' not in tensors]
     if missing:
         raise ValueError(f'{folder} was saved by another version of this code (it has no state of '
-                         f'{missing[0]}): '
-                         f'start from its weights, --init_from={folder}, into another --out_dir')
+                         f'{missing[0]}): start from its weights, --init_from={folder}, '
+                         'into another --out_dir')
     for name, p in model.named_parameters():
         entries = {key: tensors[f'{name}.{key}'] for key in ('step', 'exp_avg', 'exp_avg_sq')}
         optimizer.state[p] = {key: value.to(p.device) for key, value in entries.items()}
@@ -153,12 +152,12 @@ def publish(folder, out_dir):
 
 def last_state(out_dir):
     """The latest step-… folder of a run, None where there is none."""
-    return max((path for path in glob(os.path.join(out_dir, 'step-*')) if not path.endswith('.part')),
-               default=None)
+    folders = [path for path in glob(os.path.join(out_dir, 'step-*')) if not path.endswith('.part')]
+    return max(folders, default=None)
 
 
 def move_aside(out_dir):
-    """A run that is not continued is kept, under another name, which is returned."""
+    """Gives the folder of a run that is not continued another name -> that name"""
     n = 1
     while os.path.exists(f'{out_dir}.{n}'):
         n += 1

@@ -1,23 +1,22 @@
 """
-Lets a checkpoint listen to a split's users, and measures: how it takes turns, what it answers, whether it
-says that.
+Lets a checkpoint listen to the users of a split, and measures how it takes turns, what it answers, and
+whether it says that.
 
-    python evaluate.py --checkpoint=out/demo --data=data/demo           a table, out/demo/evaluation/metrics.json and report.html
-    python evaluate.py --dialogues=recordings                           the same of finished dialogues, whoever had them: stereo
-                                                                        audio, transcripts, or both
-                                                                        (measures/foreign.py)
+    python evaluate.py --checkpoint=out/demo --data=data/demo
+        prints a table, and writes metrics.json and report.html into out/demo/evaluation
+    python evaluate.py --dialogues=recordings
+        the same for dialogues that any system or people had: stereo audio, transcripts, or both
 
     user       ░░░ question ░░░│                                     │░░░ next question ░░░
     assistant                  │   ▓▓▓▓ answer ▓▓▓▓                  │▓▓▓▓│
                                └ 3 ┘ by 5 frames: took the turn      └────┘ by 10 frames: yielded
 
-Beside ours the table has the figures of the paper (OmniFlatten, ACL 2025, tables 1 to 4): theirs, on their
-test data.
+docs/evaluation.md defines each measure. Beside ours the table has the figures of the paper (OmniFlatten, ACL
+2025, tables 1 to 4), which come from other test data.
 """
 import os
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 import config
 from checkpoint import check_codec, last_state, load_checkpoint
-from common.device import pick_device, pick_dtype
+from common.device import Place, pick_device, pick_dtype
 from common.files import read_json, write_json
 from data.dialogues import Dialogues
 from data.loader import STREAMS, Loader
@@ -45,15 +44,18 @@ class Config:
     data: str = 'data/demo'
     split: str = 'test'
     n_dialogue: int = 0                 # the first so many; 0: all
-    dialogues: str | None = None        # instead of checkpoint and data: a folder of finished dialogues
-    user_channel: int = 0               # of those: the audio channel on which the user is, 0 or 1
-    user_name: str = 'user'             # what their transcripts call the user, and the assistant
-    assistant_name: str = 'assistant'
-    vad: str = 'webrtc'                 # how speech is heard where nobody noted it: webrtc, or by energy
-    # folder for what is written; None: 'evaluation' in the checkpoint, or in the folder of dialogues
-    out: str | None = None
+    out: str | None = None              # None: 'evaluation' in the checkpoint, or in the folder of dialogues
     n_report: int = 100                 # dialogues in report.html; 0: no report
     export: str | None = None           # a new folder, for the scripts of Full-Duplex-Bench
+
+    # dialogues of others, instead of checkpoint and data: a folder (measures/foreign.py says what may lie in
+    # it)
+    dialogues: str | None = None
+    user_channel: int = 0               # the audio channel of the user, 0 or 1
+    user_name: str = 'user'             # what the transcripts call the user, and the assistant
+    assistant_name: str = 'assistant'
+    vad: str = 'webrtc'                 # how speech is heard that no transcript has: webrtc, energy
+
     # decoding
     batch_size: int = 64                # dialogues listened to side by side
     text_temperature: float = 0.0
@@ -61,16 +63,15 @@ class Config:
     silence_bias: float = 0.0
     seed: int = 1337
     device: str = 'auto'                # auto: a GPU if there is one
-    # float32, bfloat16, or on a CPU int8; auto: bfloat16 where the device multiplies it
-    dtype: str = 'auto'
-    # others' ears and opinions
+    dtype: str = 'auto'                 # float32, bfloat16, on a CPU int8; auto: see train.py
+
+    # other models' ears and opinions
     whisper: str | None = None          # a folder with Whisper: does the assistant say what it writes
-    # an OpenAI-compatible endpoint, 'http://localhost:8000/v1': scores the answers from 1 to 10
-    judge_url: str | None = None
+    judge_url: str | None = None        # scores answers: an endpoint, 'http://localhost:8000/v1'
     judge_model: str = 'default'        # what that endpoint calls the model
     judge_prompt: str | None = None     # a text file; None: measures/judge.txt
-    judge_usd_per_m_in: float = 0.0     # price of a million tokens read, and written, for the costs
-    judge_usd_per_m_out: float = 0.0
+    judge_usd_per_m_in: float = 0.0     # price of a million tokens read, for the costs that are printed
+    judge_usd_per_m_out: float = 0.0    # … written
 
     def __post_init__(self):
         if self.batch_size < 1 or self.n_dialogue < 0 or self.n_report < 0:
@@ -81,40 +82,49 @@ class Config:
             raise ValueError(f'user_channel is {self.user_channel}: a stereo file has 0 and 1')
 
 
+# ------------------------------------------------------------------------------------------------------------
+# the table
+
+def acc_rows(label, key, theirs):
+    """theirs: [(k, OmniFlatten's Acc@k, Moshi's)]"""
+    return [(f'{label}, Acc@{k}: by, at', f'{key}_acc_by_{k} {key}_acc_at_{k}', *figures)
+            for k, *figures in theirs]
+
+
 # label, the figure or the figures of a line, OmniFlatten's, Moshi's
-ROWS = [('turns of the user; answers due', 'n_turn n_answer_due', '', ''),
-        *((f'assistant takes the turn, Acc@{k}: by, at', f'assistant_acc_by_{k} assistant_acc_at_{k}', theirs,
-           moshi) for k, theirs, moshi in ((1, '20.6 %', '2.9 %'), (5, '53.6 %', '18.8 %'),
-                                           (10, '66.3 %', '38.5 %'), (25, '71.7 %', '55.1 %'))),
-        ('… response, mean, median', 'response_ms response_median_ms', '193 ms', '553 ms'),
-        (f'… none within {PATIENCE_SEC} s', 'no_answer_rate', '', ''),
-        ('… false starts, in a turn of the user', 'false_start_rate', '', ''),
-        ('… pauses of the user; taken for the end', 'n_pause pause_taken_rate', '', ''),
-        ('… speaks again, unprompted', 'unprompted_rate', '', ''),
-        ('user interrupts, times', 'n_interruption', '', ''),
-        *((f'… assistant yields, Acc@{k}: by, at', f'user_acc_by_{k} user_acc_at_{k}', theirs, moshi)
-          for k, theirs, moshi in ((1, '10.9 %', '0.0 %'), (5, '30.9 %', '6.2 %'), (10, '41.8 %', '14.8 %'),
-                                   (25, '51.8 %', '45.7 %'))),
-        ('… after, mean, median', 'yield_ms yield_median_ms', '287 ms', '753 ms'),
-        (f'… not within {PATIENCE_SEC} s', 'no_yield_rate', '', ''),
-        ('backchannels of the user; that stopped it', 'n_backchannel backchannel_stopped_rate', '', ''),
-        ('both speak, neither does', 'both_speak neither_speaks', '', ''),
-        ('gap, user to assistant, back', 'gap_user_to_assistant_ms gap_assistant_to_user_ms', '', ''),
-        ('answers that can be compared; right', 'n_answer answer_accuracy', '', ''),
-        ('… word errors, character errors', 'answer_wer answer_cer', '', ''),
-        ("… speech codes: errors, another answer's", 'code_error_rate code_error_rate_of_another_answer', '',
-         ''), ('… as Whisper hears it: words, characters', 'said_wer said_cer', '', ''),
-        ('judge, 1 to 10: answers judged, score', 'n_judged_answers judge_score_of_answers', '4.88 en, 5.6 '
-         'zh', '3.92 en'),
-        ("… the reference's", 'n_judged_reference judge_score_of_reference', '7.65 en, 6.83 zh', ''),
-        *((f'ASR of the {role}: words, characters', f'asr_{role}_wer asr_{role}_cer', '7.91 en, 26.1 zh', '')
-          for role in ('user', 'assistant')),
-        ('TTS by the same ASR: words, characters', 'tts_assistant_wer tts_assistant_cer', '', ''),
-        ('TTS by Whisper: words, characters', 'tts_assistant_whisper_wer tts_assistant_whisper_cer',
-         '4.51 en, 4.46 zh', ''), ]
+ROWS = [
+    ('turns of the user; answers due', 'n_turn n_answer_due', '', ''),
+    *acc_rows('assistant takes the turn', 'assistant', [(1, '20.6 %', '2.9 %'), (5, '53.6 %', '18.8 %'),
+                                                        (10, '66.3 %', '38.5 %'), (25, '71.7 %', '55.1 %')]),
+    ('… response, mean, median', 'response_ms response_median_ms', '193 ms', '553 ms'),
+    (f'… none within {PATIENCE_SEC} s', 'no_answer_rate', '', ''),
+    ('… false starts, in a turn of the user', 'false_start_rate', '', ''),
+    ('… pauses of the user; taken for the end', 'n_pause pause_taken_rate', '', ''),
+    ('… speaks again, unprompted', 'unprompted_rate', '', ''),
+    ('user interrupts, times', 'n_interruption', '', ''),
+    *acc_rows('… assistant yields', 'user', [(1, '10.9 %', '0.0 %'), (5, '30.9 %', '6.2 %'),
+                                             (10, '41.8 %', '14.8 %'), (25, '51.8 %', '45.7 %')]),
+    ('… after, mean, median', 'yield_ms yield_median_ms', '287 ms', '753 ms'),
+    (f'… not within {PATIENCE_SEC} s', 'no_yield_rate', '', ''),
+    ('backchannels of the user; that stopped it', 'n_backchannel backchannel_stopped_rate', '', ''),
+    ('both speak, neither does', 'both_speak neither_speaks', '', ''),
+    ('gap, user to assistant, back', 'gap_user_to_assistant_ms gap_assistant_to_user_ms', '', ''),
+    ('answers that can be compared; right', 'n_answer answer_accuracy', '', ''),
+    ('… word errors, character errors', 'answer_wer answer_cer', '', ''),
+    ("… speech codes: errors, another answer's", 'code_error_rate code_error_rate_of_another_answer', '', ''),
+    ('… as Whisper hears it: words, characters', 'said_wer said_cer', '', ''),
+    ('judge, 1 to 10: answers judged, score', 'n_judged_answers judge_score_of_answers',
+     '4.88 en, 5.6 zh', '3.92 en'),
+    ("… the reference's", 'n_judged_reference judge_score_of_reference', '7.65 en, 6.83 zh', ''),
+    *((f'ASR of the {role}: words, characters', f'asr_{role}_wer asr_{role}_cer', '7.91 en, 26.1 zh', '')
+      for role in ROLES),
+    ('TTS by the same ASR: words, characters', 'tts_assistant_wer tts_assistant_cer', '', ''),
+    ('TTS by Whisper: words, characters', 'tts_assistant_whisper_wer tts_assistant_whisper_cer',
+     '4.51 en, 4.46 zh', ''),
+]
 
 
-def written(key, value):
+def format_value(key, value):
     if value is None:
         return '-'
     if key.endswith('_ms'):
@@ -127,81 +137,144 @@ def written(key, value):
 
 
 def table(metrics):
-    """[(label, ours, OmniFlatten's, Moshi's)] of what was measured, as text."""
-    rows = [(label, ', '.join(written(key, metrics.get(key))
-                              for key in keys.split()), theirs, moshi)
-            for label, keys, theirs, moshi in ROWS
-            if any(metrics.get(key) is not None for key in keys.split())]
+    """-> [(label, ours, OmniFlatten's, Moshi's)] of what was measured, as text"""
+    rows = []
+    for label, keys, theirs, moshi in ROWS:
+        values = {key: metrics.get(key) for key in keys.split()}
+        if any(value is not None for value in values.values()):
+            rows.append((label, ', '.join(format_value(*item) for item in values.items()), theirs, moshi))
     for name, losses in metrics.get('loss', {}).items():
         kinds = [kind for kind in STREAMS if kind in losses]
         before = '' if name == list(metrics['loss'])[-1] else ', a stage before'
-        rows.append((f'loss of {name}{before}: {", ".join(kinds)}',
-                     ', '.join(f'{losses[kind]:.3f}' for kind in kinds), '', ''))
-        rows.append(('… all, nats a token; bits a second', f'{losses["loss"]:.3f}, '
-                                                           f'{losses["bits_per_sec"]:.1f}', '', ''))
+        by_kind = ', '.join(f'{losses[kind]:.3f}' for kind in kinds)
+        rows.append((f'loss of {name}{before}: {", ".join(kinds)}', by_kind, '', ''))
+        whole = f'{losses["loss"]:.3f}, {losses["bits_per_sec"]:.1f}'
+        rows.append(('… all, nats a token; bits a second', whole, '', ''))
     return rows
 
 
-def laid_out(rows):
+def format_table(rows):
     wide = max(len(label) for label, *_ in rows)
-    lines = [('', 'ours', 'OmniFlatten*', 'Moshi*'), *rows, ('* theirs, from the paper, on other test '
-                                                             'data', '', '', '')]
-    return '\n'.join(f'{label:{wide}}  {ours:>19}  {theirs:>15}  {moshi:>7}'.rstrip()
-                     for label, ours, theirs, moshi in lines)
+    lines = []
+    for label, ours, theirs, moshi in [('', 'ours', 'OmniFlatten*', 'Moshi*'), *rows]:
+        lines.append(f'{label:{wide}}  {ours:>19}  {theirs:>15}  {moshi:>7}'.rstrip())
+    return '\n'.join([*lines, '* theirs, from the paper, on other test data'])
 
+
+# ------------------------------------------------------------------------------------------------------------
+# answers
 
 def plain(text):
     """Lower case, letters and digits: 'Paris.' and 'paris' are the same answer."""
     return ' '.join(''.join(c if c.isalnum() else ' ' for c in text.lower()).split())
 
 
-def answers(found, decoded, references):
+def answers(outcomes, decoded, references):
     """
-    -> figures: the answers against the reference's, where the user lets it finish: is the text the same, how
-    many of its words are wrong, and of its codes (edit distance; as a yardstick that to the next question's
-    answer). duplex2 writes no text: codes only.
+    Compares the answers with the reference's, where the user lets the reference finish -> figures: is the
+    text the same, how many words are wrong, and how many speech codes (edit distance; the distance to the
+    next question's answer is the yardstick). duplex2 writes no text: codes only.
     """
-    pairs, codes = [], []
-    for turns, dialogue, reference in zip(found, decoded, references):
-        for turn in turns:
-            if turn['due']:
-                pairs.append((turn['due']['text'], ' '.join(said['text'] for said in turn['said'])))
-                codes.append(([
-                    code for said in turn['said'] for code in dialogue['assistant'][said['start']:said['end']]
-                ], reference['assistant'][turn['due']['start']:turn['due']['end']].tolist()))
-    distances = [Levenshtein.normalized_distance(*both) for both in codes]
-    others = [
-        Levenshtein.normalized_distance(said, other)
-        for (said, _), (_, other), (text,
-                                    _), (another,
-                                         _) in zip(codes, codes[1:] + codes[:1], pairs, pairs[1:] + pairs[:1])
-        if plain(text) != plain(another)]
-    figures = dict(n_answer=len(pairs), code_error_rate=mean(distances),
+    texts, codes = [], []       # of each answer: (the reference's, ours)
+    for turns, dialogue, reference in zip(outcomes, decoded, references):
+        for turn in [turn for turn in turns if turn['due']]:
+            due, said = turn['due'], turn['said']
+            texts.append((due['text'], ' '.join(part['text'] for part in said)))
+            said_codes = [code for part in said for code in dialogue['assistant'][part['start']:part['end']]]
+            codes.append((reference['assistant'][due['start']:due['end']].tolist(), said_codes))
+    distances = [Levenshtein.normalized_distance(said, due) for due, said in codes]
+    others = []
+    for i in range(len(codes)):
+        following = (i + 1) % len(codes)
+        if plain(texts[i][0]) != plain(texts[following][0]):
+            others.append(Levenshtein.normalized_distance(codes[i][1], codes[following][0]))
+    figures = dict(n_answer=len(texts), code_error_rate=mean(distances),
                    code_error_rate_of_another_answer=mean(others))
-    if any(text for _, text in pairs):
-        errors = words.error_rate(*zip(*pairs))
-        figures |= dict(answer_accuracy=mean(plain(due) == plain(text) for due, text in pairs),
-                        answer_wer=errors['wer'], answer_cer=errors['cer'])
-        for due, text in [pair for pair in pairs if plain(pair[0]) != plain(pair[1])][:5]:
-            print(f'  wrong: {text!r}, expected {due!r}')
+    if any(said for _, said in texts):
+        errors, is_right = words.error_rate(*zip(*texts)), [plain(due) == plain(said) for due, said in texts]
+        figures |= dict(answer_accuracy=mean(is_right), answer_wer=errors['wer'], answer_cer=errors['cer'])
+        wrong = [pair for pair, right in zip(texts, is_right) if not right]
+        for due, said in wrong[:5]:
+            print(f'  wrong: {said!r}, expected {due!r}')
     return figures
 
 
-def losses(model, vocab, dialogues, layouts, device, dtype):
-    """{layout: loss by stream in nats a token, bits a second of conversation} of all documents of a split."""
-    found, block_size = {}, model.config.block_size
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    n_row = max(1, 8192 // block_size)
-    for layout in layouts:
+# ------------------------------------------------------------------------------------------------------------
+# a checkpoint
+
+def measure_checkpoint(cfg):
+    """-> (metrics, conversations, the outcomes of each)"""
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
+    checkpoint = load_checkpoint(cfg.checkpoint, device)
+    model, _, codec, info = checkpoint
+    dialogues = Dialogues(cfg.data, cfg.split)
+    check_codec(cfg.checkpoint, codec.describe(), dialogues)
+    print(f'{cfg.checkpoint}: losses of {cfg.data}, {cfg.split}', flush=True)
+    metrics = dict(n_param=model.n_param(), loss=measure_losses(checkpoint, dialogues, device, dtype))
+    state = last_state(cfg.checkpoint)
+    if state:
+        trained = read_json(os.path.join(state, 'state.json'))
+        metrics.update(train_sec=trained['train_sec'], train_steps=trained['step'],
+                       hours_heard=trained['sec_heard'] / 3600)
+    references = [dialogues[i] for i in range(min(cfg.n_dialogue or len(dialogues), len(dialogues)))]
+    if checkpoint.layout.order == 'turn':
+        metrics |= measure_alignment(cfg, checkpoint, references)
+    if checkpoint.layout.order != 'chunks':
+        return metrics, [], []
+    references = [each for each in references if len(each['user']) == len(each['assistant'])]
+    if not references:
+        raise ValueError(f'{cfg.data} has no two-sided dialogue in {cfg.split}')
+    has_sound = can_be_heard(cfg, codec)
+    start = time.perf_counter()
+    decoded = listen(cfg, checkpoint, references, dtype)
+    metrics['decode_sec'] = time.perf_counter() - start
+    print(f'{len(references)} dialogues heard in {metrics["decode_sec"]:.0f} s', flush=True)
+    conversations = []
+    for i, (reference, dialogue) in enumerate(zip(references, decoded)):
+        user, expected = ([turn for turn in reference['turns'] if turn['role'] == role] for role in ROLES)
+        is_rendered = has_sound and (i < cfg.n_report or cfg.whisper or cfg.export)
+        wave = render(dialogue, codec) if is_rendered else None
+        conversations.append(conversation(reference['id'], codec.rate_hz, user, dialogue, codec.silence_codes,
+                                          checkpoint.layout.speech_chunk, expected, wave, codec.sample_rate))
+    outcomes = [assess(talk) for talk in conversations]
+    return metrics | answers(outcomes, decoded, references), conversations, outcomes
+
+
+def measure_losses(checkpoint, dialogues, device, dtype):
+    """-> {layout: what by_stream returns} over all documents of a split, for each layout that was trained"""
+    model, vocab, _, info = checkpoint
+    block_size = model.config.block_size
+    linear, rest = pick_linear(dtype, device, compile=False)
+    if dtype == torch.int8:     # what rounding costs is measured, too
+        model = for_decoding(model, rest, linear)
+    losses = {}
+    for layout in info.layouts:
+        n_row = max(1, 8192 // block_size)
         loader = Loader(dialogues, [layout], vocab, block_size, n_row, padded=device.type != 'cpu')
-        sums, sec = loss_sums(model, loader, device, autocast)
+        sums, sec = loss_sums(model, loader, device, Place(device, rest).autocast())
         if sec:
-            found[layout.name] = by_stream(sums, sec)
-    return found
+            losses[layout.name] = by_stream(sums, sec)
+    return losses
+
+
+def measure_alignment(cfg, checkpoint, references):
+    """-> error rates of the model's ASR and TTS. They are measured right after the alignment stage, as in the
+    paper: what is trained on dialogue afterwards forgets them."""
+    model, vocab, codec, info = checkpoint
+    names = {layout.name for layout in info.layouts}
+    asr, tts = ([role for role in ROLES if {task, f'{task}.{role}'} & names] for task in ('asr', 'tts'))
+    tts = [role for role in tts if role in asr or cfg.whisper]      # an ear judges only voices it has learned
+    print(f'what it hears ({", ".join(asr) or "nobody"}), what it says '
+          f'({", ".join(tts) or "nothing that it has an ear for"})', flush=True)
+    figures = words.alignment(model, vocab, codec, references, asr=asr, tts=tts, whisper=cfg.whisper,
+                              text_weight=info.text_weight)
+    return {f'{name}_{key}': rates[key] for name, rates in figures.items() for key in ('wer', 'cer')}
 
 
 def can_be_heard(cfg, codec):
-    """Found out before the hours of listening, not after. The figures need no vocoder."""
+    """Can the codec make sound? Found out before hours of listening. The figures need none; Whisper and the
+    export do."""
     try:
         codec.decode(np.resize(codec.silence_codes, round(codec.rate_hz)))
     except ValueError as error:
@@ -212,124 +285,81 @@ def can_be_heard(cfg, codec):
     return True
 
 
-def from_checkpoint(cfg):
-    """-> (metrics, conversations, what each turn came to)"""
-    device = pick_device(cfg.device)
-    dtype = pick_dtype(cfg.dtype, device)
-    checkpoint = load_checkpoint(cfg.checkpoint, device)
+def listen(cfg, checkpoint, references, dtype):
+    """-> the dialogue that the model has with each reference's user"""
     model, vocab, codec, info = checkpoint
-    layout, text_weight, names = checkpoint.layout, info.text_weight, [each.name for each in info.layouts]
-    dialogues = Dialogues(cfg.data, cfg.split)
-    check_codec(cfg.checkpoint, codec.describe(), dialogues)
-    print(f'{cfg.checkpoint}: losses of {cfg.data}, {cfg.split}', flush=True)
-    linear, rest = pick_linear(dtype, device, compile=False)
-    # what is lost by it is measured, too
-    rounded = for_decoding(model, rest, linear) if dtype == torch.int8 else model
-    metrics = dict(n_param=model.n_param(), loss=losses(rounded, vocab, dialogues, info.layouts, device,
-                                                        rest))
-    state = last_state(cfg.checkpoint)
-    if state:
-        trained = read_json(os.path.join(state, 'state.json'))
-        metrics.update(train_sec=trained['train_sec'], train_steps=trained['step'],
-                       hours_heard=trained['sec_heard'] / 3600)
-    references = [dialogues[i] for i in range(min(cfg.n_dialogue or len(dialogues), len(dialogues)))]
-    if layout.order == 'turn':      # after alignment, as in the paper: whoever goes on to dialogue forgets it
-        asr, tts = (
-            [role for role in ROLES if {task, f'{task}.{role}'} & set(names)] for task in ('asr', 'tts'))
-        # an ear that never learned a voice cannot judge it
-        tts = [role for role in tts if role in asr or cfg.whisper]
-        print(f'what it hears ({", ".join(asr) or "nobody"}), what it says '
-              f'({", ".join(tts) or "nothing that it has an ear for"})', flush=True)
-        heard = words.alignment(model, vocab, codec, references, asr=asr, tts=tts, whisper=cfg.whisper,
-                                text_weight=text_weight)
-        metrics |= {
-            f'{name}_{key}': figures[key] for name, figures in heard.items() for key in ('wer', 'cer')}
-    both = [reference for reference in references if len(reference['user']) == len(reference['assistant'])]
-    if layout.order != 'chunks':
-        return metrics, [], []
-    if not both:
-        raise ValueError(f'{cfg.data} has no two-sided dialogue in {cfg.split}')
-    has_sound = can_be_heard(cfg, codec)
-    decoded, start, n = [None] * len(both), time.perf_counter(), layout.speech_chunk
-    # those side by side end together
-    order = sorted(range(len(both)), key=lambda i: len(both[i]['user']))
-    batches = [order[at:at + cfg.batch_size] for at in range(0, len(both), cfg.batch_size)]
-    with tqdm(total=sum(-(-len(both[batch[-1]]['user']) // n) for batch in batches), desc='listening',
-              unit=' chunks', leave=False, disable=None) as bar:
+    sampling = Sampling(cfg.text_temperature, cfg.speech_temperature, silence_bias=cfg.silence_bias,
+                        text_weight=info.text_weight, seed=cfg.seed)
+    lengths, n = [len(reference['user']) for reference in references], checkpoint.layout.speech_chunk
+    order = sorted(range(len(references)), key=lengths.__getitem__)     # those side by side end together
+    batches = [order[at:at + cfg.batch_size] for at in range(0, len(order), cfg.batch_size)]
+    n_chunk = sum(-(-lengths[batch[-1]] // n) for batch in batches)
+    decoded = [None] * len(references)
+    with tqdm(total=n_chunk, desc='listening', unit=' chunks', leave=False, disable=None) as bar:
         for batch in batches:
-            said, _ = converse(
-                model, vocab, layout, [both[i]['user'] for i in batch], int(codec.silence_codes[0]),
-                bar.update, dtype=dtype, sampling=Sampling(cfg.text_temperature, cfg.speech_temperature,
-                                                           silence_bias=cfg.silence_bias,
-                                                           text_weight=text_weight, seed=cfg.seed))
+            users = [references[i]['user'] for i in batch]
+            said, _ = converse(model, vocab, checkpoint.layout, users, int(codec.silence_codes[0]),
+                               bar.update, sampling=sampling, dtype=dtype)
             for i, dialogue in zip(batch, said):
                 decoded[i] = dialogue
-    metrics['decode_sec'] = time.perf_counter() - start
-    print(f'{len(both)} dialogues heard in {metrics["decode_sec"]:.0f} s', flush=True)
-    conversations = []
-    for i, (reference, dialogue) in enumerate(zip(both, decoded)):
-        turns = {role: [turn for turn in reference['turns'] if turn['role'] == role] for role in ROLES}
-        wave = render(dialogue,
-                      codec) if has_sound and (i < cfg.n_report or cfg.whisper or cfg.export) else None
-        conversations.append(
-            conversation(reference['id'], codec.rate_hz, turns['user'], dialogue, codec.silence_codes, n,
-                         turns['assistant'], wave, codec.sample_rate))
-    found = [assess(c) for c in conversations]
-    return metrics | answers(found, decoded, both), conversations, found
+    return decoded
 
+
+# ------------------------------------------------------------------------------------------------------------
 
 def main(cfg):
     """Measures what cfg names, prints and writes it. Returns the metrics."""
     out = cfg.out or os.path.join(cfg.dialogues or cfg.checkpoint, 'evaluation')
-    if cfg.whisper:
-        # a wrong folder is told now, not after all the listening
+    if cfg.whisper:     # a wrong folder ends the run now, not after all the listening
         words.load_whisper(cfg.whisper, pick_device(cfg.device))
     if cfg.dialogues:
-        read = foreign.read_conversations(cfg.dialogues, user_channel=cfg.user_channel, user_name=cfg.user_name,
-                            assistant_name=cfg.assistant_name, vad=cfg.vad)
-        conversations = list(islice(read, cfg.n_dialogue or None))
-        metrics, found = {}, [assess(c) for c in conversations]
+        talks = foreign.read_conversations(
+            cfg.dialogues, user_channel=cfg.user_channel, user_name=cfg.user_name,
+            assistant_name=cfg.assistant_name, vad=cfg.vad)
+        conversations = list(islice(talks, cfg.n_dialogue or None))
+        metrics, outcomes = {}, [assess(talk) for talk in conversations]
     else:
-        metrics, conversations, found = from_checkpoint(cfg)
+        metrics, conversations, outcomes = measure_checkpoint(cfg)
     if conversations:
-        metrics |= summarise([turn for turns in found for turn in turns],
-                             conversations[0]['rate_hz']) | who_speaks(conversations)
+        metrics |= summarise([turn for turns in outcomes for turn in turns], conversations[0]['rate_hz'])
+        metrics |= who_speaks(conversations)
     if conversations and cfg.whisper:
         said = words.said_as_written(conversations, cfg.whisper, device=pick_device(cfg.device))
         metrics |= dict(said_wer=said['wer'], said_cer=said['cer'])
     os.makedirs(out, exist_ok=True)
     write_json(os.path.join(out, 'metrics.json'), metrics)
     if conversations and cfg.judge_url:     # last: a server that fails does not take the rest along
-        metrics |= judged(cfg, conversations, os.path.join(out, 'judge.jsonl'))
+        metrics |= ask_judge(cfg, conversations, os.path.join(out, 'judge.jsonl'))
         write_json(os.path.join(out, 'metrics.json'), metrics)
     rows = table(metrics)
-    print('\n' + laid_out(rows))
+    print('\n' + format_table(rows))
     if conversations and cfg.n_report:
-        path = os.path.join(out, 'report.html')
-        report.write(
-            path, cfg.dialogues or cfg.checkpoint, conversations[:cfg.n_report], found[:cfg.n_report],
-            [(label, ours, ' / '.join(filter(None, (theirs, moshi)))) for label, ours, theirs, moshi in rows],
-            note=(cfg.dialogues or f'{cfg.data}, {cfg.split}') + f': {len(conversations)} '
-            'dialogues. Theirs: OmniFlatten / '
-            'Moshi, from the paper, on other '
-            'test data.')
-        print(f'look and listen: {path}')
+        write_report(cfg, os.path.join(out, 'report.html'), conversations, outcomes, rows)
     if cfg.export:
         counts = foreign.export_full_duplex_bench(conversations, cfg.export)
         print(f'{cfg.export}: ' + ', '.join(f'{n} of {task}' for task, n in counts.items()))
     return metrics
 
 
-def judged(cfg, conversations, cache):
+def write_report(cfg, path, conversations, outcomes, rows):
+    figures = [(label, ours, ' / '.join(filter(None, theirs))) for label, ours, *theirs in rows]
+    data = cfg.dialogues or f'{cfg.data}, {cfg.split}'
+    note = (f'{data}: {len(conversations)} dialogues. Theirs: OmniFlatten / Moshi, from the paper, '
+            'on other test data.')
+    report.write(path, cfg.dialogues or cfg.checkpoint, conversations[:cfg.n_report],
+                 outcomes[:cfg.n_report], figures, note=note)
+    print(f'look and listen: {path}')
+
+
+def ask_judge(cfg, conversations, cache):
     figures = {}
     for name, use_expected in (('answers', False), ('reference', True)):
         if use_expected and conversations[0]['expected'] is None:
             continue
-        items = judge.to_items(conversations, use_expected)
-        scores = judge.score(items, cfg.judge_url, cfg.judge_model, prompt_path=cfg.judge_prompt
-                             or judge.PROMPT, cache_path=cache, usd_per_m_in=cfg.judge_usd_per_m_in,
-                             usd_per_m_out=cfg.judge_usd_per_m_out)
-        given = [each['score'] for each in scores if each['score'] is not None]
+        scores = judge.score(judge.to_items(conversations, use_expected), cfg.judge_url, cfg.judge_model,
+                             prompt_path=cfg.judge_prompt or judge.PROMPT, cache_path=cache,
+                             usd_per_m_in=cfg.judge_usd_per_m_in, usd_per_m_out=cfg.judge_usd_per_m_out)
+        given = [answer['score'] for answer in scores if answer['score'] is not None]
         figures |= {f'judge_score_of_{name}': mean(given), f'n_judged_{name}': len(given)}
     return figures
 

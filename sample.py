@@ -1,14 +1,14 @@
 """
 Listens and talks: the user's speech goes in chunk by chunk, the assistant's text and speech come out.
 
-    python sample.py --checkpoint=out/demo --user=question.wav      a file of any rate; stereo with --user_channel=0
-    python sample.py --checkpoint=out/demo --data=data/demo         the user's side of prepared dialogues, many at once
+    python sample.py --checkpoint=out/demo --user=question.wav      a file; stereo needs --user_channel=0 or 1
+    python sample.py --checkpoint=out/demo --data=data/demo         the users of prepared dialogues
 
     user     ─ 10 codes ─┐                    ┌─ 10 codes ─┐
-    assistant            └─► 2 text, 10 codes ┘            └─► 2 text, 10 codes        one chunk, 400 ms at 25 Hz
+    assistant            └─► 2 text, 10 codes ┘            └─► 2 text, 10 codes     a chunk is 400 ms at 25 Hz
 
-Each dialogue becomes a stereo wav (user left, assistant right) and a transcript, a JSON line a turn with its
-times; all of them report.html, to look at and listen to.
+Writes a stereo wav (user left, assistant right) and a transcript (a JSON line for each turn, with its times)
+for each dialogue, and report.html to see and hear them all. decode.py is what listens and talks.
 """
 import os
 import re
@@ -35,33 +35,27 @@ MAX_REPORT = 100        # dialogues in report.html: below 20 MB, if they last ha
 @dataclass(frozen=True)
 class Config:
     checkpoint: str = 'out/demo'        # a folder that train.py wrote: model, tokenizer, codec and layout
-    user: str | None = None             # a wav (flac, ogg, mp3, …) of the user
-    # which channel of it is the user's, from 0; needed where there are several
-    user_channel: int | None = None
-    data: str | None = None             # or a data folder, whose dialogues' user channels are listened to
+    user: str | None = None             # a recording of the user: wav, flac, ogg, mp3, … of any rate
+    user_channel: int | None = None     # the user's channel in it, from 0; needed where there are several
+    data: str | None = None             # or a data folder, to listen to the users of its dialogues
     split: str = 'test'
     n_dialogue: int = 8                 # the first so many of the split; 0: all
     out: str | None = None              # folder for what is written; None: CHECKPOINT/samples
-    reply_sec: float = 6.0              # silence after the user's file, in which the assistant can answer
+    reply_sec: float = 6.0              # silence after the recording, in which the assistant can answer
     text_temperature: float = 0.0       # 0: always the likeliest
     speech_temperature: float = 0.0
     text_top_k: int = 0                 # sample among the k likeliest; 0: among all
     speech_top_k: int = 0
-    # added to the logit of silence in speech slots: below 0 talks sooner, above 0 later
-    silence_bias: float = 0.0
-    # tokens remembered, then the oldest chunks leave; None: the model's block_size
-    max_context: int | None = None
+    silence_bias: float = 0.0           # added to the logit of silent speech: below 0 talks sooner
+    max_context: int | None = None      # tokens it remembers, the latest; None: the model's block_size
     seed: int = 1337
     device: str = 'auto'                # auto: a GPU if there is one
-    # float32, bfloat16, or on a CPU int8; auto: bfloat16 where the device multiplies it
-    dtype: str = 'auto'
-    # on a GPU: fuses what lies between the matmuls, for a minute's compiling at the start
-    compile: bool = False
+    dtype: str = 'auto'                 # float32, bfloat16, on a CPU int8; auto: see train.py
+    compile: bool = False               # on a GPU: fuses the work between matmuls; a minute at the start
 
     def __post_init__(self):
         if self.compile and pick_device(self.device).type == 'cpu':
-            raise ValueError('compile is for a GPU: on a CPU the packed weights are faster than what is '
-                             'compiled')
+            raise ValueError('compile is for a GPU: on a CPU packed weights are faster than compiled ones')
         if self.dtype not in ('auto', 'float32', 'bfloat16', 'int8'):
             raise ValueError(f"dtype is {self.dtype!r}, known are 'auto', 'float32', 'bfloat16' and 'int8'")
         if (self.user is None) == (self.data is None):
@@ -86,45 +80,43 @@ def main(cfg):
     device = pick_device(cfg.device)
     checkpoint = load_checkpoint(cfg.checkpoint, device)
     codec, layout = checkpoint.codec, checkpoint.layout
-    silence_code = int(codec.silence_codes[0])
-    # a vocoder that cannot start: now, not at the end
-    codec.decode(np.resize(codec.silence_codes, round(codec.rate_hz)))
+    codec.decode(np.resize(codec.silence_codes, round(codec.rate_hz)))  # a vocoder that fails, fails now
     start = time.perf_counter()
     heard = [listen_to_file(cfg, codec)] if cfg.user else listen_to_data(cfg, codec)
     codec_sec = time.perf_counter() - start
     sampling = Sampling(cfg.text_temperature, cfg.speech_temperature, cfg.text_top_k, cfg.speech_top_k,
                         cfg.silence_bias, checkpoint.info.text_weight, cfg.seed)
-    decoded, chunk_sec = converse(checkpoint.model, checkpoint.vocab, layout, [each.codes for each in heard],
-                                  silence_code, sampling=sampling, max_context=cfg.max_context,
+    users = [user.codes for user in heard]
+    decoded, chunk_sec = converse(checkpoint.model, checkpoint.vocab, layout, users,
+                                  int(codec.silence_codes[0]), sampling=sampling, max_context=cfg.max_context,
                                   dtype=pick_dtype(cfg.dtype, device), compile=cfg.compile)
     out = cfg.out or os.path.join(cfg.checkpoint, 'samples')
     os.makedirs(out, exist_ok=True)
     conversations = []
-    for each, dialogue in zip(heard, decoded):
-        dialogue.update(id=each.id, turns=each.turns + dialogue['turns'])
+    for user, dialogue in zip(heard, decoded):
+        dialogue.update(id=user.id, turns=user.turns + dialogue['turns'])
         start = time.perf_counter()
-        wave = render(dialogue, codec, each.wave)
+        wave = render(dialogue, codec, user.wave)
         codec_sec += time.perf_counter() - start
-        path = os.path.join(out, re.sub(r'[^\w.-]', '_', each.id))     # an id may hold a slash
+        path = os.path.join(out, re.sub(r'[^\w.-]', '_', user.id))     # an id may hold a slash
         write_audio(path + '.wav', wave, codec.sample_rate)
         write_transcript(path + '.jsonl', dialogue, codec.rate_hz)
-        conversations.append(conversation(each.id, codec.rate_hz, each.turns, dialogue, codec.silence_codes,
-                                          layout.speech_chunk, each.expected, wave, codec.sample_rate))
+        conversations.append(conversation(user.id, codec.rate_hz, user.turns, dialogue, codec.silence_codes,
+                                          layout.speech_chunk, user.expected, wave, codec.sample_rate))
         print(f'{path}.wav  {len(wave) / codec.sample_rate:.1f} s')
         for turn in sorted(dialogue['turns'], key=lambda turn: turn['start']):
             print(f'  {turn["start"] / codec.rate_hz:6.2f} s  {turn["role"]:9}  {turn["text"] or "(speech)"}')
-    found = [assess(each) for each in conversations]
-    responses = [turn['response'] for turns in found for turn in turns if turn['response'] is not None]
-    first_reply = f'{1e3 * responses[0] / codec.rate_hz:.0f} ms after the user stopped' if responses else 'none'
-    heard_sec = sum(len(each.codes) for each in heard) / codec.rate_hz
+    outcomes = [assess(talk) for talk in conversations]
+    responses = [turn['response'] for turns in outcomes for turn in turns if turn['response'] is not None]
+    reply = f'{1e3 * responses[0] / codec.rate_hz:.0f} ms after the user stopped' if responses else 'none'
+    factor = (sum(chunk_sec) + codec_sec) / (sum(map(len, users)) / codec.rate_hz)
     print(f'chunk {1e3 * layout.speech_chunk / codec.rate_hz:.0f} ms | '
           f'model {1e3 * np.median(chunk_sec):.1f} ms a chunk for {len(heard)} at once | '
-          f'codec {1e3 * codec_sec:.0f} ms in all | real-time factor '
-          f'{(sum(chunk_sec) + codec_sec) / heard_sec:.3f} | '
-          f'first reply {first_reply}')
+          f'codec {1e3 * codec_sec:.0f} ms in all | real-time factor {factor:.3f} | first reply {reply}')
     page = os.path.join(out, 'report.html')
     note = f'{cfg.checkpoint} listens to {cfg.user or f"{cfg.data}, {cfg.split}"}.'
-    report.write(page, os.path.normpath(out), conversations[:MAX_REPORT], found[:MAX_REPORT], note=note)
+    report.write(page, os.path.normpath(out), conversations[:MAX_REPORT], outcomes[:MAX_REPORT],
+                 note=note)
     print(f'look and listen: {page}')
     return decoded
 
@@ -134,8 +126,7 @@ def listen_to_file(cfg, codec):
     wave = np.concatenate([wave, np.zeros(round(cfg.reply_sec * codec.sample_rate), np.float32)])
     codes = codec.encode(wave)
     spans = stretches(~np.isin(codes, codec.silence_codes), codec.rate_hz)
-    # nobody wrote down what was said
-    turns = [dict(role='user', start=start, end=end, text='') for start, end in spans]
+    turns = [dict(role='user', start=start, end=end, text='') for start, end in spans]  # without text
     return Heard(os.path.splitext(os.path.basename(cfg.user))[0], codes, turns, None, wave)
 
 

@@ -22,7 +22,8 @@ from common.files import read_json
 
 CONTROL = {     # name: words that describe it, from which its embedding can start (train.py --new_rows=words)
     '<|asr|>': 'transcribe the speech', '<|tts|>': 'read the text aloud',
-    '<|sos|>': 'start of speech', '<|eos|>': 'end of speech', '<|sot|>': 'start of text', '<|eot|>': 'end of text',
+    '<|sos|>': 'start of speech', '<|eos|>': 'end of speech',
+    '<|sot|>': 'start of text', '<|eot|>': 'end of text',
     '<|silent_text|>': 'silent text', '<|silent_speech|>': 'silent speech',
 }
 
@@ -37,8 +38,12 @@ BYTE_OF_CHAR = dict(zip(VISIBLE + list(range(256, 324)), VISIBLE + INVISIBLE, st
 
 
 class Vocabulary:
-    """vocab = Vocabulary.load(folder), then vocab.encode(text), vocab.control[name], vocab.code_start +
-    code"""
+    """
+    encode, decode          text <-> ids below n_text
+    control[name]           id of a control token; untrained: the ids of those whose rows are new
+    code_start + code       id of a speech code; n_codes of them
+    size                    rows of a model's embedding
+    """
 
     def __init__(self, tokens, merges, pattern, added, settings, n_row, code_start, n_codes):
         self.tokens, self.merges, self.pattern, self.settings = tokens, merges, pattern, settings
@@ -46,7 +51,8 @@ class Vocabulary:
         self.bpe = tiktoken.Encoding('bpe', pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self.n_text = len(tokens)
 
-        # save() names every row: the codes stay where they are named, spare rows are as free as they were
+        # In a folder that save() wrote every row has a name. Codes stay where they are; what is named
+        # reserved is free.
         named = {entry['content']: entry['id'] for entry in added}
         if code_start is None and '<|s_0|>' in named:
             code_start = named['<|s_0|>']
@@ -55,7 +61,6 @@ class Vocabulary:
         self.added = [entry for entry in added if not is_ours(entry['content'])]
         free = count(max([self.n_text - 1] + [entry['id'] for entry in self.added]) + 1)
         self.control = {name: named[name] if name in named else next(free) for name in CONTROL}
-        # spare rows that now mean something
         self.untrained = [i for name, i in self.control.items() if name not in named]
         first = next(free)
         if code_start is None:
@@ -63,7 +68,7 @@ class Vocabulary:
         if code_start < first:
             raise ValueError(f'speech codes start at {code_start}, but special tokens go up to {first - 1}')
         self.code_start, self.n_codes = code_start, n_codes
-        self.size = -(-(code_start + n_codes) // 128) * 128 # GPUs like multiples of 128
+        self.size = -(-(code_start + n_codes) // 128) * 128     # multiples of 128 are fast on GPUs
 
     @classmethod
     def load(cls, folder, n_codes=0):
@@ -73,9 +78,9 @@ class Vocabulary:
         checkpoint of ours) says itself where and how many, and n_codes is ignored.
         """
         folder = Path(folder)
-        config, settings, tokenizer, vocab = (read_json(path) if (path := folder / name).is_file() else {}
-                                              for name in ('config.json', 'tokenizer_config.json',
-                                                           'tokenizer.json', 'vocab.json'))
+        names = 'config.json', 'tokenizer_config.json', 'tokenizer.json', 'vocab.json'
+        paths = [folder / name for name in names]
+        config, settings, tokenizer, vocab = (read_json(path) if path.is_file() else {} for path in paths)
         missing = [name for name in ('vocab.json', 'merges.txt') if not (folder / name).is_file()]
         try:
             if tokenizer:
@@ -83,14 +88,14 @@ class Vocabulary:
             elif not missing:
                 pattern = QWEN2_PATTERN
                 lines = (folder / 'merges.txt').read_text(encoding='utf-8').split('\n')
-                merges = [
-                    tuple(line.split(' ')) for line in lines if line and not line.startswith('#version')]
+                lines = [line for line in lines if line and not line.startswith('#version')]
+                merges = [tuple(line.split(' ')) for line in lines]
                 added = settings.get('added_tokens_decoder', {})
                 added = [{'id': int(i), **entry} for i, entry in added.items()]
             else:
                 raise ValueError(f'no tokenizer here: neither tokenizer.json nor {" and ".join(missing)} '
                                  'found')
-            added_ids = {entry['id'] for entry in added} # GPT-2 and others list theirs among the text tokens
+            added_ids = {entry['id'] for entry in added}    # GPT-2 lists its own among the text tokens
             tokens = in_merge_order({token: i for token, i in vocab.items() if i not in added_ids}, merges)
             ours = config.get('nanoduplex') or {}
             return cls(tokens, merges, pattern, added, settings, config.get('vocab_size') or 0,
@@ -101,7 +106,7 @@ class Vocabulary:
     def encode(self, text):
         """
         Text is NFC-normalised, as Qwen2's was. Names of special tokens stay text: a user who types <|eot|>
-        does not end a turn. Half a surrogate pair, which JSON can smuggle in, becomes U+FFFD.
+        does not end a turn. Half a surrogate pair, which JSON may hold, becomes U+FFFD.
         """
         return self.bpe.encode_ordinary(unicodedata.normalize('NFC', text))
 
@@ -110,13 +115,13 @@ class Vocabulary:
         for i in ids:
             if not 0 <= i < self.n_text:
                 raise ValueError(f'id {i} is no text; text has ids 0 to {self.n_text - 1}')
-        return self.bpe.decode(ids, errors='replace') # a character may be cut between two chunks
+        return self.bpe.decode(ids, errors='replace')   # a character may be cut between two chunks
 
     def save(self, folder):
         """
         Writes tokenizer.json, tokenizer_config.json, vocab.json and merges.txt: transformers 4 and 5, vLLM
-        and llama.cpp each find what they read. All ids below size get a name, as one without crashes vLLM's
-        server.
+        and llama.cpp each find what they read. All ids below size get a name, as an id without one crashes
+        vLLM's server.
         """
         entries = {entry['id']: entry for entry in self.added}
         names = {i: name for name, i in self.control.items()}
@@ -127,7 +132,7 @@ class Vocabulary:
         entries = [entries[i] for i in sorted(entries)]
 
         vocab = {token: i for i, token in enumerate(self.tokens)}
-        merges = [f'{a} {b}' for a, b in self.merges] # as strings: old versions of tokenizers read no pairs
+        merges = [f'{a} {b}' for a, b in self.merges]   # as strings: old versions of tokenizers read no pairs
         byte_level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=False, use_regex=False)
         split = {'type': 'Split', 'pattern': {'Regex': self.pattern}, 'behavior': 'Isolated', 'invert': False}
         tokenizer = {
@@ -143,14 +148,15 @@ class Vocabulary:
         }
         # without a None, Qwen2Tokenizer would add its <|endoftext|> after our last id
         settings = dict.fromkeys(('bos_token', 'eos_token', 'pad_token', 'unk_token')) | self.settings
-        # transformers 5 writes a list here, which 4 cannot read
-        extra = settings.pop('extra_special_tokens', [])
+        extra = settings.pop('extra_special_tokens', [])    # a list of transformers 5, which 4 cannot read
         special = [*settings.get('additional_special_tokens', []), *extra, *CONTROL]
         settings |= {
-            'tokenizer_class': 'Qwen2Tokenizer'
-            if self.pattern == QWEN2_PATTERN else 'PreTrainedTokenizerFast',
-            'additional_special_tokens': list(dict.fromkeys(special)), 'added_tokens_decoder': {
-                str(entry['id']): {k: v for k, v in entry.items() if k != 'id'} for entry in entries}, }
+            'tokenizer_class':
+                'Qwen2Tokenizer' if self.pattern == QWEN2_PATTERN else 'PreTrainedTokenizerFast',
+            'additional_special_tokens': list(dict.fromkeys(special)),
+            'added_tokens_decoder': {
+                str(entry['id']): {k: v for k, v in entry.items() if k != 'id'} for entry in entries},
+        }
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         files = {'tokenizer.json': tokenizer, 'tokenizer_config.json': settings, 'vocab.json': vocab}
@@ -165,7 +171,7 @@ def parse_tokenizer(tokenizer):
     pre = tokenizer.get('pre_tokenizer') or {}
     if model.get('type') != 'BPE':
         raise ValueError(f'tokenizer.json has a model of type {model.get("type")}; only BPE is known here')
-    if normalizer not in (None, {'type': 'NFC'}): # None: we do NFC all the same, and save() says so
+    if normalizer not in (None, {'type': 'NFC'}):   # None: we do NFC all the same, and save() says so
         raise ValueError(f'tokenizer.json normalises text by {normalizer}; only NFC is known here')
     match pre.get('pretokenizers'):
         case [{'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False},
@@ -177,17 +183,18 @@ def parse_tokenizer(tokenizer):
 
 
 def in_merge_order(vocab, merges):
-    """The tokens by id, checked: tiktoken takes no merges, it always joins what gives the lowest id."""
+    """-> the tokens by id. Raises ValueError unless ids follow the merges: tiktoken knows no merges, it joins
+    what gives the lowest id."""
     tokens = sorted(vocab, key=vocab.get)
     if [vocab[token] for token in tokens] != list(range(len(tokens))):
-        raise ValueError('text ids are not 0, 1, 2 ..; train the BPE without special tokens, add them '
-                         'afterwards')
+        raise ValueError('text ids are not 0, 1, 2 ..; train the BPE without special tokens, '
+                         'add them afterwards')
     if sorted(token.translate(BYTE_OF_CHAR) for token in tokens[:256]) != [chr(byte) for byte in range(256)]:
-        raise ValueError('ids 0 to 255 are not the 256 bytes; train with '
-                         'initial_alphabet=ByteLevel.alphabet()')
+        raise ValueError('ids 0 to 255 are not the 256 bytes; '
+                         'train with initial_alphabet=ByteLevel.alphabet()')
     made = tokens[:256] + list(dict.fromkeys(a + b for a, b in merges))
     for i, (token, by_merges) in enumerate(zip_longest(tokens, made)):
         if token != by_merges:
-            raise ValueError(f'id {i} is {token!r}, but {by_merges!r} by the merges; ids have to follow '
-                             'these')
+            raise ValueError(f'id {i} is {token!r}, but {by_merges!r} by the merges; '
+                             'ids have to follow these')
     return tokens

@@ -3,9 +3,9 @@ Settings: a frozen dataclass, then files, then the command line.
 
     python train.py config/demo.py --batch_size=4 --learning_rate=1e-3
 
-A config file is Python: assignments with remarks, arithmetic welcome; names that start with _ are its own.
-Whatever is not a field of the dataclass, in a file or on the command line, ends the run with the nearest name
-there is, and every value has to fit the type of its field.
+A config file is Python: assignments with remarks, in which arithmetic is welcome. Names that start with _ are
+its own. A name that is no field of the dataclass, in a file or on the command line, ends the run with a
+sentence that names the nearest one; and every value has to fit the type of its field.
 """
 import argparse
 import ast
@@ -18,21 +18,21 @@ from typing import get_args, get_type_hints
 
 
 def load(Config, argv):
-    """Config with the settings of the files and --key=value in argv, later ones win. SystemExit on any that
-    is wrong."""
+    """-> Config with the settings of the files and of --key=value in argv; later ones win. SystemExit for any
+    that is wrong."""
     settings = {}
     for arg in argv:
         if arg in ('-h', '--help'):
             print(help_text(Config))
             raise SystemExit(0)
         if not arg.startswith('--'):
-            found = read_file(arg)
+            settings_here = read_file(arg)
         elif '=' in arg:
             key, _, text = arg[2:].partition('=')
-            found = {key: read_value(text)}
+            settings_here = {key: read_value(text)}
         else:
             raise SystemExit(f'{arg}: settings are given as {arg}=VALUE')
-        for key, value in found.items():
+        for key, value in settings_here.items():
             where = arg if arg.startswith('--') else f'{arg}: {key} = {value!r}'
             settings[key] = fit(Config, key, value, where)
     try:
@@ -48,10 +48,10 @@ def read_file(path):
         raise SystemExit(f'no config file {path}; settings are given as --key=value')
     except SyntaxError as error:
         raise SystemExit(f'{path}:{error.lineno}: {error.msg}')
-    except Exception as error:      # whatever a line of the user's file can raise is the user's to mend
+    except Exception as error:      # the user's file can raise anything, and the user can mend it
         raise SystemExit(f'{path}: {type(error).__name__}: {error}')
-    return {
-        key: value for key, value in names.items() if not key.startswith('_') and not inspect.ismodule(value)}
+    names = {key: value for key, value in names.items() if not key.startswith('_')}
+    return {key: value for key, value in names.items() if not inspect.ismodule(value)}
 
 
 def read_value(text):
@@ -77,8 +77,7 @@ def fit(Config, key, value, where):
         return None
     if float in kinds and type(value) is int:
         return float(value)
-    # 1e6 is a float to Python, a count to us
-    if int in kinds and type(value) is float and value.is_integer():
+    if int in kinds and type(value) is float and value.is_integer():    # 1e6 is a float to Python
         return int(value)
     if str in kinds and not isinstance(value, (list, dict)) and where.startswith('--'):
         return where.partition('=')[2]                                  # a folder may be named 2024
@@ -103,7 +102,7 @@ def save(cfg, path):
 
 
 class Parser(argparse.ArgumentParser):
-    """For the scripts with few settings: a mistake ends in one sentence and code 1, as any other."""
+    """For scripts with few settings. A mistake ends in one sentence and code 1, as any other does."""
 
     def error(self, message):
         raise SystemExit(f'{message}; see --help')

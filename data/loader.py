@@ -103,7 +103,7 @@ def fullest_subset(lengths, room):
             break
         sums.append((sums[-1] | sums[-1] << length) & mask)
     total, taken = sums[-1].bit_length() - 1, []
-    for k in range(len(sums) - 2, -1, -1):      # and back: a length is needed if the total is no sum without it
+    for k in range(len(sums) - 2, -1, -1):      # back: a length is needed if there is no such sum without it
         if not sums[k] >> total & 1:
             taken.append(k)
             total -= lengths[k]

@@ -162,7 +162,7 @@ def test_a_judge_scores_answers_and_reference(small_run, tmp_path):
     Thread(target=server.serve_forever, daemon=True).start()
     cfg = evaluate.Config(judge_url=f'http://127.0.0.1:{server.server_port}/v1', judge_model='seven')
     try:
-        figures = evaluate.judged(cfg, [asked], str(tmp_path / 'judge.jsonl'))
+        figures = evaluate.ask_judge(cfg, [asked], str(tmp_path / 'judge.jsonl'))
     finally:
         server.shutdown()
         server.server_close()

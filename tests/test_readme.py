@@ -86,7 +86,7 @@ def test_ratios():
 def test_the_demos_table():
     """It is what evaluate.py printed of bench/results/demo.json, which make demo left in
     out/demo/evaluation/metrics.json."""
-    printed = evaluate.laid_out(evaluate.table(json.loads((ROOT / 'bench/results/demo.json').read_text())))
+    printed = evaluate.format_table(evaluate.table(json.loads((ROOT / 'bench/results/demo.json').read_text())))
     assert textwrap.indent(printed, '    ') in README
 
 

@@ -1,4 +1,4 @@
-"""Imports run one way: from the scripts down to the ground floor, and in no circle."""
+"""How the code is laid out: imports run one way, functions fit on a screen or two, the core stays small."""
 import ast
 
 from conftest import ROOT
@@ -61,3 +61,20 @@ def test_no_path_is_patched():
         if name != 'codec.cosyvoice':       # which runs in CosyVoice's own environment
             assert 'sys.path' not in path.read_text(
                 encoding='utf-8'), f'{name} changes sys.path; pip install -e . does that'
+
+
+def test_no_function_is_over_80_lines():
+    for path in [*modules().values(), *(ROOT / 'tests').glob('*.py')]:
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.FunctionDef):
+                n_line = node.end_lineno - node.lineno + 1
+                assert n_line <= 80, f'{path.name}: {node.name} has {n_line} lines'
+
+
+CORE = ('train.py', 'model.py', 'flatten.py', 'sample.py', 'decode.py', 'checkpoint.py', 'data/loader.py',
+        'vocabulary.py', 'codec/__init__.py')
+
+
+def test_the_core_stays_small():
+    """What a reader goes through to understand the whole of training and decoding, comments included."""
+    assert sum(len((ROOT / name).read_text(encoding='utf-8').splitlines()) for name in CORE) < 2900

@@ -29,9 +29,10 @@ import config
 from checkpoint import check_codec, last_state, load_checkpoint
 from common.device import Place, pick_device, pick_dtype
 from common.files import read_json, write_json
+from common.linear import pick_linear
 from data.dialogues import Dialogues
 from data.loader import STREAMS, Loader
-from decode import Sampling, converse, for_decoding, pick_linear, render
+from decode import Sampling, converse, for_decoding, render
 from flatten import ROLES
 from measures import foreign, judge, report, words
 from measures.losses import by_stream, loss_sums

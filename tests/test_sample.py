@@ -15,8 +15,9 @@ import config
 import sample
 from checkpoint import load_checkpoint
 from common.audio import write_audio
+from common.linear import Int8, Packed
 from data.dialogues import Dialogues, save_dialogues
-from decode import Duplex, Int8, Packed, Sampling, converse, for_decoding
+from decode import Duplex, Sampling, converse, for_decoding
 from flatten import get_layout, unflatten
 from model import KVCache, Qwen2
 

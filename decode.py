@@ -22,7 +22,6 @@ from common.linear import Int8, pick_linear
 from flatten import ROLES, unflatten
 from model import KVCache, Qwen2
 
-
 # ------------------------------------------------------------------------------------------------------------
 # choosing a token
 

@@ -3,7 +3,7 @@ Speech codecs: a wave becomes integers, so many a second, and comes back.
 
     wave float32 [n_sample] ─ codec.encode ─► codes uint16 [n_frame] ─ codec.decode ─► wave
 
-    s3.py     CosyVoice's, the paper's; cosyvoice.py decodes them, in CosyVoice's own environment (worker.py talks to it)
+    s3.py     CosyVoice's, the paper's; cosyvoice_worker.py decodes them, in CosyVoice's own environment (worker.py talks to it)
     mel.py    the one that the demo trains for itself
 
 Anything with the same name, rate_hz, sample_rate, n_codes, fingerprint, silence_codes, describe, encode,

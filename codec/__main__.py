@@ -63,7 +63,7 @@ def main():
     s3.add_argument('--silence_codes', default='', help='as 230,440,491: more of them, the first one where '
                                                         'no checkpoint can be asked')
     s3.add_argument('--vocoder', default='', help='command of a program that turns codes into audio: '
-                                                  'codec/cosyvoice.py')
+                                                  'codec/cosyvoice_worker.py')
     decode = commands.add_parser('decode', help='a JSON list of codes -> a wav')
     decode.add_argument('path', help='a file with the list, - for standard input')
     decode.add_argument('--out', required=True, help='the wav to write')

@@ -1,6 +1,6 @@
 """
 CosyVoice's speech tokens, the paper's: S3Codec encodes here, and has CosyVoice decode in an environment of
-its own (cosyvoice.py, through worker.py).
+its own (cosyvoice_worker.py, through worker.py).
 
     python -m codec s3 --checkpoint=speech_tokenizer_v1.onnx --out=codecs/s3         of CosyVoice-300M-25Hz; then --codec=codecs/s3
 
@@ -255,7 +255,7 @@ class S3Codec:
         if not command:
             raise ValueError('nothing is known that turns these codes into audio: python -m codec s3 … '
                              '--vocoder=\'COMMAND\', '
-                             'or NANODUPLEX_VOCODER=\'COMMAND\', where codec/cosyvoice.py is such a command')
+                             'or NANODUPLEX_VOCODER=\'COMMAND\', where codec/cosyvoice_worker.py is such a command')
         self.worker = self.worker or Worker(command)
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, 'decoded.wav')

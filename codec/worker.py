@@ -1,4 +1,4 @@
-"""A program that speaks or decodes in an environment of its own: CosyVoice's (cosyvoice.py beside this)."""
+"""A program that speaks or decodes in an environment of its own: CosyVoice's (cosyvoice_worker.py beside this)."""
 import json
 import os
 import shlex

@@ -120,7 +120,7 @@ class Espeak:
 
 
 class CosyVoice:
-    """Speaks through a worker (codec/cosyvoice.py), one turn at a time."""
+    """Speaks through a worker (codec/cosyvoice_worker.py), one turn at a time."""
 
     def __init__(self, command, voices):
         self.worker, self.voices = Worker(command), voices

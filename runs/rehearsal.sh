@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/rehearsal}
-DATA=${DATA:-../shared/data}            # recordings and texts; where there are none, some are made
+DATA=${DATA:-}                          # a folder with recordings and texts; without one, some are made
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 say() { echo; echo "== $*"; }
@@ -20,7 +20,7 @@ tokenizer=$OUT/demo/tokenizer
 [ -d "$DATA/qwen2_tokenizer" ] && tokenizer=$DATA/qwen2_tokenizer
 "$PYTHON" - "$tokenizer" "$OUT/qwen2" <<'EOF'
 import shutil, sys
-from codec import Vocabulary
+from vocabulary import Vocabulary
 from model import ModelConfig, Qwen2
 tokenizer, out = sys.argv[1:]
 n_row = -(-(Vocabulary.load(tokenizer).n_text + 293) // 128) * 128       # 293 spare rows, as Qwen2 has

@@ -14,6 +14,7 @@ import config
 import evaluate
 import sample
 import train
+from checkpoint import read_info
 from common.audio import read_audio
 from data import simulate, tokenise
 from data.manifest import prepare as manifest
@@ -30,14 +31,10 @@ def test_every_command_of_the_big_recipe_parses(tmp_path, monkeypatch):
                    env=dict(os.environ, PATH=f'{tmp_path}:{os.environ["PATH"]}',
                             SPEECH=f'{tmp_path}/libri.jsonl', TEXTS='a.json b.json'))
     asked = [line.rstrip('\x1f').split('\x1f') for line in (tmp_path / 'asked').read_text().splitlines()]
-    asked = [[
-        word
-        for word in words
-        if word not in ('--standalone', '--nproc_per_node=8', '--max_restarts=2', '-m')]
-             for words in asked]
-    assert [words[0] for words in asked
-            ] == ['codec', 'data/manifest/prepare.py', 'data/simulate.py'] + 4 * ['train.py'] + [
-                'evaluate.py'] + 2 * ['sample.py', 'evaluate.py']
+    launcher = '--standalone', '--nproc_per_node=8', '--max_restarts=2', '-m'
+    asked = [[word for word in words if word not in launcher] for words in asked]
+    prepare, listen = ['codec', 'data/manifest/prepare.py', 'data/simulate.py'], ['sample.py', 'evaluate.py']
+    assert [words[0] for words in asked] == prepare + 4 * ['train.py'] + ['evaluate.py'] + 2 * listen
     monkeypatch.chdir(ROOT)
     prepared, out = [], {}
     monkeypatch.setattr(tokenise, 'run', lambda items, read, args, recipe: prepared.append(args))
@@ -52,19 +49,20 @@ def test_every_command_of_the_big_recipe_parses(tmp_path, monkeypatch):
             assert cfg.batch_tokens % (cfg.batch_size * cfg.block_size * 8) == 0
             out[cfg.init_from] = cfg
         elif script in ('sample.py', 'evaluate.py'):
-            assert config.load(dict(sample=sample, evaluate=evaluate)[script[:-3]].Config,
-                               arguments).checkpoint in [cfg.out_dir for cfg in out.values()]
-    assert prepared[1].files == ['a.json', 'b.json'
-                                 ] and prepared[1].tts == 'cosyvoice' and prepared[1].p_backchannel == 0
+            module = dict(sample=sample, evaluate=evaluate)[script[:-3]]
+            assert config.load(module.Config, arguments).checkpoint in [cfg.out_dir for cfg in out.values()]
+    assert prepared[1].files == ['a.json', 'b.json']
+    assert prepared[1].tts == 'cosyvoice' and prepared[1].p_backchannel == 0
     # each stage starts where the one before ends, and reads what was prepared
     assert list(out) == ['models/Qwen2-0.5B', 'out/align', 'out/half_duplex', 'out/duplex3']
-    assert [cfg.out_dir for cfg in out.values()
-            ] == ['out/align', 'out/half_duplex', 'out/duplex3', 'out/duplex2']
-    assert [cfg.data for cfg in out.values()] == [prepared[0].out] + 3 * [prepared[1].out]
-    assert {(cfg.learning_rate, cfg.beta1, cfg.beta2, cfg.weight_decay, cfg.min_learning_rate)
-            for cfg in out.values()} == {(2e-5, 0.9, 0.95, 0.1, 0.0)}
-    assert [cfg.stages for cfg in out.values()
-            ] == ['asr+tts:5epochs', 'half_duplex:5epochs', 'duplex3:5epochs', 'duplex2:5epochs']
+    stages = list(out.values())
+    assert [cfg.out_dir for cfg in stages] == ['out/align', 'out/half_duplex', 'out/duplex3', 'out/duplex2']
+    assert [cfg.data for cfg in stages] == [prepared[0].out] + 3 * [prepared[1].out]
+    for cfg in stages:
+        adamw = cfg.learning_rate, cfg.beta1, cfg.beta2, cfg.weight_decay, cfg.min_learning_rate
+        assert adamw == (2e-5, 0.9, 0.95, 0.1, 0.0)
+    lengths = ['asr+tts:5epochs', 'half_duplex:5epochs', 'duplex3:5epochs', 'duplex2:5epochs']
+    assert [cfg.stages for cfg in stages] == lengths
 
 
 @pytest.mark.parametrize('name, block_size', [('align', 1024), ('half_duplex', 8192), ('duplex3', 8192),
@@ -72,31 +70,29 @@ def test_every_command_of_the_big_recipe_parses(tmp_path, monkeypatch):
 def test_the_configs_are_the_papers(name, block_size):
     """On eight GPUs; 100 M tokens a step."""
     cfg = config.load(train.Config, [str(ROOT / f'config/{name}.py')])
-    assert cfg.block_size == block_size and cfg.batch_tokens == 100_007_936 and cfg.batch_tokens % (
-        8 * cfg.batch_size * cfg.block_size) == 0
+    assert cfg.block_size == block_size and cfg.batch_tokens == 100_007_936
+    assert cfg.batch_tokens % (8 * cfg.batch_size * cfg.block_size) == 0
 
 
 @pytest.mark.slow
 def test_rehearsal(tmp_path):
+    """With the recordings and texts of ../shared/data, where they are; else the script makes some."""
     pytest.importorskip('espeakng_loader')
-    done = subprocess.run([str(ROOT / 'runs/rehearsal.sh')], env=dict(os.environ, OUT=str(tmp_path / 'out'),
-                                                                      PYTHON=sys.executable),
-                          capture_output=True, text=True)
+    data = ROOT.parent / 'shared/data'
+    env = dict(os.environ, OUT=str(tmp_path / 'out'), PYTHON=sys.executable,
+               DATA=str(data) if data.is_dir() else '')
+    done = subprocess.run([str(ROOT / 'runs/rehearsal.sh')], env=env, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    for name, layout in (('align', 'tts'), ('half_duplex', 'half_duplex'), ('duplex3', 'duplex3'),
-                         ('duplex2', 'duplex2')):
-        assert json.loads(
-            (tmp_path / 'out' / name / 'config.json').read_text())['nanoduplex']['layout'] == layout
-        losses = [
-            row['loss']
-            for row in map(json.loads, (tmp_path / 'out' / name / 'log.jsonl').read_text().splitlines())
-            if row['kind'] == 'train']
+    layouts = dict(align='tts', half_duplex='half_duplex', duplex3='duplex3', duplex2='duplex2')
+    for name, layout in layouts.items():
+        assert read_info(tmp_path / 'out' / name).layouts[-1].name == layout
+        lines = (tmp_path / 'out' / name / 'log.jsonl').read_text().splitlines()
+        losses = [row['loss'] for row in map(json.loads, lines) if row['kind'] == 'train']
         assert losses[-1] < losses[0]
     question = read_audio(str(tmp_path / 'out/question.wav'), 16000)
     for name in ('duplex3', 'duplex2'):
         path = tmp_path / 'out' / name / 'samples' / 'question'
         user, assistant = (read_audio(f'{path}.wav', 16000, channel) for channel in (0, 1))
-        # left the user, as they spoke
-        np.testing.assert_allclose(user[:len(question)], question, atol=1e-3)
+        np.testing.assert_allclose(user[:len(question)], question, atol=1e-3)       # left the user, as they spoke
         assert len(user) == len(assistant) and path.with_suffix('.jsonl').exists()
     shutil.rmtree(tmp_path / 'out')

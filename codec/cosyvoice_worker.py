@@ -6,7 +6,7 @@ CosyVoice checkout, of which nanoduplex needs nothing, nor this file anything of
 
     git clone --recursive https://github.com/FunAudioLLM/CosyVoice /src/CosyVoice             # and install it, as its README says
     python -m codec s3 --checkpoint=/models/CosyVoice-300M-25Hz/speech_tokenizer_v1.onnx --out=codecs/s3 --vocoder='
-        /envs/cosyvoice/bin/python codec/cosyvoice.py --checkout=/src/CosyVoice
+        /envs/cosyvoice/bin/python codec/cosyvoice_worker.py --checkout=/src/CosyVoice
         --model=/models/CosyVoice-300M-25Hz --voice=anna.wav'
 
     it says  {"ready": true}

@@ -21,7 +21,7 @@ run() { torchrun --standalone --nproc_per_node="$N_GPU" --max_restarts=2 "$@"; }
 say() { echo; echo "== $*"; }
 
 say 'codec: CosyVoice tokens, 4096 codes at 25 Hz'
-worker="$COSYVOICE_PYTHON data/cosyvoice/worker.py --checkout=$COSYVOICE_CHECKOUT --model=$COSYVOICE --voice=$ASSISTANT_VOICE"
+worker="$COSYVOICE_PYTHON codec/cosyvoice_worker.py --checkout=$COSYVOICE_CHECKOUT --model=$COSYVOICE --voice=$ASSISTANT_VOICE"
 [ -f codecs/s3/codec.json ] || python -m codec s3 --checkpoint="$COSYVOICE/speech_tokenizer_v1.onnx" --out=codecs/s3 --vocoder="$worker"
 
 say 'speech with its text, for alignment'

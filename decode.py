@@ -133,7 +133,7 @@ class Duplex:
         self.unfed = torch.empty(n_row, 0, dtype=torch.int64, device=self.device)
         self.ids = []               # those of the whole conversation, in pieces of [n_row, tokens]
         self.graphs = {}            # on a GPU: shape of a pass -> what was captured
-        self.read_one = self.model.read_on
+        self.read_one = self.model.run_blocks_cached
         self.compile = compile
         if compile:
             self.compile_pass()
@@ -142,7 +142,7 @@ class Duplex:
     def compile_pass(self):
         """Compiles the passes of one token, 11 of 12, before the conversation: one graph for all cache
         sizes."""
-        self.read_one = torch.compile(self.model.read_on, dynamic=True, fullgraph=True)
+        self.read_one = torch.compile(self.model.run_blocks_cached, dynamic=True, fullgraph=True)
         self.sample('speech', self.unfed.new_zeros(self.n_row, 1))
         self.cache.len = self.cache.next_pos = 0
 
@@ -215,7 +215,7 @@ class Duplex:
         return graph, inputs, token
 
     def next_token(self, kind, ids, noise):
-        read = self.read_one if ids.shape[1] == 1 else self.model.read_on
+        read = self.read_one if ids.shape[1] == 1 else self.model.run_blocks_cached
         x = self.model.model.norm(read(ids, self.cache)[:, -1])     # (n_row, C)
         head = self.heads[kind]
         return head.choose(head(x), noise)

@@ -1,4 +1,4 @@
-"""The real thing's shape: Qwen2-0.5B with 156,032 rows takes optimiser steps on a CPU, from its Hugging Face
+"""Training at full size: Qwen2-0.5B with 156,032 rows takes optimiser steps on a CPU, from a Hugging Face
 folder."""
 import json
 import resource
@@ -20,9 +20,10 @@ HALF_A_BILLION = ModelConfig(151_936, 131_072, n_layer=24, n_head=14, n_kv_head=
 
 @pytest.mark.slow
 def test_full_size(tmp_path, small_tokenizer, capsys):
-    """Five steps of 128 tokens, random weights in bfloat16, grown by 4,096 codes; the loss falls. It takes
-    some 10 GB of
-    memory and of disk: 498 M parameters * 4 bytes * (weight, gradient, two moments) = 8.0 GB."""
+    """
+    Random weights in bfloat16, grown by 4,096 codes: in five steps of 128 tokens the loss falls. That takes
+    some 10 GB of memory and of disk: 498 M parameters * 4 bytes * (weight, gradient, two moments) = 8.0 GB.
+    """
     torch.manual_seed(0)
     with torch.device('meta'):
         model = Qwen2(HALF_A_BILLION)
@@ -35,13 +36,13 @@ def test_full_size(tmp_path, small_tokenizer, capsys):
                 p.normal_(std=0.02)
     model.save_pretrained(tmp_path / 'base')
     del model
-    # without the real one the ids above its BPE are spare
+    # the small tokenizer knows fewer ids than the model has rows; the rows above them are spare
     tokenizer = QWEN2 if QWEN2.is_dir() else small_tokenizer
     for name in ('tokenizer.json', 'tokenizer_config.json'):
         if (tokenizer / name).exists():
             shutil.copy(tokenizer / name, tmp_path / 'base' / name)
     dialogue, = make_dialogues(1, n_frame=(45, 50))
-    # one and the same again and again: steps on different rows would not compare
+    # eight times the same dialogue, as losses of steps on different rows could not be compared
     for split in ('train', 'val'):
         save_dialogues(str(tmp_path / f'{split}.arrow'), [dialogue] * 8, dict(CODEC, n_codes=4096))
     cfg = train.Config(data=str(tmp_path), init_from=str(tmp_path / 'base'), out_dir=str(tmp_path / 'run'),
@@ -52,10 +53,8 @@ def test_full_size(tmp_path, small_tokenizer, capsys):
     torch.set_num_threads(2)
     train.main(replace(cfg))
     torch.set_num_threads(n_thread)
-    losses = [
-        row['loss']
-        for row in map(json.loads, (Path(cfg.out_dir) / 'log.jsonl').read_text().splitlines())
-        if row['kind'] == 'train']
+    rows = map(json.loads, (Path(cfg.out_dir) / 'log.jsonl').read_text().splitlines())
+    losses = [row['loss'] for row in rows if row['kind'] == 'train']
     out = capsys.readouterr().out
     assert '497.7 M parameters, 156032 ids' in out
     assert len(losses) == 5 and all(a > b for a, b in zip(losses, losses[1:])), losses

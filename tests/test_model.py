@@ -1,6 +1,6 @@
 """
-The model against its reference, transformers' Qwen2, on tiny random weights; and the ways it has to compute
-one thing against each other. In fp32 on a CPU.
+The model equals its reference, transformers' Qwen2, on tiny random weights; and where it computes one thing
+in several ways, they equal each other. In fp32 on a CPU.
 """
 
 import json
@@ -36,7 +36,7 @@ from model import (
     score,
 )
 
-# meant: a CPU compiles it for a minute
+# flex runs uncompiled here on purpose: a CPU compiles it for a minute
 pytestmark = pytest.mark.filterwarnings('ignore:flex_attention called without torch.compile')
 TINY = ModelConfig(vocab_size=256, block_size=512, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, n_inner=96)
 DOC = torch.tensor([[0] * 5 + [1] * 12 + [2] * 7, [7] * 24, [3] * 23 + [4]]) # (3, 24)
@@ -51,7 +51,7 @@ def one_thread():
     torch.set_num_threads(n_thread)
 
 def lively(model):
-    """Weights far from their start, so that biases and norms matter and greedy text does not stand still."""
+    """Draws larger weights than a new model's, so that biases and norms matter and greedy text varies."""
     torch.manual_seed(1337)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -139,7 +139,7 @@ def test_saved_folder_opens_in_transformers_and_here(tmp_path, tie):
 
 
 def test_loaded_weights_can_be_trained(tmp_path):
-    """Tied: the gradient of the head and that of the embedding meet in one matrix."""
+    """Also where embedding and head share a matrix, so that both add to one gradient."""
     tiny().save_pretrained(tmp_path)
     model = Qwen2.from_pretrained(tmp_path)
     model(tokens(1, 8), learn=torch.arange(8), targets=tokens(8))[0].backward()
@@ -176,20 +176,20 @@ def test_neighbours_in_a_row_do_not_see_each_other(varlen_on_cpu, attention):
 
 
 def test_document_lengths():
-    """Rows 5 12 7, 24 and 23 1; equal numbers at the seam of two rows do not join their documents."""
+    """DOC has rows of 5 12 7, of 24 and of 23 1. A document ends with its row, even if the next row starts
+    with the same number."""
     assert document_lengths(DOC) == [5, 12, 7, 24, 23, 1]
     assert document_lengths(torch.zeros(2, 3, dtype=torch.int64)) == [3, 3]
 
 
 def random_documents(B, T, mean, seed):
-    """(B, T): numbers that grow by 1 at a random 1 / mean of the positions"""
+    """-> (B, T): numbers that grow by 1 at random positions, a document of mean tokens on average"""
     return (torch.rand(B, T, generator=torch.Generator().manual_seed(seed)) < 1 / mean).cumsum(1)
 
 
 @pytest.fixture
 def varlen_on_cpu(monkeypatch):
-    """varlen_attn's reference, as FlashAttention has no CPU kernel: causal attention from one end to the
-    next."""
+    """Stands in for varlen_attn, as FlashAttention has no CPU kernel: causal attention from end to end."""
     def varlen_attn(q, k, v, ends, ends_k, max_q, max_k, window_size):
         assert window_size == (-1, 0) and ends.dtype == torch.int32 and q.size(1) == k.size(1) == v.size(1)
         number = torch.searchsorted(ends, torch.arange(len(q)), right=True) # of each position's document
@@ -199,8 +199,8 @@ def varlen_on_cpu(monkeypatch):
 
 @pytest.mark.parametrize('seed, T, mean', [(0, 24, 5), (1, 24, 100), (2, 200, 70), (3, 7, 1)])
 def test_all_ways_of_attention_are_equal(varlen_on_cpu, seed, T, mean):
-    """On packed rows, forward and gradients, to the dense mask; flex forward only, as it has no backward on a
-    CPU."""
+    """All equal the dense mask on packed rows, forward and gradients; flex forward only, as it has no
+    backward on a CPU."""
     doc, idx = random_documents(2, T, mean, seed), tokens(2, T, seed=seed)
     pos, learn = torch.arange(T) - document_starts(doc), torch.arange(0, 2 * T, 3)
     targets = idx.flatten()[learn]
@@ -222,8 +222,8 @@ def test_all_ways_of_attention_are_equal(varlen_on_cpu, seed, T, mean):
 
 @pytest.mark.parametrize('T', [1, 5, 127, 128, 129, 300])
 def test_attention_in_blocks_equals_the_whole(T):
-    """In fp32 to rounding, forward and gradients; in bf16, for which it is meant, as near to the fp32 result
-    as SDPA's kernel is."""
+    """Forward and gradients: equal in fp32, up to rounding; in bf16, which it is for, as near to the fp32
+    result as SDPA's kernel."""
     generator = torch.Generator().manual_seed(T)
     qkv = [torch.randn(2, T, heads, 8, generator=generator) for heads in (6, 2, 2)]
 
@@ -267,11 +267,20 @@ def test_each_device_has_its_attention(monkeypatch):
         model(tokens(3, 24), POS, DOC)
 
 
+def test_blocks_of_documents_are_those_drawn_in_the_docstring():
+    """A document of 13 positions and one of 27, in blocks of 8."""
+    mask = document_blocks(torch.tensor([[0] * 13 + [1] * 27]), size=8)
+    blocks = []
+    for name in ('kv', 'full_kv'):
+        counts, lists = getattr(mask, name + '_num_blocks')[0, 0], getattr(mask, name + '_indices')[0, 0]
+        blocks.append([row[:n].tolist() for n, row in zip(counts, lists)])
+    assert blocks == [[[0], [0, 1], [1, 2], [1, 3], [1, 4]], [[], [], [], [2], [2, 3]]]
+
+
 @pytest.mark.parametrize('B, T, mean, size', [(3, 256, 30, 16), (2, 250, 100, 16), (1, 64, 1000, 16),
                                               (2, 70, 2, 16), (2, 10, 3, 16), (2, 600, 200, 128)])
 def test_blocks_of_documents_equal_those_of_create_block_mask(B, T, mean, size):
-    """Key blocks of each query block, which all and which some of it sees, and the transpose that the
-    gradients need."""
+    """For each query block the full and partial key blocks; and the transpose, which the gradients need."""
     doc = random_documents(B, T, mean, seed=T)
     ours = document_blocks(doc, size)
     theirs = create_block_mask(lambda b, h, query, key: (doc[b, query] == doc[b, key]) & (query >= key),
@@ -282,14 +291,13 @@ def test_blocks_of_documents_equal_those_of_create_block_mask(B, T, mean, size):
         for mask in (ours, theirs):
             counts, lists = getattr(mask, name + '_num_blocks'), getattr(mask, name + '_indices')
             assert counts.dtype == lists.dtype == torch.int32 and lists.max() < -(-T // size)
-            sets.append([
-                sorted(x[:n].tolist()) for n, x in zip(counts.flatten(), lists.flatten(0, 2), strict=True)])
+            rows = zip(counts.flatten(), lists.flatten(0, 2), strict=True)
+            sets.append([sorted(row[:n].tolist()) for n, row in rows])
         assert sets[0] == sets[1], name
 
 
 def test_document_starts_and_ends():
-    """Rows 5 12 7, 24 and 23 1 again; beyond the last document there are only empty ones, up to the 256 there
-    may be."""
+    """DOC again. After the last document there are only empty ones, up to 256."""
     assert document_starts(DOC).tolist() == [[0] * 5 + [5] * 12 + [17] * 7, [0] * 24, [0] * 23 + [23]]
     ends = document_ends(DOC)
     assert ends.tolist() == [0, 5, 17, 24, 48, 71] + [72] * 251 and ends.dtype == torch.int32
@@ -298,9 +306,9 @@ def test_document_starts_and_ends():
         document_ends(torch.arange(300)[None])
 
 
-def test_masks_are_made_without_waiting_for_the_device():
-    """Fake tensors have shapes and no values: to ask for a value, or for a shape that depends on one, is an
-    error."""
+def test_masks_are_made_without_a_gpu_sync():
+    """Fake tensors have shapes but no values. Asking for a value, or for a shape that depends on one, is an
+    error; on a GPU it would be a sync."""
     with FakeTensorMode():
         doc = torch.zeros(4, 1024, dtype=torch.int64)
         assert document_blocks(doc).kv_indices.shape == (4, 1, 8, 8)
@@ -344,8 +352,9 @@ def test_cache_fed_in_chunks_equals_the_whole():
 @torch.no_grad()
 def test_dropped_positions_are_forgotten():
     """
-    One layer, whose keys and values know their own token only: to read 20 positions, drop the 13 oldest and
-    read 3 more is to read the last 10 alone, though these stand at positions 0 to 9 then, not 13 to 22.
+    In one layer, keys and values depend on their own token only. So reading 20 positions, dropping the 13
+    oldest and reading 3 more gives the same as reading the last 10 alone, although those then stand at
+    positions 0 to 9 instead of 13 to 22.
     """
     model, idx = tiny(n_layer=1), tokens(2, 23)
     cache = KVCache(model, n_row=2, max_len=20)
@@ -358,8 +367,8 @@ def test_dropped_positions_are_forgotten():
 
 @pytest.mark.parametrize('attention', [None, 'varlen', 'flex'])
 def test_blocks_compile_once(varlen_on_cpu, attention):
-    """One graph for all blocks and for all batches of a shape; the compiler proper is left out, as it takes a
-    minute."""
+    """There is one graph for all blocks and for all batches of a shape. backend='eager' skips inductor, which
+    takes a minute."""
     model, eager = tiny(), tiny()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -385,7 +394,7 @@ def test_blocks_compile_once(varlen_on_cpu, attention):
 @pytest.mark.slow # a minute of C++
 @pytest.mark.parametrize('attention', ['dense', 'flex'])
 def test_compiled_blocks_equal_eager_ones(attention):
-    """By inductor, as on a GPU; flex forward only."""
+    """Compiled by inductor, as on a GPU; flex forward only."""
     model, eager, doc, idx = tiny(), tiny(), random_documents(2, 200, 50, seed=0), tokens(2, 200)
     torch._dynamo.reset()
     model.attention = attention
@@ -404,28 +413,27 @@ def test_compiled_blocks_equal_eager_ones(attention):
 @pytest.mark.slow # half a minute of C++
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_compiled_score_equals_the_eager_one(dtype):
-    """As a GPU runs it, in place; the last chunk's number of rows varies and costs no further compilation."""
+    """In place, as on a GPU. The last chunk has another number of rows, which does not compile it again."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for n in (64, 37, 100):
         x, head, targets, weights = head_and_rows(n, n_vocab=3000, dtype=dtype)
         logits = (x @ head.T).detach()
         ours = logits.clone()
-        torch.testing.assert_close(
-            compiled(score, dynamic=True)(ours, targets, weights), score(logits, targets, weights), rtol=1e-5,
-            atol=1e-5)
+        losses = compiled(score, dynamic=True)(ours, targets, weights)
+        torch.testing.assert_close(losses, score(logits, targets, weights), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours, logits, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
         assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
 
 
 def test_start_from_nothing():
-    """N(0, 1 / sqrt(256) = 0.0625), over sqrt(2 * 3 layers) where the residual stream is written; first loss
-    ln(256) = 5.55."""
+    """Standard deviations are 1 / sqrt(256) = 0.0625, divided by sqrt(2 * 3 layers) where a branch ends. The
+    first loss is ln(256) = 5.55."""
     torch.manual_seed(0)
     model = Qwen2(replace(TINY, n_embd=256, n_inner=512))
     block = model.model.layers[1]
-    for part in block.self_attn.qkv_proj.weight.split([256, 128, 128]) + block.mlp.gate_up_proj.weight.split([
-            512, 512]):
+    parts = block.self_attn.qkv_proj.weight.split([256, 128, 128])
+    for part in parts + block.mlp.gate_up_proj.weight.split([512, 512]):
         assert part.std().item() == pytest.approx(0.0625, rel=0.05)
     assert block.mlp.down_proj.weight.std().item() == pytest.approx(0.0625 / 6 ** 0.5, rel=0.05)
     assert block.self_attn.qkv_proj.bias.abs().sum() == 0
@@ -436,8 +444,7 @@ def test_start_from_nothing():
 @pytest.mark.parametrize('tie', [True, False])
 @pytest.mark.parametrize('how', ['spread', 'words', 'normal', 'zeros'])
 def test_grown_rows(how, tie):
-    """Ids 250 to 255 were spare, 256 to 4351 are new. Old rows stay, the model says of old ids what it said
-    before."""
+    """Ids 250 to 255 were spare, 256 to 4351 are new. Old rows stay, and so do the logits of old ids."""
     model = tiny(tie_embeddings=tie)
     before, idx = {name: x.clone() for name, x in model.state_dict().items()}, tokens(2, 20, vocab_size=250)
     logits = model(idx).detach()
@@ -449,8 +456,8 @@ def test_grown_rows(how, tie):
         assert torch.equal(rows[:250], old[:250])
         new, text = rows[256:], old[:240]
         mean, std = {'normal': (0, 0.02), 'zeros': (0, 0)}.get(how, (text.mean(0), 0.5 * text.std(0)))
-        # 4,096 draws: a mean is good to 1/64 of a standard deviation, 5 of these is never exceeded; a
-        # deviation to 1/90
+        # 4,096 draws: their mean is good to 1/64 of a standard deviation, of which we allow 5; their
+        # deviation is good to 1/90
         assert ((new.mean(0) - mean).abs() <= 5 / 64 * torch.as_tensor(std)).all()
         torch.testing.assert_close(new.std(0), torch.as_tensor(std).expand(64).float(), rtol=0.06, atol=0)
         if how == 'words':
@@ -464,8 +471,8 @@ def test_grown_rows(how, tie):
 
 def head_and_rows(n, n_vocab=300, n_embd=32, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    x, head = (
-        torch.randn(size, n_embd, generator=generator).to(dtype).requires_grad_() for size in (n, n_vocab))
+    x, head = (torch.randn(size, n_embd, generator=generator).to(dtype).requires_grad_()
+               for size in (n, n_vocab))
     return x, head, tokens(n, vocab_size=n_vocab), torch.rand(n, generator=generator)
 
 def whole(x, head, targets, weights):
@@ -512,9 +519,9 @@ def test_nothing_to_learn_is_a_loss_of_zero():
 
 def test_bf16_matmuls_and_fp32_sums():
     """
-    In autocast the head stays fp32 and so does its gradient. 2,048 rows a row at a time: with a bf16 sum,
-    whose steps at 256 are 2, small products would be lost and the gradient come out 10 % off; and a loss of
-    2,048 * 6 = 12,000 would be a multiple of 64.
+    In autocast the head stays fp32, and so does its gradient. 2,048 rows are added one by one: a bf16 sum,
+    whose steps at 256 are 2, would lose small products, and the gradient would be 10 % off; and a total loss
+    of 2,048 * 6 = 12,000 would be a multiple of 64.
     """
     x, head, targets, weights = head_and_rows(2048, n_vocab=60)
     x = (x.detach() * 0.1 + 1).requires_grad_() # alike, so that their products add up
@@ -527,7 +534,7 @@ def test_bf16_matmuls_and_fp32_sums():
     for a, b in zip(ours[1:], reference[1:], strict=True):
         assert (a - b).norm() < 0.01 * b.norm()
 
-    # all of the model in bf16: gradients as well
+    # where the whole model is in bf16, gradients are, too
     y, matrix = (z.detach().bfloat16().requires_grad_() for z in (x, head))
     half = in_chunks(y, matrix, targets, weights, chunk=1)
     assert [z.dtype for z in half] == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
@@ -536,15 +543,15 @@ def test_bf16_matmuls_and_fp32_sums():
 
 
 def test_logits_never_exist_whole():
-    """The largest tensor that any operation makes, in elements: chunk * V of logits, V * C of the head's
+    """The largest tensor that any operation makes has chunk * V elements of logits, or V * C of the head's
     gradient."""
     class Largest(TorchDispatchMode):
         size = 0
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             made = function(*args, **(kwargs or {}))
-            self.size = max([self.size]
-                            + [x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor)])
+            sizes = [x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor)]
+            self.size = max([self.size, *sizes])
             return made
 
     x, head, targets, weights = head_and_rows(2000, n_vocab=1000)
@@ -597,8 +604,9 @@ NORM = 'model.norm.weight'
      'has no model-00002-of-00002.safetensors; download it'),
     (lambda folder: (folder / 'config.json').unlink(), 'has no config.json'),
     (lambda folder: (folder / 'model.safetensors').unlink(), 'has no model.safetensors'),
-    (lambda folder:
-     (folder / 'model.safetensors').write_text('version git-lfs'), 'no complete safetensors'), ])
+    (lambda folder: (folder / 'model.safetensors').write_text('version git-lfs'), 'no complete safetensors'),
+    (lambda folder: (folder / 'config.json').write_text('{"model_'), 'config.json is no JSON'),
+])
 def test_a_broken_folder_is_named(tmp_path, damage, message):
     tiny().save_pretrained(tmp_path)
     damage(tmp_path)

@@ -1,7 +1,6 @@
 # The stage between alignment and duplex dialogue: whole turns in four streams, without a clock. It starts
-# from a model that
-# is aligned already, and its checkpoint can be what a duplex3 run starts from
-# (--init_from=out/demo_half_duplex).
+# from a model that is aligned already. A duplex3 run can start from its checkpoint:
+# --init_from=out/demo_half_duplex
 #   python train.py config/demo.py --stages=asr.user+tts.assistant:300 --out_dir=out/demo_aligned
 #   python train.py config/demo_half_duplex.py
 out_dir = 'out/demo_half_duplex'

@@ -1,8 +1,7 @@
-# The last stage: the text goes, too, and speech answers speech (paper section 3.3). It is the paper's weakest
-# model by far
-# (3.06 against 5.15 in Chinese): the one to use is the one before.
-# torchrun --standalone --nproc_per_node=8 train.py config/duplex2.py && python sample.py
-# --checkpoint=out/duplex2 --user=question.wav
+# The last stage: the assistant's text goes, too, and speech answers speech (paper, section 3.3). It is the
+# paper's weakest model by far (3.06 against 5.15 in Chinese): use the one before.
+#   torchrun --standalone --nproc_per_node=8 train.py config/duplex2.py
+#   python sample.py --checkpoint=out/duplex2 --user=question.wav
 out_dir = 'out/duplex2'
 data = 'data/dialogues'
 init_from = 'out/duplex3'

@@ -4,54 +4,59 @@ Who takes the turn, when, and who lets whom speak: a conversation on two channel
     frame       0         10        20        30        40        50        60
     user        ..░░░░░░░-------░░░░..................░░...................░░░░░░░░░░░░░░░░....
     assistant   ..........▓▓..........▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓..........▓▓▓▓▓................
-                          │           │               │                    └ interrupted at 59, it yielded after 4 frames
+                          │           │               │                    └ interrupted at 59, yields after 4
                           │           └ response: 2   └ a backchannel, it talks on
                           └ a false start, in the user's pause
 
-A conversation is a dict, the same whether a checkpoint had it, another system, or two people
-(measures/foreign.py):
+The words used here:
 
-    id, rate_hz, n_frame    every time below is in whole frames at rate_hz
-    turns                   [role, start, end (exclusive), text, words where known], by start: as it happened
-    speaks                  user, assistant -> bool [n_frame]: who makes a sound, pauses within turns left out
+    stretch         speech without a gap of JOIN_SEC or more
+    turn            what one side says until it is the other's turn; it may have pauses in it
+    interruption    a turn that the user begins while the assistant speaks (a barge-in): it should yield
+    backchannel     the same, but the user only says "mhm" and does not want the turn
+    question        every other turn of the user
+    reference       the dialogue of the data, from which the user's side was taken
+
+A conversation is a dict, the same for a checkpoint, another system, or two people (measures/foreign.py):
+
+    id, rate_hz, n_frame    all times below are whole frames at rate_hz
+    turns                   [role, start, end (exclusive), text, words where known], by start
+    speaks                  user, assistant -> bool [n_frame]: who makes a sound; pauses within turns are False
     expected                the assistant's turns in the reference; None where there is no reference
     wave, sample_rate       float32 [n_sample, 2], user left, assistant right; or None
     chunk_frames            frames a chunk; 0: it was not made in chunks
 
-The paper (OmniFlatten, arXiv:2410.17799, v2, table 4) says Acc@K: at the K-th token after the user's last
-meaningful one the assistant speaks; at the K-th after the user's first it is silent. Whether that is at or by
-the K-th is not said: both are given.
+The paper (OmniFlatten, arXiv:2410.17799, v2, table 4) defines Acc@K: at the K-th token after the user's last
+meaningful one the assistant speaks; at the K-th after the user's first it is silent. It does not say whether
+"at" means at that token or up to it, so both are given.
 """
 import numpy as np
 
-from flatten import ROLES
+from flatten import ROLES, START
 
 KS = 1, 5, 10, 25               # the paper's
-MAX_K = 40                      # how far a curve over K goes: 1.6 s
-# no answer by then is none (paper), and who talks on into the other's turn for so long has not yielded
-PATIENCE_SEC = 1.5
+MAX_K = 40                      # how far a curve over K goes: 1.6 s at 25 Hz
+PATIENCE_SEC = 1.5              # an answer has to come within this time (paper), and so does a yield
 JOIN_SEC = 0.4                  # shorter gaps don't end a stretch of speech
 PAUSE_SEC = 0.2                 # shorter gaps in the user's turn are no pause that could be taken for its end
 OVERLAP_SEC = 0.24              # people, too, begin this much before the other has ended: early, not false
-# up to this much, while the assistant speaks, is no wish to speak
+# up to this long, in this many words, while the assistant speaks: a backchannel, where no reference says
+# otherwise
 BACKCHANNEL_SEC, BACKCHANNEL_WORDS = 1.0, 3
 
 
 def conversation(id, rate_hz, user, decoded, silence_codes, chunk_frames=0, expected=None, wave=None,
                  sample_rate=0):
-    """user: the user's turns; decoded: the dialogue that sample.converse returned -> the conversation that
-    they were. A channel speaks where a turn of it has a code that is not one of silence_codes."""
-    turns = sorted([*user, *(turn for turn in decoded['turns'] if turn['role'] == 'assistant')],
-                   key=lambda turn: turn['start'])
-    n_frame, speaks = len(decoded['user']), {}
-    for role in ROLES:
-        speaks[role] = np.zeros(n_frame, bool)
-        for turn in turns:
-            if turn['role'] == role:
-                of = slice(turn['start'], turn['end'])
-                speaks[role][of] = ~np.isin(decoded[role][of], silence_codes)
-    return dict(id=id, rate_hz=rate_hz, n_frame=n_frame, turns=turns, speaks=speaks, expected=expected,
-                wave=wave, sample_rate=sample_rate, chunk_frames=chunk_frames)
+    """user: the user's turns; decoded: a dialogue that decode.converse returned -> the conversation that they
+    had. A channel speaks where one of its turns has a code that is not among silence_codes."""
+    assistant = [turn for turn in decoded['turns'] if turn['role'] == 'assistant']
+    turns, n_frame = sorted([*user, *assistant], key=START), len(decoded['user'])
+    speaks = {role: np.zeros(n_frame, bool) for role in ROLES}
+    for turn in turns:
+        frames = slice(turn['start'], turn['end'])
+        speaks[turn['role']][frames] = ~np.isin(decoded[turn['role']][frames], silence_codes)
+    return dict(id=id, rate_hz=rate_hz, n_frame=n_frame, turns=turns, speaks=speaks, expected=expected, wave=wave,
+                sample_rate=sample_rate, chunk_frames=chunk_frames)
 
 
 def stretches(speaks, rate_hz, join_sec=JOIN_SEC):
@@ -64,104 +69,130 @@ def stretches(speaks, rate_hz, join_sec=JOIN_SEC):
     return joined
 
 
-def user_turns(conversation, said, patience):
-    """The user's turns. Where nobody noted them but a detector of speech, those between which the assistant
-    had its chance and kept silent are one, with a pause in it."""
+def user_turns(conversation, said):
+    """The user's turns. A detector of speech, unlike a transcript, cuts a turn at each pause. So without a
+    reference, turns are joined if the assistant could have spoken between them (said: its stretches) and did
+    not."""
     turns = [dict(turn) for turn in conversation['turns'] if turn['role'] == 'user']
-    # from behind: what was joined can be joined again
-    for one, other in reversed(list(zip(turns, turns[1:]))):
-        if conversation['expected'] is None and other['start'] - one['end'] < patience and not any(
-                a < other['start'] and b > one['end'] for a, b in said):
-            one.update(end=other['end'], text=f'{one["text"]} {other["text"]}'.strip())
-            turns.remove(other)
+    patience = round(PATIENCE_SEC * conversation['rate_hz'])
+    for turn, following in reversed(list(zip(turns, turns[1:]))):   # backwards: joined turns can be joined again
+        has_spoken = any(start < following['start'] and end > turn['end'] for start, end in said)
+        is_close = following['start'] - turn['end'] < patience
+        if conversation['expected'] is None and is_close and not has_spoken:
+            turn.update(end=following['end'], text=f'{turn["text"]} {following["text"]}'.strip())
+            turns.remove(following)
     return turns
 
 
 def assess(conversation):
     """
     What the assistant did about each of the user's turns: a list of dicts, times in frames, with
-      start, end   of the user's turn; text: what was said
-      kind         'interruption': the assistant was speaking when it began; 'backchannel': so it was, and the user only said
-                   "mhm" (the reference's assistant talks on past it; without one: short, see
-                   BACKCHANNEL_SEC); else 'question'
-      response     from the end of the turn to the assistant's first sound before the next turn; below 0 if it began in the last
-                   OVERLAP_SEC and went on; None: no such sound, or nobody waited for it (a backchannel)
-      expects      is an answer due: the reference has one; without a reference, there were PATIENCE_SEC of time for one
-      false_start  frame at which the assistant began to speak inside the turn, or had talked on for PATIENCE_SEC since it began; or None
-      pauses       [(start, end, taken)]: the user's pauses inside the turn, did the assistant begin to speak there
-      unprompted   frame at which it began a second time after its answer, before the user's next turn; or None
-      yielded      from the start of the turn until the assistant was silent; None where it was not speaking, or never stopped
-      was_speaking the assistant, when the turn began
-      goes_on      has the assistant more to say: the reference's talks on for a second after the turn (without a reference: who knows, True)
-      speaks_from_start, speaks_from_end   bool [MAX_K]: the assistant, from the start and from the end of the turn on
-      said         the assistant's turns that begin between this turn's start and the next's
-      due          the reference's turn that answers; None where there is none, or the user cuts it off
+      start, end    of the user's turn; text: what was said
+      kind          'interruption', 'backchannel' or 'question' (see kind_of)
+      response      from the end of the turn to the assistant's first sound before the next turn; below 0 if
+                    it began in the last OVERLAP_SEC and went on; None: no such sound, or a backchannel
+      expects       is an answer due: the reference has one; without a reference, there were PATIENCE_SEC
+      false_start   frame at which the assistant began to speak inside the turn, or had talked on for
+                    PATIENCE_SEC since it began; or None
+      pauses        [(start, end, taken)] of the user in the turn; taken: the assistant began to speak there
+      unprompted    frame at which it began again after its answer, before the user's next turn; or None
+      yielded       from the start of the turn until the assistant was silent; None if it was not speaking,
+                    or never stopped
+      was_speaking  the assistant, when the turn began
+      goes_on       has the assistant more to say: the reference's talks on for a second after the turn
+                    (without a reference nobody knows: True)
+      speaks_from_start, speaks_from_end    bool [MAX_K]: the assistant, from the turn's start and end on
+      said          the assistant's turns that begin between this turn's start and the next's
+      due           the reference's turn that answers; None if there is none, or the user cuts it off
     """
-    rate_hz, n_frame, expected = conversation['rate_hz'], conversation['n_frame'], conversation['expected']
-    patience, overlap = round(PATIENCE_SEC * rate_hz), round(OVERLAP_SEC * rate_hz)
-    said = stretches(conversation['speaks']['assistant'], rate_hz)
-    turns = user_turns(conversation, said, patience)
-    speaks = np.zeros(n_frame + MAX_K, bool)
-    for a, b in said:
-        speaks[a:b] = True
-    outcomes = []
-    for i, turn in enumerate(turns):
-        start, end = turn['start'], turn['end']
-        until = turns[i + 1]['start'] if i + 1 < len(turns) else n_frame
-        sounding = next(((a, b) for a, b in said if a < start < b), None)      # as the user begins
-        kind = 'interruption' if sounding else 'question'
-        if expected is None:
-            is_short = end - start < BACKCHANNEL_SEC * rate_hz and len(
-                turn['text'].split()) <= BACKCHANNEL_WORDS
-            if sounding and is_short:
-                kind = 'backchannel'
-        elif any(a['start'] < start and end < a['end'] for a in expected):
-            kind = 'backchannel'
-        begun = [(a, b) for a, b in said if start < a < end]
-        early = next(((a, b) for a, b in begun if a >= end - overlap and b > end), None)
-        after = [(a, b) for a, b in said if end <= a < until]
-        answer = None if kind == 'backchannel' else early or next(iter(after), None)
-        again = [a for a, b in after if (a, b) != answer]
-        false_start = next((a for a, b in begun if (a, b) != early), None)
-        if sounding and kind != 'backchannel' and sounding[1] - start > patience:
-            false_start = start + patience
-        silent = stretches(~conversation['speaks']['user'][start:end], rate_hz, 0)
-        pauses = [(start + a, start + b)
-                  for a, b in silent
-                  if b - a >= PAUSE_SEC * rate_hz and 0 < a and start + b < end]
-        due = None if expected is None else next((a for a in expected if start < a['start'] <= until), None)
-        outcomes.append(
-            dict(
-                kind=kind, start=start, end=end, text=turn['text'], expects=kind != 'backchannel'
-                and (due is not None if expected is not None else answer is not None or until < n_frame
-                     or n_frame - end >= patience), response=answer[0] - end if answer else None,
-                false_start=false_start, pauses=[
-                    (a, b, any(a < at <= b for at, _ in begun)) for a, b in pauses
-                ], unprompted=again[0] if answer and again else None, was_speaking=sounding is not None,
-                yielded=sounding[1] - start if sounding and sounding[1] < n_frame else None,
-                goes_on=expected is None
-                or any(a['start'] < start and a['end'] >= end + rate_hz for a in expected),
-                speaks_from_start=speaks[start:start + MAX_K], speaks_from_end=speaks[end:end + MAX_K], said=[
-                    t for t in conversation['turns']
-                    if t['role'] == 'assistant' and start <= t['start'] < until
-                ], due=due if due is not None and due['end'] <= until else None))
-    return outcomes
+    said = stretches(conversation['speaks']['assistant'], conversation['rate_hz'])
+    speaks = np.zeros(conversation['n_frame'] + MAX_K, bool)
+    for start, end in said:
+        speaks[start:end] = True
+    turns = user_turns(conversation, said)
+    untils = [turn['start'] for turn in turns[1:]] + [conversation['n_frame']]
+    return [assess_turn(conversation, turn, until, said, speaks) for turn, until in zip(turns, untils)]
+
+
+def assess_turn(conversation, turn, until, said, speaks):
+    """One turn of the user; the next begins at `until`. said: the assistant's stretches; speaks: the same as
+    bool."""
+    rate_hz, n_frame, expected = (conversation[key] for key in ('rate_hz', 'n_frame', 'expected'))
+    start, end, patience = turn['start'], turn['end'], round(PATIENCE_SEC * rate_hz)
+    sounding = next(((a, b) for a, b in said if a < start < b), None)      # the stretch in which the user begins
+    kind = kind_of(turn, sounding, expected, rate_hz)
+    begun = [(a, b) for a, b in said if start < a < end]
+    early = next(((a, b) for a, b in begun if a >= end - round(OVERLAP_SEC * rate_hz) and b > end), None)
+    after = [(a, b) for a, b in said if end <= a < until]
+    answer = None if kind == 'backchannel' else early or next(iter(after), None)
+    again = [a for a, b in after if (a, b) != answer]
+    false_start = next((a for a, b in begun if (a, b) != early), None)
+    if sounding and kind != 'backchannel' and sounding[1] - start > patience:
+        false_start = start + patience
+    due = expects = None
+    if expected is None:        # without a reference: it answered, or had the time to
+        expects = answer is not None or until < n_frame or n_frame - end >= patience
+    else:
+        due = next((a for a in expected if start < a['start'] <= until), None)
+        expects = due is not None
+    goes_on = expected is None or any(a['start'] < start and a['end'] >= end + rate_hz for a in expected)
+    return dict(
+        kind=kind, start=start, end=end, text=turn['text'],
+        expects=kind != 'backchannel' and expects,
+        response=answer[0] - end if answer else None,
+        false_start=false_start,
+        pauses=pauses_in(conversation, turn, [a for a, _ in begun]),
+        unprompted=again[0] if answer and again else None,
+        was_speaking=sounding is not None,
+        yielded=sounding[1] - start if sounding and sounding[1] < n_frame else None,
+        goes_on=goes_on,
+        speaks_from_start=speaks[start:start + MAX_K], speaks_from_end=speaks[end:end + MAX_K],
+        said=[t for t in conversation['turns'] if t['role'] == 'assistant' and start <= t['start'] < until],
+        due=due if due is not None and due['end'] <= until else None)
+
+
+def kind_of(turn, sounding, expected, rate_hz):
+    """What a turn of the user is. It is a backchannel if the reference's assistant talks on past it; without
+    a reference, if it is short and begins while the assistant speaks (sounding)."""
+    start, end = turn['start'], turn['end']
+    if expected is None:
+        is_short = end - start < BACKCHANNEL_SEC * rate_hz and len(turn['text'].split()) <= BACKCHANNEL_WORDS
+        is_backchannel = sounding and is_short
+    else:
+        is_backchannel = any(a['start'] < start and end < a['end'] for a in expected)
+    return 'backchannel' if is_backchannel else 'interruption' if sounding else 'question'
+
+
+def pauses_in(conversation, turn, begun):
+    """-> [(start, end, taken)] of the user's pauses in a turn. begun: where the assistant began to speak in
+    it."""
+    start, end = turn['start'], turn['end']
+    pauses = []
+    for a, b in stretches(~conversation['speaks']['user'][start:end], conversation['rate_hz'], 0):
+        if b - a >= PAUSE_SEC * conversation['rate_hz'] and 0 < a and start + b < end:
+            taken = any(start + a < at <= start + b for at in begun)
+            pauses.append((start + a, start + b, taken))
+    return pauses
 
 
 def accuracy(outcomes, k, yields=False, exactly=False):
-    """Acc@k -> (hits, cases): has the assistant answered within the first k frames after the user's end; or
-    (yields) has it, interrupted, fallen silent within the first k after the user's start. exactly: does it
-    speak, is it silent, at the k-th (of a turn shorter than that at its last: afterwards it may answer)."""
+    """
+    Acc@k -> (hits, cases): of the answers due, how many began within k frames after the user's end. yields:
+    of the interruptions, how many found the assistant silent within k frames after the user's start. exactly:
+    it also has to speak, or be silent, at the k-th frame (of a shorter turn at its last, as the assistant may
+    answer afterwards).
+    """
     if yields:
-        cases = [f for f in outcomes if f['kind'] == 'interruption']
-        hits = [
-            f for f in cases if f['yielded'] is not None and f['yielded'] < k
-            and not (exactly and f['speaks_from_start'][min(k, f['end'] - f['start']) - 1])]
+        cases = [turn for turn in outcomes if turn['kind'] == 'interruption']
+        hits = [turn for turn in cases if turn['yielded'] is not None and turn['yielded'] < k]
+        if exactly:
+            hits = [turn for turn in hits
+                    if not turn['speaks_from_start'][min(k, turn['end'] - turn['start']) - 1]]
     else:
-        cases = [f for f in outcomes if f['expects']]
-        hits = [
-            f for f in cases if f['response'] is not None and f['response'] < k
-            and not (exactly and not f['speaks_from_end'][k - 1])]
+        cases = [turn for turn in outcomes if turn['expects']]
+        hits = [turn for turn in cases if turn['response'] is not None and turn['response'] < k]
+        if exactly:
+            hits = [turn for turn in hits if turn['speaks_from_end'][k - 1]]
     return len(hits), len(cases)
 
 
@@ -171,60 +202,73 @@ def mean(values):
 
 
 def summarise(outcomes, rate_hz):
-    """outcomes of all conversations -> {figure: value}. A share is of those turns that it speaks of; None where
-    there are none."""
+    """outcomes of all conversations -> {figure: value}. Rates are of the turns in question, None if there are
+    none."""
     patience = PATIENCE_SEC * rate_hz
-    due = [f for f in outcomes if f['expects']]
-    responses = [
-        max(f['response'], 0) for f in due if f['response'] is not None and f['response'] <= patience]
-    cut = [f for f in outcomes if f['kind'] == 'interruption']
-    yields = [f['yielded'] for f in cut if f['yielded'] is not None and f['yielded'] <= patience]
-    mhm = [f for f in outcomes if f['kind'] == 'backchannel' and f['goes_on'] and f['was_speaking']]
-    pauses = [taken for f in outcomes for *_, taken in f['pauses']]
-
-    def acc(yields):
-        for exactly in (True, False):
-            for k in KS:
-                hits, n = accuracy(outcomes, k, yields, exactly)
-                yield f'{"user" if yields else "assistant"}_acc_{"at" if exactly else "by"}_{k}', hits / n if n else None
+    due = [turn for turn in outcomes if turn['expects']]
+    cut = [turn for turn in outcomes if turn['kind'] == 'interruption']
+    backchannels = [turn for turn in outcomes if turn['kind'] == 'backchannel']
+    talked_over = [turn for turn in backchannels if turn['goes_on'] and turn['was_speaking']]
+    others = [turn for turn in outcomes if turn['kind'] != 'backchannel']
+    responses = [max(turn['response'], 0) for turn in due if in_time(turn['response'], patience)]
+    yields = [turn['yielded'] for turn in cut if in_time(turn['yielded'], patience)]
+    pauses = [taken for turn in outcomes for *_, taken in turn['pauses']]
+    # stopped by a backchannel: silent up to half a second after it
+    stopped = [in_time(turn['yielded'], turn['end'] - turn['start'] + rate_hz / 2) for turn in talked_over]
 
     def ms(values, average):
         return 1e3 * float(average(values)) / rate_hz if values else None
 
     return dict(
-        n_turn=len(outcomes),
-        n_answer_due=len(due), n_interruption=len(cut), n_backchannel=len(mhm), n_pause=len(pauses),
-        **dict(acc(yields=False)), response_ms=ms(responses,
-                                                  np.mean), response_median_ms=ms(responses, np.median),
+        n_turn=len(outcomes), n_answer_due=len(due), n_interruption=len(cut), n_backchannel=len(talked_over),
+        n_pause=len(pauses),
+        **accuracies(outcomes, 'assistant', yields=False),
+        response_ms=ms(responses, np.mean), response_median_ms=ms(responses, np.median),
         no_answer_rate=1 - len(responses) / len(due) if due else None,
-        false_start_rate=mean(f['false_start'] is not None for f in outcomes if f['kind'] != 'backchannel'),
-        pause_taken_rate=mean(pauses), unprompted_rate=mean(f['unprompted'] is not None for f in due),
-        **dict(acc(yields=True)), yield_ms=ms(yields, np.mean), yield_median_ms=ms(yields, np.median),
+        false_start_rate=mean(turn['false_start'] is not None for turn in others),
+        pause_taken_rate=mean(pauses),
+        unprompted_rate=mean(turn['unprompted'] is not None for turn in due),
+        **accuracies(outcomes, 'user', yields=True),
+        yield_ms=ms(yields, np.mean), yield_median_ms=ms(yields, np.median),
         no_yield_rate=1 - len(yields) / len(cut) if cut else None,
-        backchannel_stopped_rate=mean(f['yielded'] is not None and f['yielded'] <= f['end'] - f['start']
-                                       + rate_hz / 2 for f in mhm))
+        backchannel_stopped_rate=mean(stopped))
+
+
+def in_time(n_frame, limit):
+    return n_frame is not None and n_frame <= limit
+
+
+def accuracies(outcomes, role, yields):
+    """-> {'assistant_acc_at_5': share, …} for each of KS, at and by"""
+    figures = {}
+    for exactly in (True, False):
+        for k in KS:
+            hits, n = accuracy(outcomes, k, yields, exactly)
+            figures[f'{role}_acc_{"at" if exactly else "by"}_{k}'] = hits / n if n else None
+    return figures
 
 
 def who_speaks(conversations):
-    """{figure: value} over all of them: shares of the time, and the gaps where the floor changes hands
-    (medians, below 0: overlap)."""
+    """-> {figure: value} over all of them: shares of the time, and the gaps between one's end and the other's
+    start (medians; below 0: they overlap)."""
     total = both = neither = 0
     gaps = {('user', 'assistant'): [], ('assistant', 'user'): []}
-    for c in conversations:
-        user, assistant = (np.zeros(c['n_frame'], bool) for _ in ROLES)
-        spoken = []
-        for role, joined in (('user', user), ('assistant', assistant)):
-            for start, end in stretches(c['speaks'][role], c['rate_hz']):
-                joined[start:end] = True
-                spoken.append((start, end, role))
-        total, both, neither = total + c['n_frame'], both + int((user & assistant).sum()), neither + int(
-            (~user & ~assistant).sum())
-        spoken.sort()
-        for (_, end, one), (start, _, other) in zip(spoken, spoken[1:]):
-            if one != other:
-                gaps[one, other].append(1e3 * (start - end) / c['rate_hz'])
-    return dict(
-        n_conversation=len(conversations), sec=sum(c['n_frame'] / c['rate_hz'] for c in conversations),
-        both_speak=both / total if total else None, neither_speaks=neither / total if total else None, **{
-            f'gap_{one}_to_{other}_ms': float(np.median(values)) if values else None
-            for (one, other), values in gaps.items()})
+    for talk in conversations:
+        speaks, spans = {role: np.zeros(talk['n_frame'], bool) for role in ROLES}, []
+        for role in ROLES:
+            for start, end in stretches(talk['speaks'][role], talk['rate_hz']):
+                speaks[role][start:end] = True
+                spans.append((start, end, role))
+        total += talk['n_frame']
+        both += int((speaks['user'] & speaks['assistant']).sum())
+        neither += int((~speaks['user'] & ~speaks['assistant']).sum())
+        spans.sort()
+        for (_, end, role), (start, _, next_role) in zip(spans, spans[1:]):
+            if role != next_role:
+                gaps[role, next_role].append(1e3 * (start - end) / talk['rate_hz'])
+    medians = {f'gap_{role}_to_{other}_ms': float(np.median(values)) if values else None
+               for (role, other), values in gaps.items()}
+    return dict(n_conversation=len(conversations),
+                sec=sum(talk['n_frame'] / talk['rate_hz'] for talk in conversations),
+                both_speak=both / total if total else None, neither_speaks=neither / total if total else None,
+                **medians)

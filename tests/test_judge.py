@@ -82,7 +82,7 @@ def make_items(n):
 def ask(tmp_path, url, items, **settings):
     settings = dict(
         dict(key=KEY, cache_path=str(tmp_path / 'cache.jsonl'), timeout_sec=2, pause_sec=0.001,
-             say=lambda _: None), **settings)
+             log=lambda _: None), **settings)
     return judge.score(items, url, 'model', **settings)
 
 
@@ -97,7 +97,7 @@ def test_scores_in_order(tmp_path):
     items, said = make_items(10), []
     items.append(dict(items[3], id='again'))
     with serve(behave) as (url, requests):
-        rows = ask(tmp_path, url + '/', items, usd_per_m_in=2.0, usd_per_m_out=8.0, say=said.append)
+        rows = ask(tmp_path, url + '/', items, usd_per_m_in=2.0, usd_per_m_out=8.0, log=said.append)
     assert [row['score'] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 4]
     assert rows[3] == dict(id='d3', score=4, why='好 answer 3 你好') and rows[10] == dict(rows[3], id='again')
     assert len(requests) == 10
@@ -197,7 +197,7 @@ def test_a_lasting_fault_is_no_score(tmp_path, fault, reason):
 
     said = []
     with serve(behave) as (url, requests):
-        rows = ask(tmp_path, url, make_items(3), timeout_sec=0.1, n_try=2, say=said.append)
+        rows = ask(tmp_path, url, make_items(3), timeout_sec=0.1, n_try=2, log=said.append)
         assert len(requests) == 4 and 'mean 2.50 | without a score 1 |' in said[-1]
         assert rows[0]['score'] is None and reason in rows[0]['error'] and rows[2]['score'] == 3
         ask(tmp_path, url, make_items(3), timeout_sec=0.1, n_try=1)
@@ -368,7 +368,7 @@ def test_what_cannot_be_printed():
 def test_a_server_that_does_not_count(tmp_path):
     said = []
     with serve(lambda h, *_: send(h, completion('{"score": 7}', usage=False))) as (url, _):
-        ask(tmp_path, url, make_items(1), usd_per_m_in=1.0, say=said.append)
+        ask(tmp_path, url, make_items(1), usd_per_m_in=1.0, log=said.append)
     assert said == ['judge 1/1 | mean 7.00 | without a score 0 | tokens and cost unknown: the server does '
                     'not say']
 

@@ -70,7 +70,7 @@ class ModelConfig:
 def compiled(function, **settings):
     return torch.compile(function, **settings)
 
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # attention: four implementations for packed rows with equal results; fastest_attention picks one by device
 
 def attend_dense(q, k, v, mask=None):
@@ -287,7 +287,7 @@ class KVCache:
         """Forgets all rows but the first n_row."""
         self.keys, self.values = self.keys[:, :n_row].clone(), self.values[:, :n_row].clone()
 
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # head and loss: 156,032 logits a row are too many to store for all rows at once, so they come in chunks
 
 def score(logits, targets, weights):
@@ -355,7 +355,7 @@ def linear_cross_entropy(x, head, targets, weights=None, chunk=4096):
     with torch.autocast(kind, enabled=False):
         return LinearCrossEntropy.apply(x, head, targets, weights, chunk, dtype, torch.is_grad_enabled())
 
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the model
 
 def rotate(x, cos, sin):

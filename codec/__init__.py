@@ -1,13 +1,22 @@
 """
 Speech codecs: a wave becomes integers, so many a second, and comes back.
 
-    wave float32 [n_sample] ─ codec.encode ─► codes uint16 [n_frame] ─ codec.decode ─► wave
+    wave ─ codec.encode ─► codes ─ codec.decode ─► wave
 
-    s3.py     CosyVoice's, the paper's; cosyvoice_worker.py decodes them, in CosyVoice's own environment (worker.py talks to it)
+    s3.py     CosyVoice's, which the paper uses
     mel.py    the one that the demo trains for itself
 
-Anything with the same name, rate_hz, sample_rate, n_codes, fingerprint, silence_codes, describe, encode,
-encode_many, decode, save and load will do, and a line in CODECS.
+A codec is anything with these, and a line in CODECS:
+
+    name, fingerprint       which codec, and which weights of it: data of another fingerprint is refused
+    rate_hz, sample_rate    codes a second, samples a second
+    n_codes                 codes are 0 .. n_codes - 1
+    silence_codes           those that stand for silence, the commonest first
+    describe()              -> dict of name, rate_hz, n_codes, sample_rate, fingerprint
+    encode(wave)            float32 [n_sample] at sample_rate -> uint16 [n_frame], a code each begun frame
+    encode_many(waves)      the same for a list, in batches
+    decode(codes)           uint16 [n_frame] -> float32 [n_frame * sample_rate / rate_hz]
+    save(folder), load(folder)
 
     python -m codec encode question.wav --codec=data/demo           # [17, 17, 203, …], 25 a second
     python -m codec --help

@@ -1,8 +1,8 @@
 """
     echo '"The capital of France"' | python -m codec text FOLDER          # Qwen2: [785, 6722, 315, 9625]
-    python -m codec encode question.wav --codec=data/demo                 # [17, 17, 203, …], 25 a second
-    python -m codec encode question.wav --codec=data/demo | python -m codec decode - --codec=data/demo --out=back.wav
-    python -m codec s3 --checkpoint=speech_tokenizer_v1.onnx --out=codecs/s3      # of CosyVoice-300M-25Hz; then --codec=codecs/s3
+    python -m codec encode question.wav --codec=data/demo > codes.json    # [17, 17, 203, …], 25 a second
+    python -m codec decode codes.json --codec=data/demo --out=back.wav
+    python -m codec s3 --checkpoint=speech_tokenizer_v1.onnx --out=codecs/s3      # of CosyVoice-300M-25Hz
 """
 import json
 import re

@@ -1,26 +1,28 @@
 """
-CosyVoice, for Worker (worker.py): codes become audio, text becomes audio. It runs in the environment of a
-CosyVoice checkout, of which nanoduplex needs nothing, nor this file anything of nanoduplex:
+CosyVoice as a program for Worker (worker.py): codes become audio, text becomes audio. It runs in the Python
+environment of a CosyVoice checkout. nanoduplex needs nothing of that environment, and this file needs nothing
+of nanoduplex.
 
-    codec/s3.py, data/simulate.py   ─ a line of JSON, stdin ─►   this   ─ CosyVoice ─►   a wav   ─ a line of JSON, stdout ─►
+    nanoduplex ─ stdin: a line of JSON ─► this ─ CosyVoice ─► a wav, and on stdout a line of JSON
 
-    git clone --recursive https://github.com/FunAudioLLM/CosyVoice /src/CosyVoice             # and install it, as its README says
-    python -m codec s3 --checkpoint=/models/CosyVoice-300M-25Hz/speech_tokenizer_v1.onnx --out=codecs/s3 --vocoder='
-        /envs/cosyvoice/bin/python codec/cosyvoice_worker.py --checkout=/src/CosyVoice
-        --model=/models/CosyVoice-300M-25Hz --voice=anna.wav'
+    git clone --recursive https://github.com/FunAudioLLM/CosyVoice /src/CosyVoice     # then see its README
+    python -m codec s3 --checkpoint=/models/CosyVoice-300M-25Hz/speech_tokenizer_v1.onnx --out=codecs/s3 \\
+        --vocoder='/envs/cosyvoice/bin/python codec/cosyvoice_worker.py --checkout=/src/CosyVoice
+                   --model=/models/CosyVoice-300M-25Hz --voice=anna.wav'
 
     it says  {"ready": true}
     we say   {"codes": [230, 440], "out": "a.wav"}                      flow matching and HiFi-GAN alone
     we say   {"text": "Hello.", "voice": "anna.wav", "out": "a.wav"}    its language model, too
     it says  {"ok": true, "sample_rate": 22050, "n_sample": 22016}  or  {"error": "…"}
 
-A voice is a wav of up to 30 s whose words are in a .txt beside it (for CosyVoice 3 after "You are a helpful
-assistant.<|endofprompt|>"), or a speaker of the model's spk2info.pt. Codes must be those of the model: 25 Hz
-and 50 Hz, v1 and v2 differ. Each request begins with the same random state, or that of its "seed".
+A voice is a wav of up to 30 s with its words in a .txt beside it (for CosyVoice 3 after "You are a helpful
+assistant.<|endofprompt|>"), or a speaker of the model's spk2info.pt. The codes have to be those of the model:
+25 Hz and 50 Hz differ, and so do v1 and v2. Each request begins with the same random state, or with that of
+its "seed".
 
-Written to CosyVoice's code of December 2025 (cosyvoice/cli: cosyvoice.py with AutoModel, frontend.py at
-7538c6a, model.py at 9ebcf7b) and NEVER RUN WITH ITS WEIGHTS, which could not be had: tests/test_s3.py runs it
-with a package that only has the same methods.
+Written for CosyVoice's code of December 2025 (cosyvoice/cli: cosyvoice.py with AutoModel, frontend.py at
+7538c6a, model.py at 9ebcf7b). It has NEVER RUN WITH CosyVoice's WEIGHTS, which were not at hand:
+tests/test_s3.py runs it with a package that only has the same methods.
 """
 import argparse
 import json

@@ -48,15 +48,15 @@ def nearest(x, centre):
 
 class MelCodec:
     """
-    Hears what is said and not who says it: 25 integers a second out of 16 kHz audio.
+    25 integers a second of 16 kHz audio, which say what is said and not who says it.
 
-        wave ─ log-mel, a frame every 10 ms ─ patch of 40 ms ± 80 ms ─ network ─ 24 numbers, + loudness ─ nearest of n_codes ─► code
-        code ─ what the assistant's voice sounded like there, on the average ─ Griffin-Lim ─► wave
+        wave ─ log-mel ─ patches of 40 ms ± 80 ms ─ network ─ 24 numbers, loudness ─ nearest centre ─► code
+        code ─ how the assistant's voice sounds there on average ─ Griffin-Lim ─► wave
 
-    The network learns to name the phoneme in the middle of a patch, spoken by many voices over noise; its
-    narrowest layer is clustered. So do the big tokenisers with a recogniser (CosyVoice, arXiv:2407.05407,
-    section 2.1), and it is why voices it never heard get the same codes. A clip is brought to one level
-    first, as a whole, so gain does not matter.
+    The network learns to name the phoneme in the middle of a patch, spoken by many voices over noise. Its
+    narrowest layer is clustered. So new voices get the codes of the others; the big tokenisers do the same
+    with a recogniser (CosyVoice, arXiv:2407.05407, section 2.1). A whole clip is brought to one level first,
+    so gain does not matter.
     """
     name, rate_hz, sample_rate = 'mel', 25.0, 16000
 

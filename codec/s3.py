@@ -1,8 +1,8 @@
 """
-CosyVoice's speech tokens, the paper's: S3Codec encodes here, and has CosyVoice decode in an environment of
-its own (cosyvoice_worker.py, through worker.py).
+CosyVoice's speech tokens, which the paper uses. S3Codec encodes here. To decode it asks CosyVoice, which runs
+in an environment of its own (worker.py talks to cosyvoice_worker.py).
 
-    python -m codec s3 --checkpoint=speech_tokenizer_v1.onnx --out=codecs/s3         of CosyVoice-300M-25Hz; then --codec=codecs/s3
+    python -m codec s3 --checkpoint=speech_tokenizer_v1.onnx --out=codecs/s3
 
     pip install --no-deps s3tokenizer==0.3.0; pip install onnx einops protobuf ml_dtypes tqdm soundfile soxr
 """
@@ -113,15 +113,15 @@ def load_s3(path, variant):
 
 class S3Codec:
     """
-    What a recogniser of many languages keeps of a sound: the tokens of CosyVoice (arXiv:2407.05407), through
-    PyPI's s3tokenizer.
+    The tokens of CosyVoice (arXiv:2407.05407), by PyPI's s3tokenizer: what a recogniser of many languages
+    keeps of a sound.
 
-        wave ─ log-mel, a frame every 10 ms ─ windows of 30 s ─ encoder ─ nearest of 4096 ─► code       s3tokenizer, here
-        code ─ flow matching ─ mel ─ HiFi-GAN ─► wave                                                   CosyVoice, by a Worker
+        wave ─ log-mel, a frame every 10 ms ─ windows of 30 s ─ encoder ─ nearest of 4096 ─► code     here
+        code ─ flow matching ─ mel ─ HiFi-GAN ─► wave                                             by a Worker
 
-    codec.json has all but the weights: their path, and the SHA-256 without which they are not used. The
-    encoder hears a whole clip at once, and nothing that is 80 dB below its loudest: the same second has other
-    codes in another clip.
+    codec.json names the weights by path and SHA-256, and other weights are refused. The encoder hears a whole
+    clip at once, and ignores what is 80 dB below the clip's loudest sound: in another clip the same second
+    gets other codes.
     """
     name, sample_rate, device = 's3', 16000, 'cpu'
 
@@ -255,7 +255,7 @@ class S3Codec:
         if not command:
             raise ValueError('nothing is known that turns these codes into audio: python -m codec s3 … '
                              '--vocoder=\'COMMAND\', '
-                             'or NANODUPLEX_VOCODER=\'COMMAND\', where codec/cosyvoice_worker.py is such a command')
+                             'or NANODUPLEX_VOCODER=\'COMMAND\', as codec/cosyvoice_worker.py is')
         self.worker = self.worker or Worker(command)
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, 'decoded.wav')

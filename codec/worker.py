@@ -1,4 +1,5 @@
-"""A program that speaks or decodes in an environment of its own: CosyVoice's (cosyvoice_worker.py beside this)."""
+"""Talks to a program that decodes or speaks in a Python environment of its own, such as
+cosyvoice_worker.py."""
 import json
 import os
 import shlex
@@ -9,16 +10,17 @@ import threading
 
 class Worker:
     """
-    A program in an environment of its own. Lines of JSON go to and fro, audio lies in files:
+    A program that is asked and answers in lines of JSON, with audio in files:
 
         it says  {"ready": true}
-        we say   {"codes": [230, 440], "out": "/tmp/a.wav"}  or  {"text": "Hello.", "voice": "anna", "out": "/tmp/a.wav"}
+        we say   {"codes": [230, 440], "out": "a.wav"}
+        or       {"text": "Hello.", "voice": "anna", "out": "a.wav"}
         it says  {"ok": true}  or  {"error": "no voice anna"}
     """
 
     def __init__(self, command):
         self.command, self.lock = command, threading.Lock()
-        # its stderr: a pipe that nobody reads would fill up and stop it
+        # for its stderr; a pipe that nobody reads would fill up and stop the program
         self.log = tempfile.TemporaryFile()
         env, visible = dict(os.environ), os.environ.get('CUDA_VISIBLE_DEVICES', 'all').split(',')
         # under torchrun each has the GPU of its process, not all of them the first

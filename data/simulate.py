@@ -1,26 +1,30 @@
 """
-Text dialogues become conversations on two channels: read, filtered, spoken, and laid on one clock.
+Text dialogues become conversations on two channels: they are read, filtered, spoken, and laid on one clock.
 
-    user       ░░ What is the, um,    capital of Peru? ░░       ░ uh-huh ░            ░░ And of France? ░░
-    assistant                                            ▓▓ The capital of Peru is Lima, a city of t│      ▓▓ Paris, of course. ▓▓
-                                  no answer yet        at once       goes on             stops
+    user       ░░ What is the, um,   capital of Peru? ░░      ░ uh-huh ░        ░░ And of France? ░░
+    assistant                                           ▓▓ The capital of Peru is Lima, a│        ▓▓ Paris. ▓▓
+                                 no answer yet        at once      goes on           stops
 
-    python data/simulate.py --check --examples=5 alpaca.json belle.jsonl oasst.jsonl.gz       what can be spoken, and what not and why
-    python data/simulate.py --wav=3 --out=out/listen alpaca.json                              three of them as wavs with transcripts
-    python data/simulate.py --codec=data/demo --out=data/simulated alpaca.json belle.jsonl    a data folder (tokenise.py)
+    python data/simulate.py --check --examples=5 alpaca.json            # what can be spoken, what not and why
+    python data/simulate.py --wav=3 --out=out/listen alpaca.json        # three of them, to listen to
+    python data/simulate.py --codec=data/demo --out=data/simulated alpaca.json belle.jsonl
 
-Files hold JSON or JSON lines, in the forms of Alpaca, BELLE, MOSS, UltraChat, ShareGPT, OASST or LCCC, each
-told by its content. A turn that cannot be spoken ends its dialogue: the pairs of a user's and the assistant's
-turn before it are kept.
+Files hold JSON or JSON lines in the forms of Alpaca, BELLE, MOSS, UltraChat, ShareGPT, OASST or LCCC,
+recognised by content. A turn that cannot be spoken ends its dialogue; the pairs of a question and an answer
+before it are kept.
 
-The paper's data (arXiv:2410.17799, section 4): answers come at once (--response_sec=0); the user's next turn
-after a normally distributed pause (parameters not given: --gap_mean_sec, --gap_sd_sec); the user interrupts
-and the assistant stops at once (how
-often is not given: --p_interrupt, --reaction_sec); noise of 15 to 30 dB in the user's channel alone; no
-backchannels, no hesitations (--p_backchannel=0 --p_hesitate=0). What a dialogue becomes depends on --seed,
-its id and the settings, not on what is made before it or on which rank (but espeak-ng's waves, and so the
-times, differ by some samples from run to run). All splits draw from the same voices; for voices that are
-heard nowhere else make a data set of its own with --user_voices.
+The paper's data (arXiv:2410.17799, section 4), and the settings for it:
+
+    the assistant answers at once                                           --response_sec=0
+    the user goes on after a normally distributed pause, not given there    --gap_mean_sec --gap_sd_sec
+    the user interrupts, how often is not given; the assistant stops        --p_interrupt --reaction_sec
+    noise of 15 to 30 dB, in the user's channel alone                       --noise --snr_db
+    no backchannels ("uh-huh"), no hesitations ("um")                       --p_backchannel=0 --p_hesitate=0
+
+What a dialogue becomes depends on --seed, its id and the settings alone, not on the dialogues before it or on
+the process that makes it. (espeak-ng's waves, and so the times, differ by some samples from run to run.) All
+splits draw from the same voices; for voices that are heard nowhere else, make a data set of its own with
+--user_voices.
 """
 import functools
 import glob
@@ -56,7 +60,7 @@ def language(text):
     return 'zh' if re.search(f'[{HAN}]', text) else 'en'
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # files -> dialogues
 
 SPEAKERS = dict(human='user', user='user', prompter='user', gpt='assistant', assistant='assistant',
@@ -171,19 +175,22 @@ def pairs(said):
     return list(zip([text for _, text in turns[::2]], [text for _, text in turns[1::2]]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # what can be spoken
 
 REASONS = {     # the first that is found in a turn, line by line; (?m): ^ and $ are those of a line
-    'code': r'(?m)```|\w\(\)|\w\.\w+\(|[{}]|\w;\s*$|=>|->|[!=]=|\+=|::|//(?!\w+\.)|[A-Za-z0-9]_[A-Za-z0-9]|<\?|#include|^\s*(?:import|package) [\w.]+;?$'
+    'code': r'(?m)```|\w\(\)|\w\.\w+\(|[{}]|\w;\s*$|=>|->|[!=]=|\+=|::'
+            r'|//(?!\w+\.)|[A-Za-z0-9]_[A-Za-z0-9]|<\?|#include|^\s*(?:import|package) [\w.]+;?$'
             r'|^\s*(?:from [\w.]+ import|def \w+\(|class \w+[:(]|(?:public|private|const|let|var|function) '
             r'\w+)|print\s*\(|(?i:\bselect\b.+\bfrom\b.+\bwhere\b)',
     'table': r'(?m)\|.*\||^.*\S\t+\S.*\n.*\S\t+\S|\+-{3,}',
     'url': r'(?i)https?:|www\.|[\w.-]+@[\w-]+\.\w|\b[\w-]+\.(?:com|org|net|edu|gov|io|cn)\b',
     'markup': r'(?m)^\s*#|^\s*[-*•·●▪◦■○–—>]+\s|</?\w[^<>]*>|[][]|\*\*|__|&\w+;|^\s*(?:-{3,}|\*{3,})\s*$',
-    'list': r'(?m)^\s*\d{1,2}\s*[.)、．）:：]\s*[^\d\s]|^\s*[(（]\d{1,2}[)）]|[①②③]|^\s*[A-Da-d一二三四五六七八九十][.)、．）]'
+    'list': r'(?m)^\s*\d{1,2}\s*[.)、．）:：]\s*[^\d\s]|^\s*[(（]\d{1,2}[)）]|[①②③]'
+            r'|^\s*[A-Da-d一二三四五六七八九十][.)、．）]'
             r'|(?s:(?<!\d)1\s*[.)、．）]\s*[^\d\s].*(?<!\d)2\s*[.)、．）]\s*[^\d\s])|(?s:\bA\s*[.)、．）:：].*\bB\s*[.)、．）:：])',
-    'formula': r'[\\^<>=√∑∫∞≈≠≤≥×÷∂∆∏∈∪∩∀∃²³½¼¾₀-₉⁰-⁹]|\$[^\s\d][^$]*\$|\d\s*[+*＋]\s*\d|\d\s+[-−–/]\s+\d|\b[a-z]\(\w\)',
+    'formula': r'[\\^<>=√∑∫∞≈≠≤≥×÷∂∆∏∈∪∩∀∃²³½¼¾₀-₉⁰-⁹]|\$[^\s\d][^$]*\$'
+               r'|\d\s*[+*＋]\s*\d|\d\s+[-−–/]\s+\d|\b[a-z]\(\w\)',
 }
 SENTENCE_END = '.!?…:;,。！？；：，、—"”’\')）'
 # the ordinary punctuation of both languages; what is neither this, a letter nor a digit is a rare symbol
@@ -275,7 +282,7 @@ def print_table(table, notes, n_example, seed):
                   end='\n' * is_kept)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # who speaks when
 
 def make_plan(id, n_pair, tts, user_voices, args):
@@ -444,7 +451,7 @@ def add_noise(wave, plan, bank):
     return wave + piece * np.float32(LEVEL / np.sqrt(power) / 10 ** (plan['snr_db'] / 20))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the command line
 
 def span(text):

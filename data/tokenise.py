@@ -1,19 +1,19 @@
 """
-Recordings become a data folder. Every data/<corpus>/prepare.py lists its recordings and reads one; the rest
+Recordings become a data folder. Every data/<corpus>/prepare.py lists its recordings and reads one; all else
 is here:
 
-    items ─ parts of 256 ─ claimed by a process ─ read (threads) ─ encode (batches) ─ turns on frames ─► parts/000017.arrow
-    all parts ─ split by a hash of the id ─► train.arrow val.arrow test.arrow, codec/, tokenizer/, skipped.jsonl, prepared.json
+    recordings ─ parts of 256 ─ a process claims one ─ read (threads) ─ encode (batches) ─► parts/000017.arrow
+    all parts ─ split by a hash of the id ─► train.arrow val.arrow test.arrow, codec/, prepared.json
 
-One process or a hundred do the same: each takes the next part that nobody holds, so
+One process or a hundred write the same files. Each takes the next part that nobody holds:
 
     python data/manifest/prepare.py corpus.jsonl --codec=codecs/s3 --out=data/corpus
     torchrun --nproc_per_node=8 data/manifest/prepare.py corpus.jsonl --codec=codecs/s3 --out=data/corpus
 
-write the same files. A part is claimed by a lock that the system frees when its holder dies: the others then
-finish its part. (torchrun itself stops all when one dies; with --max_restarts=2 it starts them again.) A run
-that was killed is started again with the same command and goes on with the parts that are missing. What
-cannot be read is left out and listed in skipped.jsonl with the reason, and the run goes on.
+A part is claimed by a lock. When a process dies the system frees its lock, and another process takes over the
+part. (torchrun itself stops all processes when one dies; with --max_restarts=2 it starts them again.) A run
+that was killed goes on with the missing parts when the same command is given again. A recording that cannot
+be read is left out, and listed in skipped.jsonl with the reason.
 """
 import argparse
 import fcntl
@@ -181,7 +181,7 @@ class Progress:
               f'{left_min:.0f} min left', flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # one part
 
 def make_part(path, ids, items, read, codec, args, pool):
@@ -301,7 +301,7 @@ def on_frames(turns, n_frame, rate_hz):
     return framed, n_lost
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # all parts
 
 def split_ids(ids, val_share, test_share, seed):

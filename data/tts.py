@@ -1,16 +1,18 @@
 """
-Voices for conversations that nobody had: text to speech, and noise to put under it.
+Voices for simulated conversations: text to speech, and noise to put under it.
 
 A TTS is anything with
 
     .voices                         list of names
     .style(rng) -> dict             how somebody speaks throughout a dialogue, as keywords for say
     .say(text, voice, **style) -> wave, words, …
-                                    float32 at 16 kHz without silence around it; words as [(text, start
-                                    sample)], None if unknown
+        wave    float32 at 16 kHz, without silence around it
+        words   [(text, start sample)], or None if unknown
 
-    Espeak()                        some hundred voices at 650 x real time, English and Chinese, robotic; pip install espeakng-loader soxr
-    CosyVoice(COMMAND, voices)      the paper's: a worker in CosyVoice's own environment; a voice is a prompt's wav with its .txt beside it
+    Espeak()                        some hundred robotic voices at 650 x real time, English and Chinese
+    CosyVoice(COMMAND, voices)      the paper's, through a worker; a voice is a wav and a .txt with its words
+
+pip install espeakng-loader soxr
 """
 import ctypes
 import functools

@@ -1,14 +1,16 @@
 """
-The rows that a model in training really gets, drawn from nothing but the tensors of a batch: train.py
---show=1.
+Drawings for the terminal: a dialogue against time, and the rows that a model in training gets.
+
+    python -m measures.draw data/demo --index=1         a dialogue, who speaks when
+    python train.py config/demo.py --show=1             rows, from the tensors of a batch alone:
 
     chunk            |               0 |               1
-    user.speech      |  0   1   2   3  |  4  15~  6   7      fed, not learned; ~ another code in its place, by user_noise
-                next |              aᵗ |              cᵗ     after the chunk's last the model has to know the text to come
-    assistant.text   | a+  b+          | c+  d+              fed, and learned where the one before was fed
+    user.speech      |  0   1   2   3  |  4  15~  6   7      fed, not learned; ~ was replaced by user_noise
+                next |              aᵗ |              cᵗ     what has to be predicted at that token
+    assistant.text   | a+  b+          | c+  d+              + is learned, where the token before it was fed
                 next | bᵗ  ·⁻          | dᵗ 36ˢ
     assistant.speech |  ·+ 33+ 34+ 35+ | 36+ 37+  ·+  ·+
-                next | 33ˢ 34ˢ 35ˢ     | 37ˢ  ·⁻  ·⁻
+                next | 33ˢ 34ˢ 35ˢ     | 37ˢ  ·⁻  ·⁻         ᵗ text, ˢ speech, ⁻ silence
 
 A wrong mask shows as a token without its mark, a wrong target as a ! in red.
 """
@@ -16,6 +18,7 @@ import argparse
 import os
 import re
 import sys
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,115 +38,161 @@ def print_coloured(text):
 
 
 def show(dialogue, layout, vocab, rate_hz, columns=110):
-    """The dialogue against time, a character a frame: grey is fed, green is learned, yellow is both
+    """The dialogue against time, a character for each frame: grey is fed, green is learned, yellow is both
     speaking."""
     document, = flatten(dialogue, layout, vocab)
     n = layout.speech_chunk
     grid = document.ids.reshape(-1, layout.period)      # (N chunks, K tokens a chunk)
-    said = {role: np.zeros(len(grid) * n, bool) for role in ROLES}
-    # what the user said, a letter a frame from where the turn starts
-    words = np.full(len(grid) * n, ' ', '<U1')
+    speaks = {role: np.zeros(len(grid) * n, bool) for role in ROLES}
+    words = np.full(len(grid) * n, ' ', '<U1')          # the user's text, a letter a frame
     for turn in dialogue['turns']:
-        said[turn['role']][turn['start']:turn['end']] = True
+        start = turn['start']
+        speaks[turn['role']][start:turn['end']] = True
         if turn['role'] == 'user':
-            letters = list(turn['text'])[:len(words) - turn['start']]
-            words[turn['start']:turn['start'] + len(letters)] = letters
-    both, at = said['user'] & said['assistant'], 0
+            letters = list(turn['text'])[:len(words) - start]
+            words[start:start + len(letters)] = letters
+    both = speaks['user'] & speaks['assistant']
     rows = [('seconds', '', [f'{c * n / rate_hz:.1f}' for c in range(len(grid))]),
             ('user words', '', [''.join(row) for row in words.reshape(-1, n)])]
+    at = 0
     for slot in layout.chunk:
-        role = slot.what.split('.')[0]
         if slot.kind == 'text':
             cells = [''.join(spell(i, vocab) for i in row[at:at + slot.n]) for row in grid]
         else:
-            cells = [
-                ''.join('█▓'[int(both[f])] if said[role][f] else '▁'
-                        for f in range(c * n, c * n + n))
-                for c in range(len(grid))]
+            bars = np.where(speaks[slot.role], np.where(both, '▓', '█'), '▁')
+            cells = [''.join(chunk) for chunk in bars.reshape(-1, n)]
         rows.append((slot.what, GREEN if slot.learned else GREY, cells))
         at += slot.n
+    head = (f'{BOLD}{dialogue["id"]}{PLAIN}  {len(grid)} chunks of {n} frames, {document.ids.size} tokens, '
+            f'{document.learned.sum()} learned, {document.n_dropped} text tokens dropped')
+    return '\n'.join([head, *side_by_side(rows, n, columns)])
+
+
+def side_by_side(rows, n, columns):
+    """rows: [(name, colour, [cell of each chunk])] -> lines, as many chunks next to each other as there is
+    room for"""
     margin = max(len(name) for name, _, _ in rows)
     wide = max([n] + [len(cell) for _, _, cells in rows for cell in cells])
-    n_shown = max(1, (columns - margin) // (wide + 1))
-    lines = [f'{BOLD}{dialogue["id"]}{PLAIN}  {len(grid)} chunks of {n} frames, {document.ids.size} tokens, '
-             f'{document.learned.sum()} learned, {document.n_dropped} text tokens dropped']
-    for first in range(0, len(grid), n_shown):
+    n_shown, lines = max(1, (columns - margin) // (wide + 1)), []
+    for first in range(0, len(rows[0][2]), n_shown):
         for name, colour, cells in rows:
             line = f'{GREY}|{PLAIN}{colour}'.join(f'{cell:{wide}}' for cell in cells[first:first + n_shown])
-            lines.append(f'{name:{margin}} {colour}'
-                         + re.sub('▓+', lambda run: YELLOW + run.group() + PLAIN + colour, line)     # noqa: B023
-                         + PLAIN)
+            line = re.sub('(▓+)', rf'{YELLOW}\1{PLAIN}{colour}', line)
+            lines.append(f'{name:{margin}} {colour}{line}{PLAIN}')
         lines.append('')
-    return '\n'.join(lines)
+    return lines
+
+
+class Row(NamedTuple):
+    """One row of a batch: arrays [T]. target is -1 where nothing is learned; clean: idx before user_noise."""
+    idx: np.ndarray
+    clean: np.ndarray
+    pos: np.ndarray
+    doc: np.ndarray
+    target: np.ndarray
+    stream: np.ndarray
+    weight: np.ndarray
+
+    def documents(self):
+        """-> the Rows of its documents, padding included"""
+        starts = [0, *(np.flatnonzero(np.diff(self.doc)) + 1).tolist(), len(self.doc)]
+        return [Row(*(x[start:end] for x in self)) for start, end in zip(starts, starts[1:])]
+
+    def is_padding(self):
+        return not self.idx.any() and (self.target < 0).all()       # id 0 throughout, and nothing is learned
+
+    def is_wrong(self):
+        """-> bool [T]: targets that are not the token fed next. What follows the last token is not known
+        here."""
+        wrong = (self.target[:-1] >= 0) & (self.target[:-1] != self.idx[1:])
+        return np.append(wrong, False)
+
+
+def rows_of(batch, weights, clean, n_row):
+    """The first rows of a data.loader.Batch, from nothing but its tensors. weights (N): of the targets in the
+    loss"""
+    learn = batch.learn.cpu().numpy()
+    clean = batch.idx if clean is None else clean
+    arrays = [x.cpu().numpy() for x in (batch.idx, clean, batch.pos, batch.doc)]
+    for empty, values in ((-1, batch.targets), (0, batch.stream), (0.0, weights)):
+        values = values.cpu().numpy()
+        spread = np.full(batch.idx.numel(), empty, values.dtype)    # (B * T)
+        spread[learn] = values
+        arrays.append(spread.reshape(batch.idx.shape))
+    return [Row(*(x[b] for x in arrays)) for b in range(n_row)]
+
+
+LOOKS = list(zip('ᵗˢ⁻', (GREEN, CYAN, YELLOW)))     # of STREAMS; letters, too, for a screen without colours
 
 
 def draw_batch(batch, layouts, vocab, streams, weights, n_row=1, columns=110, clean=None):
     """
-    The first rows of a data.loader.Batch, from nothing but its tensors, for whoever doubts them. Under each
-    token that is fed stands the one that has to be predicted there, so that a target is the fed token after
-    it (in a layout in chunks the one after the last of user.speech is the first of assistant.text). weights
-    [N]: of the targets in the loss; clean [B, T]: idx before user_noise.
+    Draws the first rows of a data.loader.Batch, to see whether masks and targets are right. Under each token
+    that is fed
+    stands the one to be predicted there: the token fed next (in chunks, the first of assistant.text under the
+    last of user.speech). weights (N): of the targets in the loss; clean (B, T): idx before user_noise.
     """
-    idx, pos, doc = (x.cpu().numpy() for x in (batch.idx, batch.pos, batch.doc))         # (B, T)
-    clean, (B, T) = idx if clean is None else clean.cpu().numpy(), idx.shape
-    # -1: nothing is learned here
-    target, stream, weight = np.full(B * T, -1), np.zeros(B * T, int), np.zeros(B * T)
-    for whole, values in ((target, batch.targets), (stream, batch.stream), (weight, weights)):
-        whole[batch.learn.cpu().numpy()] = values.cpu().numpy()
-    target, stream, weight = (x.reshape(B, T) for x in (target, stream, weight))
-    # of the streams: letters, too, for a screen without colours
-    looks = list(zip('ᵗˢ⁻', (GREEN, CYAN, YELLOW)))
-    lines = [
-        f'fed: {GREEN}+ is learned{PLAIN}, {GREY}others are not{PLAIN}, {YELLOW}~ was replaced by '
-        f'user_noise{PLAIN}; next: what has to be predicted there, '
-        + ', '.join(f'{colour}{mark} {name}{PLAIN}' for (mark, colour), name in zip(looks, streams))
-        + f', {RED}! is not the next token{PLAIN}']
-    for b in range(n_row):
-        starts = [0, *(np.flatnonzero(np.diff(doc[b])) + 1).tolist(), T]
-        spans = [slice(*ends) for ends in zip(starts, starts[1:])]
-        # id 0 throughout, nothing learned
-        is_padding = [not idx[b, of].any() and (target[b, of] < 0).all() for of in spans]
-        n_padding, n_wrong, parts = sum(of.stop - of.start
-                                        for of, empty in zip(spans, is_padding)
-                                        if empty), 0, []
-        for of, empty in zip(spans, is_padding):
-            ids, targets, n = idx[b, of], target[b, of], of.stop - of.start
-            runs = np.split(pos[b, of], np.flatnonzero(np.diff(pos[b, of]) != 1) + 1)
-            name = f'{BOLD}{"padding" if empty else f"document {doc[b, of.start]}"}{PLAIN}, positions ' + ', '.join(
-                f'{run[0]} to {run[-1]}' for run in runs)
-            if empty:
-                parts.append(name)
-                continue
-            # what follows the last is not fed, and not known here
-            is_wrong = (targets[:-1] >= 0) & (targets[:-1] != ids[1:])
-            is_target, n_wrong = np.append(False, targets[:-1] >= 0), n_wrong + int(is_wrong.sum())
-            fed, following = [], []
-            for i in range(n):
-                mark, colour = ('~',
-                                YELLOW) if ids[i] != clean[b, of][i] else ('+',
-                                                                           GREEN) if is_target[i] else (' ',
-                                                                                                        GREY)
-                fed.append((spell(ids[i], vocab) + mark, colour))
-                mark, colour = looks[stream[b, of][i]] if targets[i] >= 0 else ('', PLAIN)
-                mark, colour = (mark + '!', RED) if i < n - 1 and is_wrong[i] else (mark, colour)
-                following.append((spell(targets[i], vocab) + mark if targets[i] >= 0 else '', colour))
-            layout = next((layout for layout in layouts if fits(ids, layout, vocab)), None)
-            name += f', {layout.name}' if layout else f', {RED}! no document of {"+".join(layout.name for layout in layouts)}{PLAIN}'
-            parts += [
-                name, *(grid(fed, following, layout, columns)
-                        if layout and layout.order == 'chunks' else strip(fed, following, columns))]
-        learned = target[b] >= 0
-        counts = [
-            f'{(stream[b][learned] == i).sum()} {name}'
-            + ''.join(f' x{w:g}'
-                      for w in np.unique(weight[b][learned & (stream[b] == i)]))
-            for i, name in enumerate(streams)]
-        n_document = len(spans) - sum(is_padding)
-        lines.append(f'{BOLD}row {b}{PLAIN}: {T} tokens, {learned.mean():.1%} learned ({", ".join(counts)}), '
-                     f'{n_document} documents, {n_padding / T:.1%} padding'
-                     + (f', {RED}{n_wrong} targets are not the next token{PLAIN}' if n_wrong else ''))
-        lines += parts + ['']
+    looks = ', '.join(f'{colour}{mark} {name}{PLAIN}' for (mark, colour), name in zip(LOOKS, streams))
+    lines = [f'fed: {GREEN}+ is learned{PLAIN}, {GREY}others are not{PLAIN}, {YELLOW}~ was replaced by '
+             f'user_noise{PLAIN}; next: what has to be predicted there, {looks}, '
+             f'{RED}! is not the next token{PLAIN}']
+    for b, row in enumerate(rows_of(batch, weights, clean, n_row)):
+        lines.append(f'{BOLD}row {b}{PLAIN}: ' + summary(row, streams))
+        for document in row.documents():
+            lines += draw_document(document, layouts, vocab, columns)
+        lines.append('')
     return '\n'.join(lines)
+
+
+def summary(row, streams):
+    """'140 tokens, 55.0 % learned (4 text x5, 60 speech x1, 13 silence x1), 2 documents, 3.0 % padding'"""
+    counts, T = [], len(row.idx)
+    for i, name in enumerate(streams):
+        of_stream = (row.target >= 0) & (row.stream == i)
+        weights = ''.join(f' x{weight:g}' for weight in np.unique(row.weight[of_stream]))
+        counts.append(f'{of_stream.sum()} {name}{weights}')
+    documents = row.documents()
+    n_padding = sum(len(document.idx) for document in documents if document.is_padding())
+    n_document = sum(not document.is_padding() for document in documents)
+    n_wrong = sum(int(document.is_wrong().sum()) for document in documents if not document.is_padding())
+    wrong = f', {RED}{n_wrong} targets are not the next token{PLAIN}' if n_wrong else ''
+    return (f'{T} tokens, {(row.target >= 0).mean():.1%} learned ({", ".join(counts)}), '
+            f'{n_document} documents, {n_padding / T:.1%} padding{wrong}')
+
+
+def draw_document(document, layouts, vocab, columns):
+    """-> lines: its name and positions, then its tokens and targets"""
+    runs = np.split(document.pos, np.flatnonzero(np.diff(document.pos) != 1) + 1)
+    positions = ', '.join(f'{run[0]} to {run[-1]}' for run in runs)
+    if document.is_padding():
+        return [f'{BOLD}padding{PLAIN}, positions {positions}']
+    name = f'{BOLD}document {document.doc[0]}{PLAIN}, positions {positions}, '
+    layout = next((layout for layout in layouts if fits(document.idx, layout, vocab)), None)
+    if layout:
+        name += layout.name
+    else:
+        name += f'{RED}! no document of {"+".join(layout.name for layout in layouts)}{PLAIN}'
+    fed, following = cells_of(document, vocab)
+    in_chunks = layout and layout.order == 'chunks'
+    return [name, *(grid(fed, following, layout, columns) if in_chunks else strip(fed, following, columns))]
+
+
+def cells_of(document, vocab):
+    """-> (text, colour) of each token that is fed, and of each that has to be predicted there"""
+    fed, following = [], []
+    is_target = np.append(False, document.target[:-1] >= 0)
+    for i, is_wrong in enumerate(document.is_wrong()):
+        mark, colour = ('+', GREEN) if is_target[i] else (' ', GREY)
+        if document.idx[i] != document.clean[i]:
+            mark, colour = '~', YELLOW
+        fed.append((spell(document.idx[i], vocab) + mark, colour))
+        if document.target[i] < 0:
+            following.append(('', PLAIN))
+            continue
+        mark, colour = LOOKS[document.stream[i]]
+        mark, colour = (mark + '!', RED) if is_wrong else (mark, colour)
+        following.append((spell(document.target[i], vocab) + mark, colour))
+    return fed, following
 
 
 def fits(ids, layout, vocab):
@@ -151,9 +200,8 @@ def fits(ids, layout, vocab):
     if layout.order != 'chunks':
         first = [vocab.control[slots[0].what] for slots in layout.slots.values()]
         return ids[0] in first
-    kinds = np.resize(
-        np.repeat([slot.kind == 'speech' for slot in layout.chunk], [slot.n for slot in layout.chunk]),
-        len(ids))
+    in_chunk = [slot.kind == 'speech' for slot in layout.chunk for _ in range(slot.n)]
+    kinds = np.resize(in_chunk, len(ids))
     control = np.isin(ids, list(vocab.control.values()))
     is_speech = (ids >= vocab.code_start) | (ids == vocab.control['<|silent_speech|>'])
     is_text = ~control & (ids < vocab.code_start) | (ids == vocab.control['<|silent_text|>'])

@@ -1,19 +1,19 @@
 """
-Dialogues of any system, or of two people, become conversations (measures/turns.py), and ours a folder for
-Full-Duplex-Bench.
+Dialogues of any system, or of two people, become conversations (measures/turns.py), and conversations become
+a folder for Full-Duplex-Bench. Files of one name, a.wav and a.jsonl, are one dialogue:
 
     a.wav       stereo, the user on channel user_channel; flac, ogg, mp3 likewise
-    a.jsonl     beside it, if there is one: turns, {"role": "user", "start_sec": 0.4, "end_sec": 1.9, "text": "Hello there."}, as
-                sample.py writes them, or words, {"role": "A", "start": 0.4, "end": 0.7, "word": "Hello"}
-    b.tsv       words without audio: role, start, end, word, with tabs between; .csv with commas, .txt with spaces
-    c.json      a list of such objects, or moshi-finetune's {"alignments": [["Hello", [0.4, 0.7], "SPEAKER_MAIN"], …]}
+    a.jsonl     turns: {"role": "user", "start_sec": 0.4, "end_sec": 1.9, "text": "Hello."}, as of sample.py,
+                or words: {"role": "A", "start": 0.4, "end": 0.7, "word": "Hello"}
+    a.tsv       words: role, start, end, word, with tabs between; .csv with commas, .txt with spaces
+    a.json      a list of such objects, or moshi-finetune's {"alignments": [["Hello", [0.4, 0.7], "A"], …]}
 
     words, or heard   ▓▓▓▓ ▓▓▓        ▓▓▓▓▓          ▓▓▓▓
-    turns             └──────┘ gap_sec └───┘   gap   └──┘       a gap shorter than gap_sec is a pause inside a turn
+    turns             └──────┘ gap_sec └───┘   gap   └──┘     a gap below gap_sec is a pause in a turn
 
-Who speaks when is taken from a role's words where there are words, else it is heard in its channel (and
-counts inside its turns only, where there are turns). A role of which the transcript has no row is heard, too:
-moshi-finetune has few words of the user. A voice that leaks into the other channel is heard there as well:
+Who speaks when is taken from a role's words. Where there are none, it is heard in the role's channel, and
+counts inside its turns if there are turns. A role without any row in the transcript is heard, too:
+moshi-finetune has few words of the user. A voice that leaks into the other channel is also heard there, so
 channels have to be clean, or transcribed.
 """
 import csv
@@ -39,7 +39,8 @@ WINDOW_HZ = 100                         # speech is looked for in windows of 10 
 SHORTEST_SEC = 0.1
 
 
-def read_conversations(folder, rate_hz=25.0, user_channel=0, gap_sec=0.5, user_name='user', assistant_name='assistant',
+def read_conversations(folder, rate_hz=25.0, user_channel=0, gap_sec=0.5, user_name='user',
+                       assistant_name='assistant',
          vad='webrtc', aggressiveness=2):
     """
     -> an iterator over the conversations in a folder, by name. Raises ValueError for what is in doubt:
@@ -181,7 +182,7 @@ def read_transcript(path, names, gap_sec, n_sec):
         {role: sorted(said, key=lambda word: word['start_sec']) for role, said in words.items()}, gap_sec)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # speech and silence
 
 def hear(wave, rate_hz, n_frame, vad='webrtc', aggressiveness=2):
@@ -224,7 +225,7 @@ def hear_energy(windows):
         np.median(np.sort(level_db)[-WINDOW_HZ:]) - 30, -60)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def samples_of(conversation):
     """Yields task, start, end, name of its annotation, that, and the frame from which the assistant's words
@@ -246,23 +247,26 @@ def samples_of(conversation):
 
 def export_full_duplex_bench(conversations, folder):
     """
-    Writes a new folder for the scripts of Full-Duplex-Bench v1, a sample per turn of the user. Returns {task:
-    samples}.
+    Writes a new folder for the scripts of Full-Duplex-Bench v1, with a sample for each turn of the user ->
+    {task: samples}.
 
-        smooth_turn_taking/1/turn_taking.json   [{text, timestamp}]: the end of the user's turn. The sample: from its start to the next turn
-        pause_handling/1/pause.json             [{text, timestamp}]: from and to, each pause in the turn. The sample: the turn
-        user_interruption/1/interrupt.json      [{context, interrupt, timestamp}]: the turn before, this one, from and to. The sample: from
-                           /                    the turn before to the turn after
-                           /input.wav           and output.wav: user and assistant, 16 kHz, where there is audio
-                           /output.json         {text, chunks: [{text, timestamp}]}: the assistant's words, after an interruption only those
-                           /transcription.json  [{text, timestamp}]: the user's words, where their times are known
-        samples.json                            which part of which conversation each sample is
+        smooth_turn_taking/1/   from the user's turn to the next one
+            turn_taking.json    [{text, timestamp}]: the end of the turn
+        pause_handling/1/       a turn with pauses
+            pause.json          [{text, timestamp}]: from and to, of each pause
+        user_interruption/1/    from the turn before to the turn after
+            interrupt.json      [{context, interrupt, timestamp}]: the turn before, this one, from and to
+        …/input.wav, output.wav     user and assistant, 16 kHz, where there is audio
+        …/output.json               {text, chunks: [{text, timestamp}]}: the assistant's words; after an
+                                    interruption only those
+        …/transcription.json        [{text, timestamp}]: the user's words, where their times are known
+        samples.json                which part of which conversation each sample is
 
-    Theirs to do: output.json, unless all of the assistant's words have times; their get_transcript/asr.py
-    makes it from output.wav. (Some would be worse than none: their scripts pass over samples without, and
-    would count only the silent ones.) The texts that their judge of interruptions reads are empty where turns
-    were only heard. Left out: backchannel, which is compared with people's timing on their own recordings,
-    and v1.5, which needs each dialogue with and without the overlap.
+    output.json is written only if all of the assistant's words have times; else their get_transcript/asr.py
+    makes it from output.wav. (If only some had it, their scripts would skip the others and count the silent
+    ones alone.) The texts that their judge of interruptions reads are empty where turns were only heard. Left
+    out: backchannels, which are compared with people's timing on their own recordings, and v1.5, which needs
+    each dialogue with and without the overlap.
     """
     conversations, counts, samples, part = list(conversations), {}, [], folder + '.part'
     if os.path.exists(folder):

@@ -295,7 +295,7 @@ def main():
     add('--url', required=True, help='of the endpoint, with /v1')
     add('--model', required=True, help='as the endpoint calls it')
     add('--judge_prompt', default=PROMPT, help='a text file: what the judge is told')
-    add('--out', default='out/judge', help='OUT.jsonl gets the scores, OUT_cache.jsonl what is not asked again')
+    add('--out', default='out/judge', help='OUT.jsonl gets the scores, OUT_cache.jsonl is the cache')
     add('--n_parallel', type=int, default=8, help='requests under way at once')
     add('--usd_per_m_in', type=float, default=0.0, help='price of a million tokens in')
     add('--usd_per_m_out', type=float, default=0.0, help='price of a million tokens out')

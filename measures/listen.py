@@ -1,14 +1,14 @@
 """
-Lets a model in training listen to some dialogues of the val set, so that one hears it learn.
+Lets a model in training answer some dialogues of val, so that one can hear it learn.
 
-    out/demo/report.html                        loss curves, the latest dialogues to be heard and seen, links to earlier ones
+    out/demo/report.html                        loss curves, the latest conversations, links to earlier ones
     out/demo/listen/step-000800-val-3.wav       the user left, the assistant right
-    out/demo/listen/step-000800-val-3.jsonl     what was said, a line a turn
+    out/demo/listen/step-000800-val-3.jsonl     what was said, a line for each turn
 
-train.py does this at each evaluation, on its first process; the others wait at their next all-reduce. Nothing
-that the
-run goes on with is touched: the model is a copy in the dtype of its matmuls, and draws no random number. So a
-run that listens ends bit for bit as one that does not.
+train.py does this at each evaluation, on its first process, while the others wait at their next all-reduce.
+It touches
+nothing that training goes on with: it decodes with a copy of the model and draws no random number. So a run
+that listens ends with the same weights, bit for bit, as one that does not.
 """
 import importlib.util
 import json
@@ -112,7 +112,8 @@ class Listener:
     def report(self, step, conversations):
         note = f'{self.cfg.stages} on {self.cfg.data}. Loss in nats a token.'
         if conversations:
-            note += f' Up to {LISTEN_SEC:.0f} s of {len(conversations)} dialogues of val: the user as the codec has them, the assistant as the model answers.'
+            note += (f' Up to {LISTEN_SEC:.0f} s of {len(conversations)} dialogues of val: '
+                     'the user as the codec has them, the assistant as the model answers.')
         links = []
         for path in sorted(Path(self.cfg.out_dir, 'listen').glob('step-*.jsonl')):
             _, at, name = path.stem.split('-', 2)

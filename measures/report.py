@@ -1,12 +1,10 @@
 """
-A page to see and hear conversations on: figures and plots on top, below each dialogue with a player. One
-file, opens offline.
+A page to see and hear conversations on: figures and plots on top, below them each dialogue with a player. It
+is one file, which opens offline.
 
     from measures import report
-    report.write('report.html', 'out/demo on data/demo, test', conversations, outcomes=[turns.assess(c) for c in
-    conversations],
-                 figures=[('answers within 400 ms', '97 %', '68 %')], curves={'train text': [(50, 2.7), (100,
-                 0.2)]})
+    report.write('report.html', 'out/demo on data/demo', conversations, list(map(assess, conversations)),
+                 figures=[('answers within 400 ms', '97 %', '68 %')], curves={'train text': [(50, 2.7)]})
 
     |> 1.9 / 7.9 s
             0 s            1 s            2 s            3 s
@@ -214,7 +212,9 @@ def table(figures):
     rows = ''.join(f'<tr><th scope="row">{html.escape(label)}</th>{cells(values[:1 + has_theirs])}</tr>'
                    for label, *values in figures)
     head = '<th scope="col">ours</th>' + '<th scope="col">theirs</th>' * has_theirs
-    return f'<table><thead><tr><th scope="col">figure</th>{head}</tr></thead><tbody>{rows}</tbody></table>' if figures else ''
+    if not figures:
+        return ''
+    return f'<table><thead><tr><th scope="col">figure</th>{head}</tr></thead><tbody>{rows}</tbody></table>'
 
 
 def write(path, title, conversations, outcomes=None, figures=None, curves=None, note='', links=()):

@@ -21,7 +21,7 @@ A conversation is a dict, the same for a checkpoint, another system, or two peop
 
     id, rate_hz, n_frame    all times below are whole frames at rate_hz
     turns                   [role, start, end (exclusive), text, words where known], by start
-    speaks                  user, assistant -> bool [n_frame]: who makes a sound; pauses within turns are False
+    speaks                  user, assistant -> bool [n_frame]: who makes a sound, pauses left out
     expected                the assistant's turns in the reference; None where there is no reference
     wave, sample_rate       float32 [n_sample, 2], user left, assistant right; or None
     chunk_frames            frames a chunk; 0: it was not made in chunks
@@ -55,8 +55,8 @@ def conversation(id, rate_hz, user, decoded, silence_codes, chunk_frames=0, expe
     for turn in turns:
         frames = slice(turn['start'], turn['end'])
         speaks[turn['role']][frames] = ~np.isin(decoded[turn['role']][frames], silence_codes)
-    return dict(id=id, rate_hz=rate_hz, n_frame=n_frame, turns=turns, speaks=speaks, expected=expected, wave=wave,
-                sample_rate=sample_rate, chunk_frames=chunk_frames)
+    return dict(id=id, rate_hz=rate_hz, n_frame=n_frame, turns=turns, speaks=speaks, expected=expected,
+                wave=wave, sample_rate=sample_rate, chunk_frames=chunk_frames)
 
 
 def stretches(speaks, rate_hz, join_sec=JOIN_SEC):
@@ -75,7 +75,7 @@ def user_turns(conversation, said):
     not."""
     turns = [dict(turn) for turn in conversation['turns'] if turn['role'] == 'user']
     patience = round(PATIENCE_SEC * conversation['rate_hz'])
-    for turn, following in reversed(list(zip(turns, turns[1:]))):   # backwards: joined turns can be joined again
+    for turn, following in reversed(list(zip(turns, turns[1:]))):   # backwards: they can be joined again
         has_spoken = any(start < following['start'] and end > turn['end'] for start, end in said)
         is_close = following['start'] - turn['end'] < patience
         if conversation['expected'] is None and is_close and not has_spoken:
@@ -119,7 +119,7 @@ def assess_turn(conversation, turn, until, said, speaks):
     bool."""
     rate_hz, n_frame, expected = (conversation[key] for key in ('rate_hz', 'n_frame', 'expected'))
     start, end, patience = turn['start'], turn['end'], round(PATIENCE_SEC * rate_hz)
-    sounding = next(((a, b) for a, b in said if a < start < b), None)      # the stretch in which the user begins
+    sounding = next(((a, b) for a, b in said if a < start < b), None)     # in which the user begins
     kind = kind_of(turn, sounding, expected, rate_hz)
     begun = [(a, b) for a, b in said if start < a < end]
     early = next(((a, b) for a, b in begun if a >= end - round(OVERLAP_SEC * rate_hz) and b > end), None)

@@ -1,17 +1,20 @@
 """
 Are the words right: error rates of what the model hears and says.
 
-    the turn's codes ─► its own ASR ─► text, against the turn's                 asr_user, asr_assistant
-    the turn's text ─► its TTS ─► codes ─► its own ASR ─► text, likewise        tts_assistant; asr_assistant is the same ear on true codes
-                                       └─► codec ─► Whisper ─► text, likewise   tts_assistant_whisper, beside asr_assistant_whisper
+    asr_user, asr_assistant     the turn's codes ─► the model's ASR ─► text, compared with the turn's
+    tts_assistant               the turn's text ─► the model's TTS ─► codes ─► its ASR ─► text, likewise
+    tts_assistant_whisper       … its TTS ─► codes ─► codec ─► Whisper ─► text, likewise
 
-    model, vocab, codec, info = load_checkpoint('out/align')        # train.py config/demo.py --stages=asr+tts.assistant:400
+asr_assistant, and asr_assistant_whisper, are the yardsticks of the last two: the same ears on the recorded
+codes.
+
+    model, vocab, codec, info = load_checkpoint('out/align')
     figures = alignment(model, vocab, codec, dialogues, tts=['assistant'], text_weight=info.text_weight)
-    figures['asr_user']['wer'], figures['asr_user']['pairs'][0]                 # a share, (what was said, what was heard)
+    figures['asr_user']['wer'], figures['asr_user']['pairs'][0]     # a rate; (what was said, what was heard)
 
 Texts are compared as in Whisper's paper (arXiv 2212.04356, appendix C): by its normaliser, then jiwer.
-Chinese, Japanese and others that put no spaces between words are counted in characters. pip install jiwer
-whisper-normalizer; for Whisper transformers soxr.
+Languages that put no spaces between words, such as Chinese and Japanese, are counted in characters. pip
+install jiwer whisper-normalizer; for Whisper transformers soxr.
 """
 import math
 import os
@@ -56,7 +59,7 @@ def error_rate(references, hypotheses, language='en'):
     return figures
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the model's own ASR and TTS
 
 @torch.inference_mode()
@@ -173,7 +176,7 @@ def alignment(model, vocab, codec, dialogues, asr=ROLES, tts=ROLES, whisper=None
     return figures
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Whisper
 
 @cache

@@ -71,7 +71,7 @@ def turns(record):
     return [(turn['role'], turn['start'], turn['end'], turn['text']) for turn in record['turns']]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # manifest
 
 def test_rows_of_all_names_become_utterances_and_bad_ones_are_named(tmp_path, prepare, small_codec):
@@ -124,7 +124,7 @@ def test_data_list_of_wenet(prepare):
     assert sorted(len(record['user']) for record in records.values()) == [108, 219]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # moshi-finetune
 
 def test_moshi_words_become_turns_at_pauses(tmp_path, prepare, small_codec):
@@ -155,7 +155,7 @@ def test_moshi_words_become_turns_at_pauses(tmp_path, prepare, small_codec):
     assert (records['stereo/a']['user'] == small_codec.encode(assistant)).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # lhotse
 
 SAID = [('user', 0.2, 0.8, 'Hi <|0|> there <|3|>'), ('agent', 1.2, 0.6, 'Hello.')]
@@ -397,7 +397,7 @@ def test_stereo_fixture_of_lhotse(prepare, tmp_path):
         ('user', 12, 20, 'right')] and len(records['s']['user']) == np.ceil(n_sec * 25)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # codes
 
 def slam_row(index, number, tokens, **more):

@@ -76,7 +76,7 @@ def edit(path, **changes):
     content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in content.items() if v is not ...})) # ...: to be left out
 
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # equal to transformers
 
 @torch.no_grad()
@@ -154,7 +154,7 @@ def test_older_and_sharded_folders_load(tmp_path):
     idx = tokens(1, 24)
     assert (Qwen2.from_pretrained(tmp_path)(idx) - hf(idx).logits).abs().max() < 1e-4
 
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # equal to itself
 
 @torch.no_grad()
@@ -466,7 +466,7 @@ def test_grown_rows(how, tie):
         model.grow(4480, list(range(4352, 4480)), 240, how='middle')
 
 
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the loss
 
 def head_and_rows(n, n_vocab=300, n_embd=32, dtype=torch.float32):
@@ -560,7 +560,7 @@ def test_logits_never_exist_whole():
             in_chunks(x, head, targets, weights, chunk)
         assert largest.size == size, chunk
 
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def test_flops_of_qwen2_half_a_billion():
     """
@@ -573,7 +573,7 @@ def test_flops_of_qwen2_half_a_billion():
     assert model.flops_per_token(learned_share=12 / 22, mean_keys=4096) == pytest.approx(3.662e9, rel=1e-3)
     assert model.n_param() == 24 * (14_909_440 + 896 + 256 + 2 * 896) + 156_160 * 896 + 896
 
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # mistakes end in one sentence
 
 def break_config(**changes):

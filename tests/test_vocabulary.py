@@ -177,7 +177,7 @@ def test_qwen2(tmp_path):
     vocab.save(tmp_path / 'b')
     check_saved(vocab, tmp_path)
 
-# -----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # mistakes end in one sentence
 
 @pytest.mark.parametrize('change, message', [

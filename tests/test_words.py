@@ -49,7 +49,7 @@ def vocab(small_tokenizer):
     return Vocabulary.load(small_tokenizer, CODEC['n_codes'])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def test_error_rate_by_hand():
     """the CAT sat on the mat. | the cat sat on mat     one deletion of 6
@@ -94,7 +94,7 @@ def test_what_is_not_installed_is_named(package, monkeypatch):
         words.load_whisper('x', 'cpu') if package == 'transformers' else error_rate(['a'], ['a'])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def read_whole(model, prompt, n_most):
     """As complete should: no cache, no batch, every id scored, the allowed compared."""
@@ -232,7 +232,7 @@ def test_an_alignment_checkpoint_learns_its_data_by_heart(tmp_path, small_codec,
         name: [pair for pair in each['pairs'] if pair[0] != pair[1]] for name, each in found.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def test_long_waves_are_cut_where_it_is_quiet():
     """1,000 samples of noise with silence from 880 to 910, cut into at most 900: at 890 to 900, wherever else

@@ -2,21 +2,21 @@
 Ready speech codes become dialogues: rows as SLAM-Omni publishes them (worstchan/…-SLAM-Omni), made with
 CosyVoice at 50 Hz.
 
-    {"split_name": "identity", "index": 2, "round": 2, "source_text": "USER: … ASSISTANT: … <USER>: Wow,
-    that's a lot!",
-     "source_wav": "audio/audio_2.wav", "target_text": "Yes, it certainly is!", "target_token": [745, 545,
-     203, …]}
+    {"split_name": "identity", "index": 2, "round": 2, "source_text": "USER: … <USER>: Wow, a lot!",
+     "source_wav": "audio/audio_2.wav", "target_text": "Yes, it certainly is!", "target_token": [745, 545, …]}
 
-    user       ▓ round 1 ▓                    ▓ round 2 ▓                      where every round of an index has the user's codes or audio:
-    assistant             ▓ target_token ▓ gap            ▓ target_token ▓     a dialogue of two channels
-    assistant  ▓ target_token ▓                                                else a one-sided utterance for each row
+    user       ▓ round 1 ▓                    ▓ round 2 ▓
+    assistant             ▓ target_token ▓ gap            ▓ target_token ▓
 
-    python -m codec s3 --variant=v1_50hz --silence_codes=230,440,491 --out=codecs/s3_50hz          the codes' description, no checkpoint
+An index whose rounds all have the user's codes or audio becomes a dialogue of two channels. Of any other
+index each row becomes a one-sided utterance of the assistant.
+
+    python -m codec s3 --variant=v1_50hz --silence_codes=230,440,491 --out=codecs/s3_50hz
     python data/codes/prepare.py rows.jsonl --codec=codecs/s3_50hz --out=data/slam --one_sided
-    python data/codes/prepare.py rows.jsonl --codec=codecs/s3 --audio_dir=. --out=data/slam        the user's audio is encoded, by that codec
+    python data/codes/prepare.py rows.jsonl --codec=codecs/s3 --audio_dir=. --out=data/slam
 
 Nothing in a row says which codec made it: give the right one. Codes that it doesn't have are refused, but
-those of another rate look alike.
+codes of another rate look the same.
 """
 import json
 import os

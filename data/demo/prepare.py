@@ -2,14 +2,14 @@
 Spoken questions and answers to learn from, made on the spot: espeak-ng reads them in some eighty voices, a
 codec learns to write down what they say, and out come dialogues on two channels.
 
-    user       ░░ What is two plus three? ░░                               ░░ Tell me the capital of Peru. ░░
-    assistant                               ▓▓ Two plus three is five. ▓▓                                     ▓▓ The capital …
+    user       ░░ What is two plus three? ░░                               ░░ Tell me a joke. ░░
+    assistant                               ▓▓ Two plus three is five. ▓▓                       ▓▓ I only …
 
-The user has one voice a dialogue, over noise; the assistant always the same one, and it answers at once. In
-some dialogues the user barges in, and the assistant stops. The voices of test.arrow and val.arrow are heard
-nowhere else: not by the codec, nor in training.
+The user has one voice a dialogue, with noise under it. The assistant always has the same voice, and answers
+at once. In some dialogues the user interrupts, and the assistant stops. The voices of test.arrow and
+val.arrow are heard nowhere else, neither by the codec nor in training.
 
-    python data/demo/prepare.py                                               writes into its own folder, in a minute on two cores
+    python data/demo/prepare.py                         # into its own folder, in half a minute on two cores
     python data/demo/prepare.py --say='What is the capital of France?' --wav=question.wav --voice=linda
 """
 import argparse

@@ -1,21 +1,24 @@
 """
-Lhotse cuts become dialogues, or one-sided utterances; a supervision is a turn. Which of the two a cut is, it
-says itself:
+Lhotse cuts become dialogues, or one-sided utterances. Each supervision is a turn. What a cut becomes depends
+on it:
 
-    with target_audio (NeMo speechlm2's duplex cuts)      user: recording        assistant: target_audio      by supervision.speaker
-    of two channels, as telephone corpora                 user: --user_channel   assistant: the other         by supervision.channel
-    of one channel                                        one-sided, --role says whose
+    a cut                                               user              assistant      roles of turns by
+    with target_audio (NeMo speechlm2's duplex cuts)    recording         target_audio   supervision.speaker
+    of two channels, as telephone corpora have          --user_channel    the other      supervision.channel
+    of one channel                                      one-sided: --role says whose it is
 
-    cuts.jsonl.gz (or .json)                                                  a cut a line, as Lhotse writes it, or as NeMo's documentation
-    recordings.jsonl.gz --supervisions=supervisions.jsonl.gz                  prints it: "path" for "sources", no "type"
-    folder/cuts.000000.jsonl.gz recording.000000.tar target_audio.000000.tar  Lhotse Shar: give the folder
+    cuts.jsonl.gz (or .json)                                    a cut a line
+    recordings.jsonl.gz --supervisions=supervisions.jsonl.gz
+    folder/cuts.000000.jsonl.gz recording.000000.tar …          Lhotse Shar: give the folder
+
+Cuts may be as Lhotse writes them, or as NeMo's documentation prints them: "path" for "sources", no "type".
 
     python data/lhotse/prepare.py duplex/cuts.jsonl.gz --codec=codecs/s3 --out=data/duplex
     python data/lhotse/prepare.py fisher_shar --user_channel=0 --codec=codecs/s3 --out=data/fisher
 
-Lhotse parses the manifests: pip install 'lhotse>=1.30,!=1.33.0'. The audio is read here: Lhotse resamples
-with torchaudio where that is installed and with scipy elsewhere, to other samples; and it would run a source
-of type "command" in a shell. Only files are read, no commands and no URLs.
+Lhotse parses the manifests: pip install 'lhotse>=1.30,!=1.33.0'. The audio is read here, for two reasons.
+Lhotse resamples with torchaudio where it is installed and with scipy elsewhere, to other samples. And it
+would run a source of type "command" in a shell; here only files are read, no commands and no URLs.
 """
 import functools
 import glob
@@ -42,7 +45,7 @@ def import_lhotse():
     return lhotse
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the cuts, without their audio
 
 def list_items(path, supervisions=None):
@@ -112,7 +115,7 @@ def list_shard(folder, cuts):
         yield cut_id, (where, json.dumps(cut), tars)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # one cut
 
 def read(item, codec, args):

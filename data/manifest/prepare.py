@@ -1,16 +1,17 @@
 """
-Audio with its text, a row each, becomes one-sided utterances: what the alignment stage (ASR, TTS) learns
-from.
+Audio with its text, a row each, becomes one-sided utterances, from which the alignment stage (ASR, TTS)
+learns.
 
-    {"audio": "a/1.wav", "text": "Hello there."}                                         BLSP, and most others ("transcript" too)
-    {"key": "u1", "wav": "a/1.wav", "txt": "Hello there."}                               wenet, its data.list
-    {"audio_filepath": "a/1.wav", "offset": 3.2, "duration": 1.5, "text": "Hello."}      NeMo: a piece of a file; wenet: start, end
+    {"audio": "a/1.wav", "text": "Hello there."}                BLSP and most others; "transcript", too
+    {"key": "u1", "wav": "a/1.wav", "txt": "Hello there."}      wenet's data.list
+    {"audio_filepath": "a/1.wav", "offset": 3.2, "duration": 1.5, "text": "Hello."}
+        NeMo: a piece of a file; wenet says start and end for the same
 
     python data/manifest/prepare.py train.jsonl --codec=codecs/s3 --out=data/libri
-    python data/manifest/prepare.py data.list --audio_dir=wavs --role=assistant --codec=codecs/s3 --out=data/voice
+    python data/manifest/prepare.py data.list --role=assistant --codec=codecs/s3 --out=data/tts
 
-An utterance is the user's as a rule (ASR); --role=assistant for a voice that the model is to have (TTS). Rows
-may be gzipped.
+An utterance is the user's by default (ASR); --role=assistant is for a voice that the model is to have (TTS).
+The file of rows may be gzipped.
 """
 import os
 from functools import partial

@@ -1,9 +1,9 @@
 """
-Folders as kyutai's moshi-finetune reads them become dialogues of two channels.
+Folders in the form of kyutai's moshi-finetune become dialogues of two channels.
 
-    data.jsonl         {"path": "stereo/a.wav", "duration": 24.5}                       paths start at the folder of data.jsonl
-    stereo/a.wav       left: the assistant (Moshi), right: the user
-    stereo/a.json      {"alignments": [["Hello", [0.1, 0.5], "SPEAKER_MAIN"], …]}       the assistant's words, rarely the user's too
+    data.jsonl      {"path": "stereo/a.wav", "duration": 24.5}; paths start at the folder of data.jsonl
+    stereo/a.wav    left: the assistant (Moshi), right: the user
+    stereo/a.json   {"alignments": [["Hello", [0.1, 0.5], "SPEAKER_MAIN"], …]}; rarely the user's words
 
     words    Hello there.      Well, yes.
              ├──────────┤ gap  ├────────┤        a pause longer than --gap_sec ends a turn
@@ -11,8 +11,8 @@ Folders as kyutai's moshi-finetune reads them become dialogues of two channels.
 
     python data/moshi_finetune/prepare.py data.jsonl --codec=codecs/s3 --out=data/talk
 
-Without the user's words the user's channel has its audio but no turns: all that duplex training needs, while
-the layouts of whole turns (asr, half_duplex) see the assistant only.
+Without the user's words the user's channel has its audio but no turns. Duplex training needs no more; the
+layouts by turns (asr, half_duplex) then see the assistant only.
 """
 import json
 import math

@@ -195,8 +195,8 @@ def check(dialogue, n_codes):
     n_user, n_assistant = map(len, channels.values())
     if n_user != n_assistant and n_user and n_assistant:
         raise ValueError(f'{name}: channels of unequal length, user {n_user} frames and assistant '
-                         f'{n_assistant}; cut or pad them to one clock (a one-sided utterance leaves the '
-                         'other empty)')
+                         f'{n_assistant}; cut or pad them to one clock (a one-sided utterance leaves '
+                         'the other empty)')
     check_turns(name, dialogue['turns'], {role: len(codes) for role, codes in channels.items()})
 
 

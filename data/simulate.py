@@ -43,7 +43,7 @@ import numpy as np
 
 from common.audio import read_audio, write_audio
 from data import tokenise
-from data.tts import HAN, SAMPLE_RATE, CosyVoice, Espeak, noises
+from data.tts import HAN, SAMPLE_RATE, CosyVoice, Espeak, add_noise, noises
 from flatten import ROLES
 
 LEVEL = 0.05                    # root mean square of every voice, -26 dB
@@ -439,16 +439,16 @@ def read_noise(path):
     return read_audio(path, SAMPLE_RATE, channel=0)
 
 
-def add_noise(wave, plan, bank):
-    """bank: waves, or paths of files. One of them, from some place on and over again, so far below a voice as
-    the plan says."""
+def with_noise(wave, plan, bank):
+    """bank: waves, or paths of files. Adds one of them, from some place on and over again, as loud as the
+    plan says."""
     noise = bank[int(plan['noise'][0] * len(bank))]
     name, noise = (noise, read_noise(noise)) if isinstance(noise, str) else ('noise', noise)
     piece = np.resize(np.roll(noise, -int(plan['noise'][1] * len(noise))), len(wave))
     power = np.mean(piece ** 2)
     if power == 0:
         raise ValueError(f'{name} is silent for {len(wave) / SAMPLE_RATE:.0f} s')
-    return wave + piece * np.float32(LEVEL / np.sqrt(power) / 10 ** (plan['snr_db'] / 20))
+    return add_noise(wave, piece, plan['snr_db'], LEVEL ** 2, power)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -547,20 +547,20 @@ def main(argv=None):
     tts, voices = pick_voices(args)
     bank = find(args.noise, ('.wav', '.flac')) if args.noise else noises()
 
-    def read(what, codec):
+    def read_recording(what, codec):
         import soxr
         id, texts = what
         plan = make_plan(id, len(texts) // 2, tts, voices, args)
         rate, hop = (codec.sample_rate, round(SAMPLE_RATE / codec.rate_hz)) if codec else (SAMPLE_RATE, 1)
         user, assistant, turns = simulate(texts, plan, tts, args, hop)
         return tokenise.Recording(
-            *(soxr.resample(wave, SAMPLE_RATE, rate) for wave in (add_noise(user, plan, bank), assistant)),
+            *(soxr.resample(wave, SAMPLE_RATE, rate) for wave in (with_noise(user, plan, bank), assistant)),
             turns)
 
     if args.wav:
         os.makedirs(args.out, exist_ok=True)
         for id, texts in list(items.items())[:args.wav]:
-            recording, path = read((id, texts), None), os.path.join(args.out, id)
+            recording, path = read_recording((id, texts), None), os.path.join(args.out, id)
             write_audio(path + '.wav', np.stack([recording.user, recording.assistant], 1), SAMPLE_RATE)
             with open(path + '.txt', 'w', encoding='utf-8') as file:
                 file.writelines(f'{turn["start_sec"]:7.2f} {turn["end_sec"]:7.2f}  {turn["role"]:9}  '
@@ -573,7 +573,7 @@ def main(argv=None):
     recipe = {key: value for key, value in vars(args).items() if key not in no_matter} | dict(
         user_voices=voices, n_noise=len(bank), texts=hashlib.sha256(
             json.dumps(items).encode()).hexdigest()[:16])
-    tokenise.run({id: (id, texts) for id, texts in items.items()}, read, args, recipe)
+    tokenise.run({id: (id, texts) for id, texts in items.items()}, read_recording, args, recipe)
 
 
 if __name__ == '__main__':

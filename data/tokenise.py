@@ -51,96 +51,100 @@ class Recording(NamedTuple):
 def arguments(doc):
     """The settings that every prepare.py has."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--out', required=True, help='data folder to write')
-    parser.add_argument('--codec', required=True, help='folder with codec.json: data/demo, codecs/s3')
-    parser.add_argument('--tokenizer', help='folder of a BPE to put beside the data; only a model trained '
-                                            'from nothing needs it there')
-    parser.add_argument('--val_share', type=float, default=0.01, help='of the recordings, by a hash of their '
-                                                                      'id (0.01: as in the paper)')
-    parser.add_argument('--test_share', type=float, default=0.01)
-    parser.add_argument('--part', type=int, default=256, help='recordings a part: what a kill can cost (256)')
-    parser.add_argument('--batch_sec', type=float, default=600.0, help='of audio that are encoded at once '
-                                                                       '(600)')
-    parser.add_argument('--n_thread', type=int, default=4, help='that read files meanwhile (4)')
-    parser.add_argument('--max_mismatch_sec', type=float, default=0.1, help='by which the channels of a '
-                                                                            'recording may differ; more is '
-                                                                            'skipped (0.1)')
-    parser.add_argument('--device', default='auto', help='for the codec')
-    parser.add_argument('--seed', type=int, default=0, help='of the split')
+    add = parser.add_argument
+    add('--out', required=True, help='data folder to write')
+    add('--codec', required=True, help='folder with codec.json: data/demo, codecs/s3')
+    add('--tokenizer', help='folder of a BPE to put beside the data, for models trained from nothing')
+    add('--val_share', type=float, default=0.01, help='of the recordings, by a hash of their id (0.01)')
+    add('--test_share', type=float, default=0.01, help='likewise (0.01)')
+    add('--part', type=int, default=256, help='recordings a part: what a kill can cost (256)')
+    add('--batch_sec', type=float, default=600.0, help='seconds of audio that are encoded at once (600)')
+    add('--n_thread', type=int, default=4, help='threads that read files meanwhile (4)')
+    add('--max_mismatch_sec', type=float, default=0.1,
+        help='a recording whose channels differ by more in length is skipped (0.1)')
+    add('--device', default='auto', help='for the codec')
+    add('--seed', type=int, default=0, help='of the split')
     return parser
 
 
-def run(items, read, args, recipe):
+def run(items, read_recording, args, settings):
     """
-    items: id -> what read takes; read(what, codec) -> Recording. recipe: the settings, as JSON, that change
-    what read gives. Writes args.out. Raises ValueError where it holds another data set, or nothing could be
-    read. read runs in threads; what it raises as ValueError or OSError skips that recording.
+    items: id -> what read_recording takes; read_recording(what, codec) -> Recording. settings: those, as
+    JSON, that change what read_recording gives. Writes args.out. Raises ValueError where it holds another
+    data set, or nothing could be read. read_recording runs in threads; a ValueError or OSError from it skips
+    that recording.
     """
-    if min(args.part, args.n_thread, args.batch_sec) <= 0 or min(
-            args.val_share, args.test_share) < 0 or args.val_share + args.test_share >= 1:
+    shares = args.val_share, args.test_share
+    if min(args.part, args.n_thread, args.batch_sec) <= 0 or min(shares) < 0 or sum(shares) >= 1:
         raise ValueError('--part, --n_thread and --batch_sec have to be above 0, --val_share and '
                          '--test_share from 0 to below 1 together')
     if not items:
         raise ValueError('there is nothing to prepare: no recordings were found')
-    rank = int(os.environ.get('RANK', 0))
     codec = load_codec(args.codec)
     device = pick_device(args.device)
     codec.device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if device.type == 'cuda' else device
     ids = list(items)
-    parts = [ids[at:at + args.part] for at in range(0, len(ids), args.part)]
-    about = dict(recipe, codec=codec.describe(), part=args.part, seed=args.seed, val_share=args.val_share,
-                 test_share=args.test_share, max_mismatch_sec=args.max_mismatch_sec, n_item=len(ids),
-                 ids=hashlib.sha256('\n'.join(ids).encode()).hexdigest()[:16])
+    recipe = dict(settings, codec=codec.describe(), part=args.part, seed=args.seed, val_share=args.val_share,
+                  test_share=args.test_share, max_mismatch_sec=args.max_mismatch_sec, n_item=len(ids),
+                  ids=hashlib.sha256('\n'.join(ids).encode()).hexdigest()[:16])
     marker, folder = os.path.join(args.out, 'prepared.json'), os.path.join(args.out, 'parts')
-    if is_prepared(marker, about):
+    if is_prepared(marker, recipe):
         return print(f'{args.out} is prepared already')
     os.makedirs(folder, exist_ok=True)
-    if not is_prepared(os.path.join(folder, 'recipe.json'), about):
-        # every process writes it, each through a file of its own
-        with whole(os.path.join(folder, 'recipe.json'), f'.{os.getpid()}.part') as part, open(part,
-                                                                                              'w') as file:
-            json.dump(dict(recipe=about), file)
+    recipe_path = os.path.join(folder, 'recipe.json')
+    if not is_prepared(recipe_path, recipe):    # every process writes it, each through a file of its own
+        with whole(recipe_path, f'.{os.getpid()}.part') as part, open(part, 'w') as file:
+            json.dump(dict(recipe=recipe), file)
+    parts = [ids[at:at + args.part] for at in range(0, len(ids), args.part)]
+    with ThreadPoolExecutor(args.n_thread) as pool, open(os.path.join(args.out, '.lock'), 'w') as lock:
+        def make(number, path):
+            return make_part(path, parts[number], items, read_recording, codec, args, pool)
 
-    progress, lock = Progress(len(parts)), open(os.path.join(args.out, '.lock'), 'w')
-    with ThreadPoolExecutor(args.n_thread) as pool:
-        while not os.path.exists(marker):
-            missing = missing_parts(folder, len(parts))
-            if not missing:
-                with Claim(lock, len(parts)) as is_mine:
-                    if is_mine and not os.path.exists(marker):
-                        finish(args, about, codec, ids, len(parts))
-                continue
-            # each begins elsewhere; what is taken already is passed over
-            first = rank * len(missing) // int(os.environ.get('WORLD_SIZE', 1))
-            n_done = 0
-            for number in missing[first:] + missing[:first]:
-                path = os.path.join(folder, f'{number:06d}.arrow')
-                with Claim(lock, number) as is_mine:
-                    if is_mine and not os.path.exists(path) and not os.path.exists(marker):
-                        sec = make_part(path, parts[number], items, read, codec, args, pool)
-                        n_done += 1
-                        if rank == 0:
-                            progress.show(sec, len(parts) - len(missing_parts(folder, len(parts))))
-            if not n_done:
-                time.sleep(0.5)     # others hold what is left; should one of them die, its lock is free
+        def finish_all():
+            finish(args, recipe, codec, ids, len(parts))
+        work_on_parts(len(parts), folder, marker, lock, make, finish_all)
 
 
-def is_prepared(path, about):
+def work_on_parts(n_part, folder, marker, lock, make, finish):
+    """Makes the parts that nobody holds, again and again until all are there; then one process finishes."""
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    progress = Progress(n_part)
+    while not os.path.exists(marker):
+        missing = missing_parts(folder, n_part)
+        if not missing:
+            with Claim(lock, n_part) as is_mine:
+                if is_mine and not os.path.exists(marker):
+                    finish()
+            continue
+        first, n_done = rank * len(missing) // world_size, 0    # each process begins elsewhere
+        for number in missing[first:] + missing[:first]:
+            path = os.path.join(folder, f'{number:06d}.arrow')
+            with Claim(lock, number) as is_mine:
+                if is_mine and not os.path.exists(path) and not os.path.exists(marker):
+                    sec = make(number, path)
+                    n_done += 1
+                    if rank == 0:
+                        progress.show(sec, n_part - len(missing_parts(folder, n_part)))
+        if not n_done:
+            time.sleep(0.5)     # others hold what is left; if one of them dies, its lock is free
+
+
+def is_prepared(path, recipe):
+    """Was it made by this recipe? Raises ValueError if by another."""
     if not os.path.exists(path):
         return False
-    before = read_json(path)['recipe']
-    if before != json.loads(json.dumps(about)):
-        changed = ', '.join(key for key in sorted(before.keys() | about.keys())
-                            if before.get(key) != json.loads(json.dumps(about.get(key))))
-        raise ValueError(f'{os.path.dirname(path)} was made from other material or settings ({changed}); '
-                         'choose another --out, or delete it')
+    before, recipe = read_json(path)['recipe'], json.loads(json.dumps(recipe))
+    if before != recipe:
+        changed = [key for key in sorted(before.keys() | recipe.keys()) if before.get(key) != recipe.get(key)]
+        raise ValueError(f'{os.path.dirname(path)} was made from other material or settings '
+                         f'({", ".join(changed)}); choose another --out, or delete it')
     return True
 
 
 class Claim:
-    """A lock on byte `number` of a file, held in a with block: whether it could be had. The system frees it
-    when its process ends, however it ends; POSIX locks work across machines on file systems that support them
-    (NFS 4, Lustre)."""
+    """Tries to lock byte `number` of a file for a with block, which gets whether it worked. The system frees
+    the lock when its process ends, however it ends. POSIX locks work across machines on file systems that
+    support them (NFS 4, Lustre)."""
 
     def __init__(self, file, number):
         self.file, self.number = file, number
@@ -149,8 +153,7 @@ class Claim:
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self.number)
             return True
-        # another process has it; which of the two is the system's choice
-        except (BlockingIOError, PermissionError):
+        except (BlockingIOError, PermissionError):      # another process has it
             self.file = None
             return False
 
@@ -184,11 +187,11 @@ class Progress:
 # ------------------------------------------------------------------------------------------------------------
 # one part
 
-def make_part(path, ids, items, read, codec, args, pool):
+def make_part(path, ids, items, read_recording, codec, args, pool):
     """Reads, encodes and writes the recordings of a part. Returns the seconds of them."""
     def read_one(id):
         try:
-            return id, fit(read(items[id], codec), codec, args.max_mismatch_sec)
+            return id, fit(read_recording(items[id], codec), codec, args.max_mismatch_sec)
         except (ValueError, OSError) as error:
             return id, str(error)
 
@@ -314,16 +317,16 @@ def split_ids(ids, val_share, test_share, seed):
     return splits | dict.fromkeys(order[:n_val], 'val') | dict.fromkeys(order[n_val:n_val + n_test], 'test')
 
 
-def finish(args, about, codec, ids, n_part):
+def finish(args, recipe, codec, ids, n_part):
     """The parts become the data set, a table of it is printed."""
-    read, skipped, lost_turns = [], [], 0
+    tables, skipped, lost_turns = [], [], 0
     for number in range(n_part):
         table = pa.ipc.open_file(pa.memory_map(os.path.join(args.out, 'parts',
                                                             f'{number:06d}.arrow'))).read_all()
         notes = json.loads(table.schema.metadata[b'nanoduplex'])
         skipped += notes['skipped']
         lost_turns += notes['lost_turns']
-        read.append(table)
+        tables.append(table)
     if len(skipped) == len(ids):
         shutil.rmtree(os.path.join(args.out, 'parts'))      # so that the same command tries again
         raise ValueError(f'none of the {len(ids)} recordings could be read; the first, {skipped[0]["id"]}: '
@@ -337,7 +340,7 @@ def finish(args, about, codec, ids, n_part):
         for split in ('train', 'val', 'test'):
             path = all_appear.enter_context(whole(os.path.join(args.out, f'{split}.arrow')))
             with pa.OSFile(path, 'wb') as sink, pa.ipc.new_file(sink, schema) as writer:
-                for table in read:
+                for table in tables:
                     chosen = table.filter(
                         pa.array([splits[id] == split for id in table['id'].to_pylist()], pa.bool_()))
                     counts.add(split, chosen)
@@ -357,7 +360,7 @@ def finish(args, about, codec, ids, n_part):
     if skipped:
         print(f'{len(skipped)} recordings were skipped, {os.path.join(args.out, "skipped.jsonl")} says why; '
               f'the first, {skipped[0]["id"]}: {skipped[0]["reason"]}')
-    write_json(os.path.join(args.out, 'prepared.json'), dict(recipe=about, **table))
+    write_json(os.path.join(args.out, 'prepared.json'), dict(recipe=recipe, **table))
     shutil.rmtree(os.path.join(args.out, 'parts'))
     os.remove(os.path.join(args.out, '.lock'))
 

@@ -146,6 +146,11 @@ class CosyVoice:
         return wave[first:end], None
 
 
+def add_noise(wave, noise, snr_db, speech_power, noise_power=1.0):
+    """wave, with noise of the same length so far below a voice of speech_power (mean squares)"""
+    return wave + noise * np.float32(np.sqrt(speech_power / noise_power / 10 ** (snr_db / 10)))
+
+
 @functools.cache
 def noises():
     """Eight times half a minute of noise, white to nearly pink, of mean square 1; each can be looped."""

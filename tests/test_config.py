@@ -73,5 +73,5 @@ def test_saved_settings_run_again(tmp_path):
 @pytest.mark.parametrize('script', ['train.py', 'sample.py'])
 def test_help_shows_settings_with_their_remarks(run, script):
     out = run(script, '--help').stdout
-    assert f'python {script}' in out and 'seed: int = 1337' in out and '# auto: a GPU if there is one' in out.replace(
-        'cuda, cpu, …; ', '')
+    assert f'python {script}' in out and 'seed: int = 1337' in out
+    assert '# auto: a GPU if there is one' in out.replace('cuda, cpu, …; ', '')

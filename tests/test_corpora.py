@@ -118,8 +118,8 @@ def test_data_list_of_wenet(prepare):
     """The paths begin with test/resources/dataset, which is nowhere; their end is in the folder of the
     list."""
     records, skipped = prepare(manifest, REAL / 'speech/data.list')
-    assert not skipped and sorted(
-        turn['text'][:6] for record in records.values() for turn in record['turns']) == ['IT WAS', '广州市房地产']
+    texts = [turn['text'][:6] for record in records.values() for turn in record['turns']]
+    assert not skipped and sorted(texts) == ['IT WAS', '广州市房地产']
     # 68,496 and 139,680 samples of 640
     assert sorted(len(record['user']) for record in records.values()) == [108, 219]
 
@@ -151,7 +151,8 @@ def test_moshi_words_become_turns_at_pauses(tmp_path, prepare, small_codec):
     assert 'd.json' in skipped['stereo/d'] and 'row 5' in skipped['data.jsonl, row 5']
 
     records, _ = prepare(moshi, path, '--user_channel=0', '--assistant_speakers=SPEAKER_01', '--gap_sec=5')
-    assert turns(records['stereo/a']) == [('user', 5, 60, 'Hello there. 好的。'), ('assistant', 30, 38, 'Hi!')]
+    assert turns(records['stereo/a']) == [('user', 5, 60, 'Hello there. 好的。'),
+                                          ('assistant', 30, 38, 'Hi!')]
     assert (records['stereo/a']['user'] == small_codec.encode(assistant)).all()
 
 
@@ -498,5 +499,5 @@ def test_the_prepared_corpus_names_its_help(capsys, monkeypatch):
         monkeypatch.setattr(sys, 'argv', ['prepare.py', '--help'])
         with pytest.raises(SystemExit) as end:
             module.main()
-        assert end.value.code == 0 and f'python data/{module.__name__.split(".")[1]}/prepare.py' in capsys.readouterr(
-        ).out
+        corpus, out = module.__name__.split('.')[1], capsys.readouterr().out
+        assert end.value.code == 0 and f'python data/{corpus}/prepare.py' in out

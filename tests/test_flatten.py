@@ -66,7 +66,8 @@ def test_the_pictures_in_the_docstring():
 
 
 def test_shown_against_time():
-    """8 chunks of 3 frames at 25 Hz; without its colours the barge-in reads as: the answer from frame 3, both speaking (▓) from 7 to 10."""
+    """8 chunks of 3 frames at 25 Hz; without its colours the barge-in reads as: the answer from frame 3, both
+    speaking (▓) from 7 to 10."""
     shown = show(EXAMPLES['barge_in'], get_layout('duplex3', speech_chunk=3), VOCAB, rate_hz=25.0)
     lines = re.sub('\033\\[\\d*m', '', shown).splitlines()
     assert lines[0] == 'd  8 chunks of 3 frames, 64 tokens, 40 learned, 2 text tokens dropped'

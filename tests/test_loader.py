@@ -137,8 +137,9 @@ def test_streams_and_seconds(small_data):
     assert sec == pytest.approx(frames / CODEC['rate_hz'], abs=1e-6)
     for batch in loader.epoch():
         for target, stream in zip(batch.targets.tolist(), batch.stream.tolist()):
-            kind = 'silence' if target in (loader.vocab.control['<|silent_text|>'], loader.vocab.control['<|silent_speech|>']) else \
-                'speech' if target >= loader.vocab.code_start else 'text'
+            kind = 'speech' if target >= loader.vocab.code_start else 'text'
+            if target in [loader.vocab.control[f'<|silent_{name}|>'] for name in ('text', 'speech')]:
+                kind = 'silence'
             assert STREAMS[stream] == kind
 
 

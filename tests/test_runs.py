@@ -93,6 +93,6 @@ def test_rehearsal(tmp_path):
     for name in ('duplex3', 'duplex2'):
         path = tmp_path / 'out' / name / 'samples' / 'question'
         user, assistant = (read_audio(f'{path}.wav', 16000, channel) for channel in (0, 1))
-        np.testing.assert_allclose(user[:len(question)], question, atol=1e-3)    # left the user, as they spoke
+        np.testing.assert_allclose(user[:len(question)], question, atol=1e-3)
         assert len(user) == len(assistant) and path.with_suffix('.jsonl').exists()
     shutil.rmtree(tmp_path / 'out')

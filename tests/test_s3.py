@@ -472,8 +472,8 @@ def AutoModel(**kwargs):
 
 @pytest.mark.slow
 def test_cosyvoice_worker(tmp_path, monkeypatch):
-    """codec/cosyvoice_worker.py with a package that has CosyVoice's methods and talks as much: both requests, each
-    kind of voice, errors."""
+    """codec/cosyvoice_worker.py with a package that has CosyVoice's methods and prints as much: both
+    requests, each kind of voice, errors."""
     for path, text in (('cli/cosyvoice.py', COSYVOICE), ('utils/file_utils.py', """
 import soundfile, torch
 def load_wav(wav, target_sr, min_sr=16000):
@@ -484,7 +484,8 @@ def load_wav(wav, target_sr, min_sr=16000):
         path.write_text(text)
     soundfile.write(tmp_path / 'prompt.wav', hum(200, 1), 16000)
     (tmp_path / 'prompt.txt').write_text('what was said\n')
-    command = f'{sys.executable} {ROOT}/codec/cosyvoice_worker.py --model=x --checkout={tmp_path} --voice={tmp_path}/prompt.wav'
+    command = (f'{sys.executable} {ROOT}/codec/cosyvoice_worker.py --model=x --checkout={tmp_path} '
+               f'--voice={tmp_path}/prompt.wav')
     worker, out = Worker(command), str(tmp_path / 'out.wav')
     assert worker.ask(codes=list(range(25)), out=out) == {'ok': True, 'sample_rate': 22050, 'n_sample': 22050}
     first = soundfile.read(out)[0]

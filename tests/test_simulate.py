@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from data import simulate, tokenise
 from data.simulate import (
     SAMPLE_RATE,
-    add_noise,
     collect,
     make_plan,
     n_words,
@@ -23,6 +22,7 @@ from data.simulate import (
     read_row,
     rows,
     speakable,
+    with_noise,
 )
 from flatten import check
 
@@ -96,19 +96,20 @@ KEPT = {
     '好' * 200: None,
 }
 DROPPED = {
-    'code': [
-        '```python\nx\n```', 'use os.path.join(a, b) here', 'int x;\n', 'def add(a, b)', 'call main() '
-        'now', 'my_list is long', 'a => b', '写一个函数 foo_bar'], 'table': ['| a | b |', 'name\tage\nTom\t3'],
-    'url': ['see https://a.bc', 'go to www.example.com', 'ask me@here.org', '请访问pcmag.com'], 'markup': [
-        '# Title', '- one\n- two', '• 一个', '<b>bold</b>', 'see [1]', 'dear [name]', '他喜欢去___看电影',
-        '[心]你好'], 'list': [
-            '1. Eat\n2. Sleep', '1.准备\n2.开始', '答：1、吃饭；2、睡觉', '（1）一个', 'A. red  B. blue', 'Choose one: A) '
-            'HTML B) CSS'],
-    'formula': ['x = 3', '5 + 3', '3*4', '24 ÷ 6', 'a^2', r'\frac{1}'[:5], 'f(x) is', '面积是πr²',
-                '1 < 2'], 'script': ['привет', 'α is small',
-                                     'これは'], 'symbols': ['哈哈😂😂', '★☆★ hi', '发电机 → 风车'],
-    'long': ['a' + ' a' * 200, '好' * 201,
-             '好' * 150 + ' word' * 51], 'empty': ['', ' \n', '。。。', '?!', '😊'[:0]], }
+    'code': ['```python\nx\n```', 'use os.path.join(a, b) here', 'int x;\n', 'def add(a, b)',
+             'call main() now', 'my_list is long', 'a => b', '写一个函数 foo_bar'],
+    'table': ['| a | b |', 'name\tage\nTom\t3'],
+    'url': ['see https://a.bc', 'go to www.example.com', 'ask me@here.org', '请访问pcmag.com'],
+    'markup': ['# Title', '- one\n- two', '• 一个', '<b>bold</b>', 'see [1]', 'dear [name]',
+               '他喜欢去___看电影', '[心]你好'],
+    'list': ['1. Eat\n2. Sleep', '1.准备\n2.开始', '答：1、吃饭；2、睡觉', '（1）一个', 'A. red  B. blue',
+             'Choose one: A) HTML B) CSS'],
+    'formula': ['x = 3', '5 + 3', '3*4', '24 ÷ 6', 'a^2', r'\frac{1}'[:5], 'f(x) is', '面积是πr²', '1 < 2'],
+    'script': ['привет', 'α is small', 'これは'],
+    'symbols': ['哈哈😂😂', '★☆★ hi', '发电机 → 风车'],
+    'long': ['a' + ' a' * 200, '好' * 201, '好' * 150 + ' word' * 51],
+    'empty': ['', ' \n', '。。。', '?!', '😊'[:0]],
+}
 
 
 @pytest.mark.parametrize('text, said', KEPT.items())
@@ -169,7 +170,8 @@ def test_each_form_is_told_by_its_content(form):
 
 
 def test_chinese_taken_apart_is_put_together():
-    assert read_row(['我 用 S E E D ， 2 1 万', '我 用 iPhone 手 机 ， OK 吗'])[0] == ('user', '我用SEED，21万')
+    said = read_row(['我 用 S E E D ， 2 1 万', '我 用 iPhone 手 机 ， OK 吗'])
+    assert said[0] == ('user', '我用SEED，21万')
     assert read_row(['a', '我 用 iPhone plus 手 机'])[1] == ('assistant', '我用iPhone plus手机')
 
 
@@ -280,7 +282,9 @@ def test_the_answer_starts_with_a_frame():
 
 
 @pytest.mark.parametrize('tells', [True, False])
-@pytest.mark.parametrize('texts', [DIALOGUE, ['你好吗？', '我很好，谢谢你，今天的天气也很好。我们出去走走吧！', '好的，我们现在就一起走吧', '走吧']])
+@pytest.mark.parametrize('texts', [
+    DIALOGUE,
+    ['你好吗？', '我很好，谢谢你，今天的天气也很好。我们出去走走吧！', '好的，我们现在就一起走吧', '走吧']])
 def test_an_interrupted_assistant_stops(texts, tells):
     n_cut = 0
     for id in 'abcdefgh':
@@ -360,7 +364,7 @@ def test_noise_is_in_the_users_channel_at_the_level_asked_for(tmp_path):
     for bank in (simulate.noises(), files):
         for id in 'abcd':
             user, assistant, turns, plan, _ = converse(id=id)
-            noisy = add_noise(user, plan, bank)
+            noisy = with_noise(user, plan, bank)
             speech = np.concatenate([
                 user[round(t['start_sec'] * SAMPLE_RATE):round(t['end_sec'] * SAMPLE_RATE)]
                 for t in turns
@@ -370,7 +374,7 @@ def test_noise_is_in_the_users_channel_at_the_level_asked_for(tmp_path):
                                                       - plan['snr_db']) < 0.5 and noisy.dtype == np.float32
             assert not assistant[:round(turns[1]['start_sec'] * SAMPLE_RATE)].any()
     with pytest.raises(ValueError, match='noise is silent'):
-        add_noise(user, plan, [np.zeros(100, np.float32)])
+        with_noise(user, plan, [np.zeros(100, np.float32)])
     with pytest.raises(ValueError, match='holds no .wav'):
         simulate.find(str(tmp_path / 'nothing'), ('.wav',))
 

@@ -183,8 +183,8 @@ def test_starts_from_a_hugging_face_folder(toy, small_tokenizer, tmp_path, capsy
     train.main(replace(toy, init_from=str(base), stages='duplex3:1', learning_rate=0.0))
     out = capsys.readouterr().out
     vocab = Vocabulary.load(toy.out_dir)
-    # 8 control tokens in spare rows
-    assert vocab.code_start == n_text + 10 and f'{8 + vocab.size - n_text - 10} ids are new of {vocab.size}' in out
+    assert vocab.code_start == n_text + 10      # 8 control tokens lie in spare rows
+    assert f'{8 + vocab.size - n_text - 10} ids are new of {vocab.size}' in out
     assert 'has seen contexts of at most 64' in out
     grown, tokenizer = AutoModelForCausalLM.from_pretrained(toy.out_dir
                                                             ), AutoTokenizer.from_pretrained(toy.out_dir)

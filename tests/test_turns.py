@@ -92,7 +92,8 @@ def test_replies_shifted_by_some_frames_come_later_by_those(lengths, n):
 def test_shares_of_time_and_channels_swapped():
     """60 frames: the user speaks 2-20 and 40-50, the other 18-30 and 55-58; both 18-20, neither 0-2, 30-40,
     50-55, 58-60."""
-    one, other = '..##################....................##########..........', '..................############.........................###..'
+    one = '..##################....................##########..........'
+    other = '..................############.........................###..'
     there, back = who_speaks([converse(one, other)]), who_speaks([converse(other, one)])
     assert there == dict(n_conversation=1, sec=2.4, both_speak=2 / 60, neither_speaks=pytest.approx(19 / 60),
                          gap_user_to_assistant_ms=pytest.approx(

@@ -53,7 +53,8 @@ def vocab(small_tokenizer):
 
 def test_error_rate_by_hand():
     """the CAT sat on the mat. | the cat sat on mat     one deletion of 6
-       Mr. Smith isn't here    | mister smith was not here too: isn't is "is not" of 2 words, so 5 words, a substitution, an insertion
+       Mr. Smith isn't here    | mister smith was not here too: isn't is "is not", so 5 words,
+                                                    a substitution, an insertion
     3 errors in 11 words; the texts of two errors are not weighed alike, the words are."""
     pytest.importorskip('jiwer')
     found = error_rate(['the CAT sat on the mat.', "Mr. Smith isn't here"],
@@ -64,8 +65,8 @@ def test_error_rate_by_hand():
 
 
 def test_error_rate_without_spaces():
-    """今天天气很好 against 今天天汽好: 6 characters, 气 became 汽, 很 is gone. They are counted apart from the English
-    beside them."""
+    """今天天气很好 against 今天天汽好: 6 characters, 气 became 汽, 很 is gone. They are counted apart
+    from the English beside them."""
     pytest.importorskip('jiwer')
     found = error_rate(['hi there', '今天天气很好。'], ['hi', '今天天汽好'])
     assert found == dict(wer=0.5, n_word=2, cer=2 / 6, n_char=6, substitutions=1, deletions=2, insertions=0)

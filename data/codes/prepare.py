@@ -83,7 +83,7 @@ def read_row(path, where, offset):
     return row
 
 
-def read(item, codec, args):
+def read_recording(item, codec, args):
     places, is_dialogue = item
     rows = [(where, read_row(args.manifest, where, offset)) for where, offset in places]
     if not is_dialogue:
@@ -179,7 +179,7 @@ def main():
         parser.add_argument(f'--{key}', metavar='FIELD', default=name, help=f'name of that field ({name})')
     args = parser.parse_args()
     settings = ('manifest', 'audio_dir', 'one_sided', 'gap_sec', 'dialogue_fields', *FIELDS)
-    tokenise.run(list_items(args), partial(read, args=args), args,
+    tokenise.run(list_items(args), partial(read_recording, args=args), args,
                  {key: getattr(args, key) for key in settings})
 
 

@@ -31,7 +31,7 @@ from codec.mel import MelCodec
 from common.audio import write_audio
 from common.files import read_json, write_json
 from data.dialogues import save_dialogues
-from data.tts import SAMPLE_RATE, UNUSED_VOICES, Espeak, espeak_variants, noises
+from data.tts import SAMPLE_RATE, UNUSED_VOICES, Espeak, add_noise, espeak_variants, noises
 from vocabulary import QWEN2_PATTERN
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -85,14 +85,14 @@ VAL_VOICES = 'aunty boris Lee m5 sandro victor'.split()
 TRAIN_VOICES = sorted(set(espeak_variants()) - {ASSISTANT, *TEST_VOICES, *VAL_VOICES, *UNUSED_VOICES})
 
 
-def add_noise(wave, rng, snr_db, level):
+def with_noise(wave, rng, snr_db, level):
     """level: the mean square of the speech."""
     noise = noises()[rng.integers(8)]
     if len(wave) >= len(noise):
         raise ValueError(f'{len(wave) / SAMPLE_RATE:.0f} s of speech, {len(noise) / SAMPLE_RATE:.0f} s is '
                          'the longest there is noise for')
     at = rng.integers(len(noise) - len(wave))
-    return wave + noise[at:at + len(wave)] * np.float32(np.sqrt(level / 10 ** (snr_db / 10)))
+    return add_noise(wave, noise[at:at + len(wave)], snr_db, level)
 
 
 def word_list(words, first_frame, end_frame):
@@ -116,14 +116,14 @@ def codec_clips(espeak, rng, n_clip):
         before, after = rng.integers(SAMPLE_RATE // 20, SAMPLE_RATE // 2, 2)
         wave = np.pad(speech, (before, after))
         if not mine:
-            wave = add_noise(wave, rng, rng.uniform(15, 50), np.mean(speech ** 2))
+            wave = with_noise(wave, rng, rng.uniform(15, 50), np.mean(speech ** 2))
         start = np.array([0, *(before + at for _, at in phonemes), before + len(speech)])
         label = np.array([0, *(number.setdefault(name, len(number) - 1) for name, _ in phonemes), 0])
         middle = np.arange(-(-len(wave) // FRAME)) * FRAME + FRAME // 2
         waves.append(wave)
         labels.append(label[np.searchsorted(start, middle, side='right') - 1])
     for _ in range(20):  # nobody speaks
-        waves.append(add_noise(np.zeros(SAMPLE_RATE, dtype=np.float32), rng, 0, 1e-4))
+        waves.append(with_noise(np.zeros(SAMPLE_RATE, dtype=np.float32), rng, 0, 1e-4))
         labels.append(np.zeros(25, dtype=np.int64))
     return waves, labels, np.array([voice == ASSISTANT for voice, _ in jobs] + [False] * 20)
 
@@ -188,7 +188,7 @@ def make_dialogue(espeak, codec, answers, silence, rng, voice, vary_size):
     for at, said in speech:
         wave[at:at + len(said)] += said
     level = np.mean(np.concatenate([said for _, said in speech]) ** 2)
-    return dict(user=codec.encode(add_noise(wave, rng, rng.uniform(15, 50), level)),
+    return dict(user=codec.encode(with_noise(wave, rng, rng.uniform(15, 50), level)),
                 assistant=assistant[:n_frame], turns=turns)
 
 
@@ -199,7 +199,7 @@ def make_utterance(espeak, codec, rng, voice):
     wave = np.pad(speech, (before, SAMPLE_RATE // 5))
     first, end = before // FRAME, -(-(before + len(speech)) // FRAME)
     turn = dict(role='user', start=first, end=end, text=text, words=word_list(words, first, end))
-    codes = codec.encode(add_noise(wave, rng, rng.uniform(15, 50), np.mean(speech ** 2)))
+    codes = codec.encode(with_noise(wave, rng, rng.uniform(15, 50), np.mean(speech ** 2)))
     return dict(user=codes, assistant=np.zeros(0, dtype=np.uint16), turns=[turn])
 
 
@@ -331,7 +331,7 @@ def main():
         return prepare(args.out, args.n_dialogue, args.n_utterance, args.n_clip)
     speech = Espeak().say(args.say, args.voice, args.rate, args.pitch)[0]
     wave = np.pad(speech, SAMPLE_RATE // 2)
-    wave = add_noise(wave, np.random.default_rng(SEED), args.snr_db, np.mean(speech ** 2))
+    wave = with_noise(wave, np.random.default_rng(SEED), args.snr_db, np.mean(speech ** 2))
     write_audio(args.wav, soxr.resample(0.5 * wave / np.abs(wave).max(), SAMPLE_RATE, args.sample_rate),
                 args.sample_rate)
 

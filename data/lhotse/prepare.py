@@ -118,7 +118,7 @@ def list_shard(folder, cuts):
 # ------------------------------------------------------------------------------------------------------------
 # one cut
 
-def read(item, codec, args):
+def read_recording(item, codec, args):
     where, cut, tars = item
     cut = json.loads(cut)
     if cut is None:
@@ -336,8 +336,8 @@ def main():
     settings = ('manifest', 'supervisions', 'audio_dir', 'user_speakers', 'assistant_speakers',
                 'user_channel', 'role')
     recipe = {key: getattr(args, key) for key in settings}
-    tokenise.run(list_items(args.manifest, args.supervisions), functools.partial(read, args=args), args,
-                 recipe)
+    items = list_items(args.manifest, args.supervisions)
+    tokenise.run(items, functools.partial(read_recording, args=args), args, recipe)
 
 
 if __name__ == '__main__':

@@ -32,7 +32,7 @@ def list_items(path):
         (str(pick(row or {}, FIELDS['id']) or where), (where, row)) for where, row, _ in read_rows(path))
 
 
-def read(item, codec, args):
+def read_recording(item, codec, args):
     where, row = item
     if row is None:
         raise ValueError(f'{where}, is no JSON object')
@@ -78,7 +78,7 @@ def main():
     recipe = {
         key: getattr(args, key)
         for key in ('manifest', 'audio_dir', 'role', 'channel', 'audio_field', 'text_field')}
-    tokenise.run(list_items(args.manifest), partial(read, args=args), args, recipe)
+    tokenise.run(list_items(args.manifest), partial(read_recording, args=args), args, recipe)
 
 
 if __name__ == '__main__':

@@ -34,7 +34,7 @@ def list_items(path):
     return by_id(pairs())
 
 
-def read(item, codec, args):
+def read_recording(item, codec, args):
     where, path, duration_sec = item
     if path is None or not isinstance(duration_sec, (int, float, type(None))):
         raise ValueError(f'{where}, is no object with a path and a duration in seconds')
@@ -77,7 +77,7 @@ def main():
     args = parser.parse_args()
     recipe = {
         key: getattr(args, key) for key in ('manifest', 'user_channel', 'assistant_speakers', 'gap_sec')}
-    tokenise.run(list_items(args.manifest), partial(read, args=args), args, recipe)
+    tokenise.run(list_items(args.manifest), partial(read_recording, args=args), args, recipe)
 
 
 if __name__ == '__main__':

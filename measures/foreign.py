@@ -20,11 +20,12 @@ import csv
 import json
 import math
 import os
-import shutil
+from typing import NamedTuple
 
 import numpy as np
 
 from common.audio import read_audio, write_audio
+from common.files import whole, write_json
 from data.recordings import turns_of
 from flatten import ROLES
 from measures.turns import assess, stretches
@@ -35,25 +36,22 @@ COLUMNS = ['role', 'start', 'end', 'word']
 NOT_SPOKEN = '[silence]', '[noise]'     # rows of Switchboard's word lists that are no words
 SAMPLE_RATE = 16000                     # what webrtcvad, Whisper and Full-Duplex-Bench listen to
 WINDOW_HZ = 100                         # speech is looked for in windows of 10 ms
-# shorter gaps are closed (a t has one), then shorter bursts dropped (a click is one)
-SHORTEST_SEC = 0.1
+SHORTEST_SEC = 0.1                      # shorter gaps are closed, as in a "t", then shorter bursts dropped
 
 
 def read_conversations(folder, rate_hz=25.0, user_channel=0, gap_sec=0.5, user_name='user',
-                       assistant_name='assistant',
-         vad='webrtc', aggressiveness=2):
+                       assistant_name='assistant', vad='webrtc', aggressiveness=2):
     """
-    -> an iterator over the conversations in a folder, by name. Raises ValueError for what is in doubt:
+    -> an iterator over the conversations in a folder, by name. Raises ValueError where anything is in doubt:
     nothing is guessed.
-    user_name, assistant_name: what the transcripts call them (as A and B; moshi-finetune's assistant is
-    SPEAKER_MAIN)
-    vad: webrtc (aggressiveness 0 to 3: how much a sound has to be like speech) or energy; see hear_voice,
-    hear_energy
+        user_name, assistant_name   what the transcripts call them, as A and B
+        vad                         webrtc or energy, see hear_voice and hear_energy
+        aggressiveness              of webrtc, 0 to 3: how much a sound has to be like speech
     """
     if not os.path.isdir(folder):
         raise ValueError(f'no folder {folder}')
-    if vad not in ('webrtc', 'energy') or aggressiveness not in range(4) or user_channel not in (
-            0, 1) or user_name == assistant_name:
+    is_known = vad in ('webrtc', 'energy') and aggressiveness in range(4) and user_channel in (0, 1)
+    if not is_known or user_name == assistant_name:
         raise ValueError(f'vad is {vad!r} (webrtc or energy), aggressiveness {aggressiveness} (0 to 3), '
                          f'user_channel {user_channel} (0 or 1), '
                          f'user_name {user_name!r}, assistant_name {assistant_name!r} (two names)')
@@ -72,18 +70,21 @@ def read_conversations(folder, rate_hz=25.0, user_channel=0, gap_sec=0.5, user_n
         raise ValueError(f'{folder} has no dialogue: no audio ({" ".join(AUDIO)}) and no transcript '
                          f'({" ".join(TRANSCRIPT)})')
     names = {user_name: 'user', assistant_name: 'assistant'}
-    return (read_one(id, rate_hz, user_channel, gap_sec, names, vad, aggressiveness, **paths)
+    return (read_conversation(id, rate_hz, user_channel, gap_sec, names, vad, aggressiveness, **paths)
             for id, paths in sorted(files.items()))
 
 
-def read_one(id, rate_hz, user_channel, gap_sec, names, vad, aggressiveness, audio=None, transcript=None):
+def read_conversation(id, rate_hz, user_channel, gap_sec, names, vad, aggressiveness, audio=None,
+                      transcript=None):
     wave = read_stereo(audio)[:, [user_channel, 1 - user_channel]] if audio else None
     n_sec = len(wave) / SAMPLE_RATE if audio else None
     turns = read_transcript(transcript, names, gap_sec, n_sec) if transcript else []
     if not audio and not turns:
         raise ValueError(f'{transcript} has no rows, and there is no audio of its name beside it')
-    n_frame = math.ceil(rate_hz * n_sec
-                        - 1e-6) if audio else max(1, *(round(rate_hz * turn['end_sec']) for turn in turns))
+    if audio:
+        n_frame = math.ceil(rate_hz * n_sec - 1e-6)
+    else:
+        n_frame = max(1, *(round(rate_hz * turn['end_sec']) for turn in turns))
     for span in [*turns, *(word for turn in turns for word in turn.get('words', ()))]:
         start, end = (round(rate_hz * span.pop(key)) for key in ('start_sec', 'end_sec'))
         span['start'] = min(start, n_frame - 1)
@@ -97,12 +98,11 @@ def read_one(id, rate_hz, user_channel, gap_sec, names, vad, aggressiveness, aud
             heard = hear(wave[:, channel], rate_hz, n_frame, vad, aggressiveness)
             speaks[role] = heard & speaks[role] if own else heard
             if not own:
-                turns += [
-                    dict(role=role, start=start, end=end, text='')
-                    for start, end in stretches(heard, rate_hz, gap_sec)]
-    return dict(id=id, rate_hz=rate_hz, n_frame=n_frame,
-                turns=sorted(turns, key=lambda turn: (turn['start'], turn['end'])), speaks=speaks,
-                expected=None, wave=wave, sample_rate=SAMPLE_RATE if audio else 0, chunk_frames=0)
+                spans = stretches(heard, rate_hz, gap_sec)
+                turns += [dict(role=role, start=start, end=end, text='') for start, end in spans]
+    turns = sorted(turns, key=lambda turn: (turn['start'], turn['end']))
+    return dict(id=id, rate_hz=rate_hz, n_frame=n_frame, turns=turns, speaks=speaks, expected=None,
+                wave=wave, sample_rate=SAMPLE_RATE if audio else 0, chunk_frames=0)
 
 
 def read_stereo(path):
@@ -119,9 +119,8 @@ def read_stereo(path):
 def rows_of(path):
     """Yields ('a.tsv, row 3', the object there, or None for anything else)."""
     name, suffix, columns = os.path.basename(path), os.path.splitext(path)[1].lower(), COLUMNS
-    split = {
-        '.jsonl': json.loads, '.tsv': lambda line: line.split('\t'),
-        '.csv': lambda line: next(csv.reader([line])), '.txt': lambda line: line.split(None, 3)}
+    split = {'.jsonl': json.loads, '.tsv': lambda line: line.split('\t'),
+             '.csv': lambda line: next(csv.reader([line])), '.txt': lambda line: line.split(None, 3)}
     try:
         with open(path, encoding='utf-8-sig') as file:
             rows = json.load(file) if suffix == '.json' else [line.rstrip('\r\n') for line in file]
@@ -141,7 +140,6 @@ def rows_of(path):
                     continue
                 row = dict(zip(columns, row)) if len(row) == len(columns) else None
             yield f'{name}, row {n}', row if isinstance(row, dict) else None
-    # no UTF-8, no JSON, alignments that are none
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(f'{path} is no transcript ({error}); other files have to lie elsewhere') from None
 
@@ -151,16 +149,16 @@ def read_transcript(path, names, gap_sec, n_sec):
     where there is none"""
     turns, words, rows = [], {role: [] for role in ROLES}, list(rows_of(path))
     for where, row in rows:
-        if row is None or 'role' not in row or ('word' in row) == ('text' in row) or not isinstance(
-                row.get('word', row.get('text')), str):
+        is_row = row is not None and 'role' in row and ('word' in row) != ('text' in row)
+        if not is_row or not isinstance(row.get('word', row.get('text')), str):
             raise ValueError(f'{where}, is neither a word (role, start, end, word) nor a turn (role, '
                              'start_sec, end_sec, text)')
         if str(row['role']) not in names:
             roles = ', '.join(sorted({str(row['role']) for _, row in rows if row and 'role' in row}))
             user, assistant = names
             raise ValueError(f'{where}, is of role {row["role"]}; the file has the roles {roles}, and the '
-                             f'user is called {user}, the assistant {assistant}: '
-                             'user_name and assistant_name say who is who')
+                             f'user is called {user}, the assistant {assistant}: user_name and '
+                             'assistant_name say who is who')
         try:
             at = {f'{key}_sec': float(row.get(f'{key}_sec', row.get(key))) for key in ('start', 'end')}
         except (TypeError, ValueError):
@@ -176,10 +174,9 @@ def read_transcript(path, names, gap_sec, n_sec):
         elif row['word'] not in NOT_SPOKEN:
             words[names[str(row['role'])]].append(dict(at, text=row['word']))
     if turns and any(words.values()):
-        raise ValueError(f'{path} has words and turns in one file; keep the words, the turns are made of '
-                         'them')
-    return turns or turns_of(
-        {role: sorted(said, key=lambda word: word['start_sec']) for role, said in words.items()}, gap_sec)
+        raise ValueError(f'{path} has words and turns in one file; keep the words, the turns follow from them')
+    words = {role: sorted(said, key=lambda word: word['start_sec']) for role, said in words.items()}
+    return turns or turns_of(words, gap_sec)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -227,22 +224,33 @@ def hear_energy(windows):
 
 # ------------------------------------------------------------------------------------------------------------
 
+class Sample(NamedTuple):
+    """A part of a conversation, from start to end (frames), for one of the benchmark's tasks."""
+    task: str
+    start: int
+    end: int
+    note_name: str      # the file that says what it is about
+    note: list          # what stands in it; timestamps in frames
+    since: int          # the assistant's words count from this frame on
+
+
 def samples_of(conversation):
-    """Yields task, start, end, name of its annotation, that, and the frame from which the assistant's words
-    count."""
-    found = [f for f in assess(conversation) if f['kind'] != 'backchannel']
-    for before, f, after in zip([None, *found], found, [*found[1:], None]):
-        start, end, until = f['start'], f['end'], after['start'] if after else conversation['n_frame']
-        if f['kind'] == 'interruption':
-            note = dict(context=before['text'] if before else '', interrupt=f['text'], timestamp=(start, end))
-            yield 'user_interruption', before['start'] if before else 0, until, 'interrupt.json', [note], end
+    """Yields the Samples of a conversation: one, or two, for each turn of the user but backchannels."""
+    turns = [turn for turn in assess(conversation) if turn['kind'] != 'backchannel']
+    for before, turn, after in zip([None, *turns], turns, [*turns[1:], None]):
+        start, end, until = turn['start'], turn['end'], after['start'] if after else conversation['n_frame']
+        if turn['kind'] == 'interruption':
+            context = before['text'] if before else ''
+            note = dict(context=context, interrupt=turn['text'], timestamp=(start, end))
+            first = before['start'] if before else 0
+            yield Sample('user_interruption', first, until, 'interrupt.json', [note], end)
             continue
-        if f['expects']:
-            yield 'smooth_turn_taking', start, until, 'turn_taking.json', [
-                dict(text='[TURN-TAKING]', timestamp=(end, end))], start
-        if f['pauses']:
-            yield 'pause_handling', start, end, 'pause.json', [
-                dict(text='[PAUSE]', timestamp=(a, b)) for a, b, _ in f['pauses']], start
+        if turn['expects']:
+            note = dict(text='[TURN-TAKING]', timestamp=(end, end))
+            yield Sample('smooth_turn_taking', start, until, 'turn_taking.json', [note], start)
+        if turn['pauses']:
+            notes = [dict(text='[PAUSE]', timestamp=(a, b)) for a, b, _ in turn['pauses']]
+            yield Sample('pause_handling', start, end, 'pause.json', notes, start)
 
 
 def export_full_duplex_bench(conversations, folder):
@@ -268,58 +276,54 @@ def export_full_duplex_bench(conversations, folder):
     out: backchannels, which are compared with people's timing on their own recordings, and v1.5, which needs
     each dialogue with and without the overlap.
     """
-    conversations, counts, samples, part = list(conversations), {}, [], folder + '.part'
+    conversations, counts, rows = list(conversations), {}, []
     if os.path.exists(folder):
         raise ValueError(f'{folder} is there already, its old samples would be counted with the new: remove '
                          'it, or give another')
-    has_words = all('words' in turn
-                    for c in conversations
-                    for turn in c['turns']
-                    if turn['role'] == 'assistant')
-    shutil.rmtree(part, ignore_errors=True)
-    for c in conversations:
-        if c['wave'] is None and not has_words:
-            raise ValueError(f'{c["id"]} has no audio, and not all words of the assistants have times: their '
-                             'scripts need either')
-        for task, start, end, name, notes, since in samples_of(c):
-            def in_seconds(rows, start=start, rate_hz=c['rate_hz']):
-                return [
-                    dict(row, timestamp=[round((at - start) / rate_hz, 3)
-                                         for at in row['timestamp']])
-                    for row in rows]
-
-            counts[task] = counts.get(task, 0) + 1
-            samples.append(
-                dict(sample=f'{task}/{counts[task]}', id=c['id'], start_sec=start / c['rate_hz'],
-                     end_sec=end / c['rate_hz']))
-            path = os.path.join(part, samples[-1]['sample'])
-            os.makedirs(path)
-            words = {
-                role: in_seconds(
-                    dict(text=word['text'], timestamp=(word['start'], word['end']))
-                    for turn in c['turns']
-                    if turn['role'] == role
-                    for word in turn.get('words', ()) if first <= word['start'] < end)
-                for role, first in zip(ROLES, (start, since))}
-            files = {name: in_seconds(notes)}
-            if words['user']:
-                files['transcription.json'] = words['user']
-            if has_words:
-                files['output.json'] = dict(text=' '.join(word['text'] for word in words['assistant']),
-                                            chunks=words['assistant'])
-            for name, content in files.items():
-                with open(os.path.join(path, name), 'w', encoding='utf-8') as file:
-                    json.dump(content, file, ensure_ascii=False, indent=1)
-            if c['wave'] is not None:
-                import soxr
-                piece = c['wave'][round(start / c['rate_hz'] * c['sample_rate']):round(end / c['rate_hz']
-                                                                                       * c['sample_rate'])]
-                for name, wave in zip(('input.wav', 'output.wav'),
-                                      soxr.resample(piece, c['sample_rate'], SAMPLE_RATE).T):
-                    write_audio(os.path.join(path, name), wave, SAMPLE_RATE)
-    if not samples:
-        raise ValueError('there is no user\'s turn in any conversation that could be exported')
-    with open(os.path.join(part, 'samples.json'), 'w', encoding='utf-8') as file:
-        json.dump(samples, file, ensure_ascii=False, indent=1)
-    os.replace(part, folder)
+    turns = [turn for talk in conversations for turn in talk['turns'] if turn['role'] == 'assistant']
+    has_words = all('words' in turn for turn in turns)
+    with whole(folder) as part:
+        for talk in conversations:
+            if talk['wave'] is None and not has_words:
+                raise ValueError(f'{talk["id"]} has no audio, and not all words of the assistants have '
+                                 'times: their scripts need either')
+            for sample in samples_of(talk):
+                counts[sample.task] = counts.get(sample.task, 0) + 1
+                name = f'{sample.task}/{counts[sample.task]}'
+                rows.append(dict(sample=name, id=talk['id'], start_sec=sample.start / talk['rate_hz'],
+                                 end_sec=sample.end / talk['rate_hz']))
+                write_sample(os.path.join(part, name), sample, talk, has_words)
+        if not rows:
+            raise ValueError('there is no user\'s turn in any conversation that could be exported')
+        write_json(os.path.join(part, 'samples.json'), rows)
     return counts
+
+
+def write_sample(folder, sample, talk, has_words):
+    """has_words: are the times of all the assistants' words known"""
+    os.makedirs(folder)
+    rate_hz = talk['rate_hz']
+
+    def in_seconds(rows):
+        def seconds(frames):
+            return [round((frame - sample.start) / rate_hz, 3) for frame in frames]
+        return [dict(row, timestamp=seconds(row['timestamp'])) for row in rows]
+
+    words = {}
+    for role, first in zip(ROLES, (sample.start, sample.since)):
+        said = [word for turn in talk['turns'] if turn['role'] == role for word in turn.get('words', ())]
+        said = [word for word in said if first <= word['start'] < sample.end]
+        chunks = [dict(text=word['text'], timestamp=(word['start'], word['end'])) for word in said]
+        words[role] = in_seconds(chunks)
+    write_json(os.path.join(folder, sample.note_name), in_seconds(sample.note))
+    if words['user']:
+        write_json(os.path.join(folder, 'transcription.json'), words['user'])
+    if has_words:
+        text = ' '.join(word['text'] for word in words['assistant'])
+        write_json(os.path.join(folder, 'output.json'), dict(text=text, chunks=words['assistant']))
+    if talk['wave'] is not None:
+        import soxr
+        first, last = (round(frame / rate_hz * talk['sample_rate']) for frame in (sample.start, sample.end))
+        channels = soxr.resample(talk['wave'][first:last], talk['sample_rate'], SAMPLE_RATE).T
+        for name, wave in zip(('input.wav', 'output.wav'), channels):
+            write_audio(os.path.join(folder, name), wave, SAMPLE_RATE)

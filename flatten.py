@@ -127,7 +127,7 @@ class Layout:
         return next((slot.n for slot in self.chunk if slot.kind == 'text'), 0)      # text tokens a chunk
 
     def settings(self):
-        """-> a dict, of which get_layout(**settings) makes this layout again"""
+        """-> a dict; get_layout(**settings) makes this layout again"""
         return dict(name=self.name, speech_chunk=self.speech_chunk or None,
                     text_chunk=self.text_chunk or None, learn_user_text=self.learn_user_text)
 

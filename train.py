@@ -454,7 +454,7 @@ def token_weights(batch, text_weight):
 
 
 def evaluate(run, stage):
-    """The loss on all of val, of which each process takes its part -> what by_stream returns."""
+    """The loss on all of val; each process takes a part -> what by_stream returns"""
     sums, sec = loss_sums(run.model, stage.val_loader, run.place.device, run.place.autocast())
     return by_stream(*over_processes(run.place, sums, sec))
 

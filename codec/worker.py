@@ -62,4 +62,4 @@ class Worker:
             return self.listen()
 
     def close(self):
-        self.process.communicate()      # closes its stdin, upon which it ends
+        self.process.communicate()      # closes its stdin, and so ends it

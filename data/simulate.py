@@ -28,21 +28,18 @@ splits draw from the same voices; for voices that are heard nowhere else, make a
 """
 import functools
 import glob
-import gzip
 import hashlib
-import html
 import json
 import os
 import re
 import sys
-import unicodedata
 import zlib
-from collections import Counter
 
 import numpy as np
 
 from common.audio import read_audio, write_audio
 from data import tokenise
+from data.texts import collect, language, print_table
 from data.tts import HAN, SAMPLE_RATE, CosyVoice, Espeak, add_noise, noises
 from flatten import ROLES
 
@@ -51,235 +48,8 @@ FADE_SEC = 0.01                 # of a voice that stops inside a word
 # espeak-ng spells out "mhm"; these it can say
 BACKCHANNELS = {'en': ('uh-huh', 'yeah', 'okay', 'right'), 'zh': ('嗯', '对', '嗯嗯', '好')}
 FILLERS = {'en': (', um,', ', uh,'), 'zh': ('，嗯，', '，呃，')}
-# a backchannel keeps from either end of what it is said to; a turn shorter than
-MARGIN_SEC = 0.3
-MIN_INTERRUPTED_SEC = 1.0       # this is over before it can be interrupted
-
-
-def language(text):
-    return 'zh' if re.search(f'[{HAN}]', text) else 'en'
-
-
-# ------------------------------------------------------------------------------------------------------------
-# files -> dialogues
-
-SPEAKERS = dict(human='user', user='user', prompter='user', gpt='assistant', assistant='assistant',
-                chatgpt='assistant', bard='assistant', bing='assistant')
-
-
-def rows(path):
-    """The rows of a JSON file (a list; LCCC's splits, put together), or of JSON lines, whatever its name; .gz
-    is opened."""
-    number = 0
-    try:
-        with (gzip.open if path.endswith('.gz') else open)(path, 'rt', encoding='utf-8') as file:
-            lines = enumerate(file, 1)
-            number, first = next(((number, line) for number, line in lines if line.strip()), (0, ''))
-            try:
-                content = json.loads(first)
-            except json.JSONDecodeError:        # one object over many lines
-                file.seek(0)
-                number, content = 0, json.loads(file.read())
-            if isinstance(content, dict) and all(
-                    isinstance(part, list) and all(isinstance(row, list)
-                                                   for row in part)
-                    for part in content.values()):
-                content = [row for part in content.values() for row in part]
-            if isinstance(content, list) and not all(isinstance(part, str) for part in content):
-                yield from content
-            else:
-                yield content
-                for number, line in lines:      # noqa: B007, the message has it
-                    if line.strip():
-                        yield json.loads(line)
-    except OSError as error:
-        raise ValueError(f'{path}: {error.strerror or error}') from None
-    except UnicodeDecodeError:
-        raise ValueError(f'{path} is not a text file in UTF-8') from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f'{path}{f", line {number}" if number else ""}: neither JSON nor JSON lines '
-                         f'({error.msg})') from None
-
-
-def read_row(row):
-    """A row of any of the forms -> [(speaker, text)]. Raises ValueError where it is none of them."""
-    # LCCC: who speaks first is the user; a space between characters
-    if isinstance(row, list):
-        return [(ROLES[i % 2], join_characters(text)) for i, text in enumerate(row)]
-    if not isinstance(row, dict):
-        raise ValueError(f'a row is neither an object nor a list, but {str(row)[:40]!r}')
-    # MOSS: <|Human|>: … <eoh>; with thoughts and tools, left out
-    if isinstance(row.get('chat'), dict):
-        turns = sorted(row['chat'].items(), key=lambda turn: int(turn[0].split('_')[1]))
-        return [(role, re.sub(r'^\s*<\|\w+\|>:|<eo\w>\s*$', '', turn[key]))
-                for _, turn in turns
-                for role, key in zip(ROLES, ('Human', 'MOSS'))]
-    if 'plain_text' in row:
-        return split_speakers(row['plain_text'], r'\[(Human|MOSS)\]:', r'<eo\w>\s*$')
-    if 'conversations' in row or 'messages' in row:             # ShareGPT
-        return [(SPEAKERS.get(said.get('from', said.get('role')),
-                              said.get('from', said.get('role'))), said.get('value', said.get('content')))
-                for said in row.get('conversations') or row.get('messages') or []]
-    if isinstance(row.get('data'), list):                       # UltraChat
-        return [(ROLES[i % 2], text) for i, text in enumerate(row['data'])]
-    # Alpaca, BELLE; BELLE's history is in the instruction
-    if 'instruction' in row and 'output' in row:
-        if re.search(r'^\s*Human[:：]', row['instruction']) and 'Assistant' in row['instruction']:
-            said = split_speakers(row['instruction'], r'(?:^|\n)\s*(Human|Assistant)[:：]', r'\s+$')
-            return [turn for turn in said if turn[1]] + [('assistant', row['output'])]
-        return [('user', f'{row["instruction"]}\n{row.get("input") or ""}'), ('assistant', row['output'])]
-    if 'question' in row and 'std_answer' in row:               # BELLE's evaluation set
-        return [('user', row['question']), ('assistant', row['std_answer'])]
-    if isinstance(row.get('prompt'), dict):                     # OASST: of every reply the best ranked
-        node, said = row['prompt'], []
-        while node and node.get('lang', 'en') in ('en', 'zh'):
-            said.append((SPEAKERS[node['role']], node['text']))
-            replies = [
-                reply for reply in node.get('replies', ())
-                if not reply.get('deleted') and reply.get('review_result') is not False]
-            node = min(replies, key=lambda reply: (reply.get('rank') is None, reply.get('rank')),
-                       default=None)
-        return said
-    raise ValueError(f'a row has the fields {", ".join(map(str, row))}: not a form of Alpaca, BELLE, MOSS, '
-                     'UltraChat, ShareGPT or OASST')
-
-
-def join_characters(text):
-    if re.search(r'[A-Za-z0-9]{2}', text):      # words are whole: only what is not Latin was taken apart
-        return re.sub(r'(?<=[^\x00-\x7f])\s+|\s+(?=[^\x00-\x7f])', '', text)
-    return ''.join(text.split())
-
-
-def split_speakers(text, marks, end):
-    """A dialogue in one string -> [(speaker, text)]; what stands before the first speaker is left out."""
-    parts = re.split(marks, text)[1:]
-    return [('user' if name == 'Human' else 'assistant', re.sub(end, '', said))
-            for name, said in zip(parts[::2], parts[1::2])]
-
-
-def pairs(said):
-    """[(speaker, text)] -> [(user's text, assistant's text)], as many as follow each other. What a system
-    says, and an assistant before anybody asked, is left out; a speaker who goes on is one turn; a tool ends
-    the dialogue."""
-    turns = []
-    for speaker, text in said:
-        if speaker == 'system' or (speaker == 'assistant' and not turns):
-            continue
-        if speaker not in ROLES:
-            break
-        text = text if isinstance(text, str) else ''
-        if turns and turns[-1][0] == speaker:
-            turns[-1] = speaker, f'{turns[-1][1]}\n{text}'
-        else:
-            turns.append((speaker, text))
-    return list(zip([text for _, text in turns[::2]], [text for _, text in turns[1::2]]))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# what can be spoken
-
-REASONS = {     # the first that is found in a turn, line by line; (?m): ^ and $ are those of a line
-    'code': r'(?m)```|\w\(\)|\w\.\w+\(|[{}]|\w;\s*$|=>|->|[!=]=|\+=|::'
-            r'|//(?!\w+\.)|[A-Za-z0-9]_[A-Za-z0-9]|<\?|#include|^\s*(?:import|package) [\w.]+;?$'
-            r'|^\s*(?:from [\w.]+ import|def \w+\(|class \w+[:(]|(?:public|private|const|let|var|function) '
-            r'\w+)|print\s*\(|(?i:\bselect\b.+\bfrom\b.+\bwhere\b)',
-    'table': r'(?m)\|.*\||^.*\S\t+\S.*\n.*\S\t+\S|\+-{3,}',
-    'url': r'(?i)https?:|www\.|[\w.-]+@[\w-]+\.\w|\b[\w-]+\.(?:com|org|net|edu|gov|io|cn)\b',
-    'markup': r'(?m)^\s*#|^\s*[-*•·●▪◦■○–—>]+\s|</?\w[^<>]*>|[][]|\*\*|__|&\w+;|^\s*(?:-{3,}|\*{3,})\s*$',
-    'list': r'(?m)^\s*\d{1,2}\s*[.)、．）:：]\s*[^\d\s]|^\s*[(（]\d{1,2}[)）]|[①②③]'
-            r'|^\s*[A-Da-d一二三四五六七八九十][.)、．）]'
-            r'|(?s:(?<!\d)1\s*[.)、．）]\s*[^\d\s].*(?<!\d)2\s*[.)、．）]\s*[^\d\s])|(?s:\bA\s*[.)、．）:：].*\bB\s*[.)、．）:：])',
-    'formula': r'[\\^<>=√∑∫∞≈≠≤≥×÷∂∆∏∈∪∩∀∃²³½¼¾₀-₉⁰-⁹]|\$[^\s\d][^$]*\$'
-               r'|\d\s*[+*＋]\s*\d|\d\s+[-−–/]\s+\d|\b[a-z]\(\w\)',
-}
-SENTENCE_END = '.!?…:;,。！？；：，、—"”’\')）'
-# the ordinary punctuation of both languages; what is neither this, a letter nor a digit is a rare symbol
-PUNCTUATION = set(' .,;:!?\'"()-/%&$+~—–…‘’“”·°€£¥，。！？、；：（）《》〈〉「」『』【】～〜％￥℃‰')
-
-
-def n_words(text):
-    """Chinese characters, and words of anything else: one count for both languages and their mixture."""
-    return len(re.findall(rf'[{HAN}]|[^\W{HAN}]+(?:[\'’-][^\W{HAN}]+)*', text))
-
-
-def speakable(text, max_words=200, max_symbols=0.05):
-    """-> (the text as it is said, None), or (the text, the reason why it cannot be said). Emphasis is taken
-    off words, lines become sentences; a few rare symbols (an emoji) are left out, they are not heard."""
-    text = unicodedata.normalize('NFC', html.unescape(text))
-    text = re.sub(r'\r\n|\\n(?![a-z])', '\n', text).strip()        # BELLE has some escaped twice
-    text = re.sub('[０-９Ａ-Ｚａ-ｚ]+', lambda wide: unicodedata.normalize('NFKC', wide.group()), text)
-    text = re.sub('[^\\S\n\t]', ' ',
-                  ''.join(c for c in text if c in '\n\t' or unicodedata.category(c) not in ('Cc', 'Cf')))
-    text = re.sub(r'(\*\*|__|(?<!\w)[*_`])(?=\S)([^*_`\n]+)(?<=\S)\1', r'\2', text)
-    for reason, pattern in REASONS.items():
-        if re.search(pattern, text):
-            return text, reason
-    said = ''
-    for line in (' '.join(line.split()) for line in text.split('\n')):
-        if said and line and said[-1] not in SENTENCE_END and not (line[0].islower() and said[-1].isascii()):
-            said += '。' if language(said[-1]) == 'zh' else '.'
-        said += ' ' * bool(said and line and ord(max(said[-1], line[0])) < 0x3000) + line
-    strange = [c for c in said if not c.isalnum() and c not in PUNCTUATION]
-    if any(c.isalpha() and not unicodedata.name(c, '').startswith(('LATIN', 'CJK UNIFIED')) for c in said):
-        return said, 'script'
-    if len(strange) > max_symbols * len(said.replace(' ', '')) or any(
-            c.isnumeric() and not c.isdecimal() and not c.isalpha() for c in said):
-        return said, 'symbols'
-    said = ' '.join(''.join(c for c in said if c not in strange).split())
-    n = n_words(said)
-    return said, 'empty' if n == 0 else 'long' if n > max_words else None
-
-
-def collect(paths, args):
-    """-> items: id -> [user's text, assistant's text, user's …]; a table, a row of counts for each file;
-    and what it says about single dialogues: (id, reason or None, the texts kept, the text that ended it)."""
-    items, table, notes = {}, {}, []
-    for path in paths:
-        name = re.sub(r'(\.jsonl?)?(\.gz)?$', '', os.path.basename(path))
-        if name in table:
-            raise ValueError(f'two files are called {name}; rename {path}, as the ids of its dialogues start '
-                             'with its name')
-        counts = table[name] = Counter()
-        for number, row in enumerate(rows(path)):
-            try:
-                said = pairs(read_row(row))
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise ValueError(
-                    f'{path}, dialogue {number}: '
-                    f'{error if isinstance(error, ValueError) else f"not as its form has it ({error!r})"}'
-                ) from None
-            id, kept, reason, last = f'{name}-{number:06d}', [], None if said else 'no pair', ''
-            for pair in said:
-                found = [speakable(text, args.max_words, args.max_symbols) for text in pair]
-                last, reason = next(((text, why) for text, why in found if why), ('', None))
-                if reason:
-                    break
-                kept += [text for text, _ in found]
-            counts['dialogues'] += 1
-            counts['turns'] += len(kept)
-            counts[('part' if reason else 'whole') if kept else reason] += 1
-            notes.append((id, reason, kept, last))
-            if kept:
-                items[id] = kept
-    return items, table, notes
-
-
-def print_table(table, notes, n_example, seed):
-    columns = [
-        'dialogues', 'whole', 'part', *REASONS, 'script', 'symbols', 'long', 'empty', 'no pair', 'turns']
-    margin = max(len(name) for name in [*table, 'all'])
-    print(' ' * margin, *(f'{column:>9}' for column in columns))
-    for name, counts in [*table.items(), ('all', sum(table.values(), Counter()))]:
-        print(f'{name:{margin}}', *(f'{counts[column]:9}' for column in columns))
-    order = np.random.default_rng(seed).permutation(len(notes))
-    for is_kept in (True, False):
-        for i in [i for i in order if bool(notes[i][2]) == is_kept][:n_example]:
-            id, reason, kept, last = notes[i]
-            print(f'\n{id}  ' + (f'kept, {len(kept)} turns' if is_kept else 'dropped')
-                  + (f'; {reason}: '
-                     f'{last[:300]!r}' if reason else ''))
-            print(*(f'    {role:9}  {text}' for role, text in zip(ROLES * len(kept), kept)), sep='\n',
-                  end='\n' * is_kept)
+MARGIN_SEC = 0.3                # a backchannel keeps away from either end of the turn that it is said to
+MIN_INTERRUPTED_SEC = 1.0       # a shorter turn is over before it can be interrupted
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -174,7 +174,8 @@ def read_transcript(path, names, gap_sec, n_sec):
         elif row['word'] not in NOT_SPOKEN:
             words[names[str(row['role'])]].append(dict(at, text=row['word']))
     if turns and any(words.values()):
-        raise ValueError(f'{path} has words and turns in one file; keep the words, the turns follow from them')
+        raise ValueError(f'{path} has words and turns in one file; keep the words: '
+                         'turns follow from them')
     words = {role: sorted(said, key=lambda word: word['start_sec']) for role, said in words.items()}
     return turns or turns_of(words, gap_sec)
 

@@ -76,7 +76,7 @@ def complete(model, prompts, allowed, stop, n_most, batch_size=32, stop_bias=0.0
     """
     device, (first, end) = model.model.norm.weight.device, allowed
     generator = torch.Generator(device).manual_seed(seed)
-    stretch = slice(min(first, stop), max(end, stop + 1))       # of the head, of which no row is copied so
+    stretch = slice(min(first, stop), max(end, stop + 1))       # a view of the head, not a copy
     bias = torch.full((stretch.stop,), -torch.inf, device=device)
     bias[first:end], bias[stop] = 0.0, stop_bias
     order, said = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts)

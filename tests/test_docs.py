@@ -24,7 +24,7 @@ import config
 import evaluate
 import sample
 import train
-from data import simulate
+from data import simulate, texts
 from data.dialogues import SCHEMA
 from flatten import LAYOUTS, Letters, draw, flatten, get_layout
 
@@ -296,8 +296,8 @@ def test_table_of_what_can_be_spoken():
     files = ['belle_eval_set.jsonl', 'fastchat_dummy.json', 'lccc_toy.json', 'oasst_en_100_tree.jsonl']
     paths = [str(ROOT.parent / 'shared/data/text' / name) for name in files]
     args = simulate.arguments().parse_args(['--out=', '--codec=', *paths])
-    _, table, _ = simulate.collect(args.files, args)
-    columns = ['dialogues', 'whole', 'part', *simulate.REASONS, 'script', 'symbols', 'long', 'empty']
+    _, table, _ = texts.collect(args.files, args)
+    columns = ['dialogues', 'whole', 'part', *texts.REASONS, 'script', 'symbols', 'long', 'empty']
     rows = re.findall(r"^\| (?:BELLE's|FastChat's|LCCC's|OASST,|all).*?\|((?: \d+ \|)+)$", CORPORA, re.M)
     rows = [[int(cell) for cell in row.split('|')[:-1]] for row in rows]
     assert rows[:4] == [[counts[column] for column in columns] for counts in table.values()]

@@ -12,18 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import simulate, tokenise
-from data.simulate import (
-    SAMPLE_RATE,
-    collect,
-    make_plan,
-    n_words,
-    pairs,
-    place_words,
-    read_row,
-    rows,
-    speakable,
-    with_noise,
-)
+from data.simulate import SAMPLE_RATE, make_plan, place_words, with_noise
+from data.texts import collect, n_words, pairs, read_row, rows, speakable
 from flatten import check
 
 TEXTS = pathlib.Path(__file__).parent.parent.parent / 'shared/data/text'

@@ -47,8 +47,8 @@ def read_recording(item, codec, args):
     path = find_audio(audio, args.audio_dir or os.path.dirname(os.path.abspath(args.manifest)))
     waves = read_piece(path, path, codec.sample_rate, *piece(row, where))
     if args.channel is None and len(waves) > 1 or (args.channel or 0) not in range(len(waves)):
-        raise ValueError(f'{path} has {len(waves)} channels, of which --channel={args.channel} is none; give '
-                         f'0 to {len(waves) - 1}')
+        raise ValueError(f'{path} has {len(waves)} channels; --channel is {args.channel}, '
+                         f'it has to be 0 to {len(waves) - 1}')
     wave = waves[args.channel or 0]
     turn = dict(role=args.role, start_sec=0.0, end_sec=len(wave) / codec.sample_rate, text=text)
     return tokenise.Recording(**{'user': None, 'assistant': None, args.role: wave}, turns=[turn])

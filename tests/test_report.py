@@ -351,17 +351,26 @@ def test_contrast(opened):
     """Of every text with its background, in light and dark, at least 4.5 to 1 (WCAG AA)."""
     for scheme in ('light', 'dark'):
         worst = opened(color_scheme=scheme).evaluate('''() => {
-            const rgba = text => { const n = text.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n,
-            1] : n }; const luminance = c => c.slice(0, 3).map(v => v / 255).map(v => v <= .03928 ? v / 12.92
-            : ((v + .055) / 1.055) ** 2.4)
+            const rgba = text => {
+                const n = text.match(/[\\d.]+/g).map(Number);
+                return n.length < 4 ? [...n, 1] : n;
+            };
+            const linear = v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+            const luminance = c => c.slice(0, 3).map(v => linear(v / 255))
                 .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
-            const ground = e => { for (; e; e = e.parentElement) { const c =
-            rgba(getComputedStyle(e).backgroundColor); if (c[3] === 1) return c } }; return
-            [...document.querySelectorAll('main *')].filter(e => e.checkVisibility()
-                && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())).map(e => {
-                const style = getComputedStyle(e), [a, b] = [rgba(e.closest('svg') ? style.fill :
-                style.color), ground(e)].map(luminance).sort((a, b) => b - a); return [(a + .05) / (b + .05),
-                e.className.baseVal ?? e.className, e.textContent.slice(0, 20)];
-            }).sort((a, b) => a[0] - b[0])[0];
+            const ground = e => {       // the first element around it that is not transparent
+                const c = rgba(getComputedStyle(e).backgroundColor);
+                return c[3] === 1 ? c : ground(e.parentElement);
+            };
+            const contrast = e => {
+                const style = getComputedStyle(e), ink = e.closest('svg') ? style.fill : style.color;
+                const [dark, light] = [rgba(ink), ground(e)].map(luminance).sort((a, b) => a - b);
+                return [(light + .05) / (dark + .05), e.className.baseVal ?? e.className,
+                        e.textContent.slice(0, 20)];
+            };
+            const hasText = e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim());
+            const texts = [...document.querySelectorAll('main *')].filter(
+                e => e.checkVisibility() && hasText(e));
+            return texts.map(contrast).sort((a, b) => a[0] - b[0])[0];
         }''')
         assert worst[0] >= 4.5, f'{scheme}: {worst}'

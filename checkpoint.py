@@ -71,8 +71,7 @@ def load_checkpoint(folder, device='cpu'):
     info = read_info(folder)
     if not info:
         raise ValueError(f'{folder}/config.json has no entry "nanoduplex": train.py did not write this '
-                         'model, '
-                         'so its layout and codec are unknown')
+                         'model, so its layout and codec are unknown')
     vocab = Vocabulary.load(folder, info.n_codes)
     model = Qwen2.from_pretrained(folder).to(device).eval()
     check_vocabulary(folder, model, vocab)
@@ -87,8 +86,7 @@ def check_vocabulary(folder, model, vocab):
     """Ids must mean the same to the weights and to the tokenizer."""
     if model.config.vocab_size != vocab.size:
         raise ValueError(f'{folder}: its model has {model.config.vocab_size} ids, its tokenizer with '
-                         f'{vocab.n_codes} '
-                         f'codes {vocab.size}: the checkpoint is of another vocabulary')
+                         f'{vocab.n_codes} codes {vocab.size}: the checkpoint is of another vocabulary')
 
 
 def check_codec(folder, codec, dialogues):
@@ -104,8 +102,7 @@ def check_codec(folder, codec, dialogues):
 # a run's states
 
 def save_state(out_dir, model, optimizer, vocab, info, codec_folder, state):
-    """Writes out_dir/step-000300, from which a run goes on as if it had not stopped. Removes the one
-    before."""
+    """Writes out_dir/step-000300, from which a run goes on as if it had not stopped. Deletes older ones."""
     folder = os.path.join(out_dir, f'step-{state["step"]:06d}')
     names = {p: name for name, p in model.named_parameters()}
     tensors = {'rng': torch.get_rng_state()}

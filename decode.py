@@ -68,15 +68,13 @@ class SlotHead(nn.Module):
         return self.linear(x).float() + self.bias
 
     def choose(self, logits, noise):
-        """logits (n_row, n_id) -> ids (n_row, 1). noise (n_row, n_id) is exponential, None if temperature is
-        0."""
+        """logits (n_row, n_id) -> ids (n_row, 1). noise (n_row, n_id): exponential; None: temperature is 0"""
         if noise is not None:
             logits = logits / self.temperature
             if self.top_k:
                 least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < least, -torch.inf)
-            # the largest of p / noise is a draw from p; torch.multinomial does the same, but waits for the
-            # GPU
+            # the largest of p / noise is a draw from p; torch.multinomial does the same, but waits for a GPU
             logits = logits.softmax(-1) / noise
         return logits.argmax(-1, keepdim=True) + self.start
 
@@ -140,8 +138,8 @@ class Duplex:
 
     @torch.inference_mode()
     def compile_pass(self):
-        """Compiles the passes of one token, 11 of 12, before the conversation: one graph for all cache
-        sizes."""
+        """Compiles the passes of one token, 11 of 12, before the conversation. One graph serves all sizes of
+        the cache."""
         self.read_one = torch.compile(self.model.run_blocks_cached, dynamic=True, fullgraph=True)
         self.sample('speech', self.unfed.new_zeros(self.n_row, 1))
         self.cache.len = self.cache.next_pos = 0
@@ -200,8 +198,7 @@ class Duplex:
 
     def capture(self, kind, *inputs):
         """-> a CUDA graph of next_token, the tensors that it reads, the one that it writes. next_token runs
-        twice
-        here, which is harmless: the same keys go into the same slots of the cache."""
+        twice here, which is harmless: the same keys go into the same slots of the cache."""
         inputs = [x if x is None else x.clone() for x in inputs]
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))

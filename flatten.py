@@ -269,9 +269,9 @@ def lay_chunks(dialogue, layout, vocab):
 
 
 def lay_speech(dialogue, role, n, vocab):
-    """-> n ids. The user's channel is fed as it is: its silence is real audio. Of the assistant's only the
-    turns are, and all other frames are <|silent_speech|>, a token that can be learned. So are the last
-    chunk's missing frames."""
+    """-> n ids. The user's channel is fed as it is: its silence is real audio. Of the assistant's channel
+    only the turns are fed; its other frames become <|silent_speech|>, a token that can be learned. So do the
+    frames that the last chunk lacks, in both channels."""
     codes = np.asarray(dialogue[role])
     stream = np.empty(n, np.int32)
     stream.fill(vocab.control['<|silent_speech|>'] - vocab.code_start)
@@ -435,8 +435,7 @@ def match_text(runs, text, speech_chunk, vocab):
 
 
 def split_run(run, following, starts, written, speech_chunk):
-    """-> [(start, end)] of the turns in a run of speech: it is cut where text starts anew after other
-    text."""
+    """-> [(start, end)] of the turns in a run of speech, which is cut where text starts anew after text."""
     start, end = run
     first, last = start // speech_chunk, (end - 1) // speech_chunk
     cuts = [start]
@@ -464,8 +463,7 @@ class Letters:
 
 
 def spell(i, vocab):
-    """One id, in few letters: a code's number, a text token's letters, · for silence, or the control
-    token."""
+    """One id in few letters: a code's number, a text token's letters, · for silence, or a control token."""
     i = int(i)
     names = {id: name for name, id in vocab.control.items()}
     if i in names:
@@ -474,8 +472,7 @@ def spell(i, vocab):
 
 
 def draw(document, layout, vocab):
-    """The document as text, with + after what is learned; layouts in chunks as a grid, a line for each
-    stream."""
+    """The document as text, with + after what is learned. Chunks are drawn as a grid, a line a stream."""
     words = [spell(i, vocab) + '+' * int(learned) for i, learned in zip(document.ids, document.learned)]
     if layout.order != 'chunks':
         return ' '.join(words)

@@ -14,14 +14,12 @@ def read_audio(path, sample_rate, channel=None):
         raise ValueError(f'no file {path}')
     try:
         wave, rate = soundfile.read(path, dtype='float32', always_2d=True)     # (n_sample, n_channel)
-    # TypeError: a .raw file, whose rate nobody knows
-    except (soundfile.SoundFileError, TypeError) as error:
+    except (soundfile.SoundFileError, TypeError) as error:      # TypeError: a .raw file names no rate
         raise ValueError(f'{path} is not audio that can be read ({error})') from None
     n_sample, n_channel = wave.shape
     if channel is None and n_channel > 1:
         raise ValueError(f'{path} has {n_channel} channels: say which is the user\'s, 0 to {n_channel - 1}, '
-                         'with --user_channel '
-                         '(sample.py) or --channel (codec)')
+                         'with --user_channel (sample.py) or --channel (codec)')
     if not 0 <= (channel or 0) < n_channel:
         raise ValueError(f'{path} has {n_channel} channels, 0 to {n_channel - 1}; there is no channel '
                          f'{channel}')
@@ -30,8 +28,8 @@ def read_audio(path, sample_rate, channel=None):
     wave = wave[:, channel or 0]
     if not np.isfinite(wave).all():
         at = int(np.argmin(np.isfinite(wave)))
-        raise ValueError(f'{path}: sample {at}, at {at / rate:.3f} s, is {wave[at]}; a file of numbers is '
-                         'needed')
+        raise ValueError(f'{path}: sample {at}, at {at / rate:.3f} s, is {wave[at]}; every sample has to be '
+                         'a number')
     return soxr.resample(wave, rate, sample_rate) if rate != sample_rate else wave
 
 

@@ -10,9 +10,8 @@ from contextlib import contextmanager
 def whole(path, suffix='.part'):
     """
     Gives a path to write to, a file or a folder, which becomes `path` when the block ends. So `path` is never
-    half
-    written: a process that is killed in the block leaves the old one. Where the block raises, nothing is left
-    of it.
+    half written: a process that is killed in the block leaves the old one. If the block raises, what it wrote
+    is deleted.
 
         with whole('a.json') as part, open(part, 'w') as file:
             json.dump(content, file)

@@ -36,8 +36,7 @@ class Int8(nn.Module):
         engine = torch.backends.quantized.engine
         torch.backends.quantized.engine = 'fbgemm'      # 'x86' may pack for oneDNN: 1.5 times as slow
         with warnings.catch_warnings():
-            # torch will drop these tensors (pytorch #184982); onednn.qlinear_prepack, which stays, is slower
-            # here
+            # torch will drop these tensors (pytorch #184982); onednn.qlinear_prepack will stay, but is slower
             warnings.simplefilter('ignore', UserWarning)
             rows = torch._make_per_channel_quantized_tensor(rows, scale.double(), zeros, 0)
             self.weight = torch.ops.quantized.linear_prepack(rows)

@@ -57,8 +57,7 @@ def pack(lengths, capacity):
     Best-fit decreasing: the longest document left goes into the fullest row that still takes it. The 64 rows
     with the most room are then taken apart and filled again by `fill`. On the lengths of bench/lengths, 4,096
     documents at a time, that leaves 0.15 % of padding instead of 0.37 % in rows of 1,024, and 0.45 % instead
-    of 0.70 % in rows of
-    8,192: a quarter per cent of all training (docs/log.md).
+    of 0.70 % in rows of 8,192: a quarter per cent of all training (docs/log.md).
     """
     rows, rooms = [], []                                # rooms: (room left, row), sorted
     for i in np.argsort(-np.asarray(lengths), kind='stable').tolist():
@@ -114,8 +113,7 @@ def fullest_subset(lengths, room):
 # rows
 
 class Piece(NamedTuple):
-    """n ids of a document from `at` on, which are one document of a row. They are laid when the row is
-    read."""
+    """n ids of a document from `at` on: one document of a row. They are laid when the row is read."""
     lay: Callable           # () -> Document
     at: int
     n: int

@@ -12,7 +12,7 @@ Drawings for the terminal: a dialogue against time, and the rows that a model in
     assistant.speech |  ·+ 33+ 34+ 35+ | 36+ 37+  ·+  ·+
                 next | 33ˢ 34ˢ 35ˢ     | 37ˢ  ·⁻  ·⁻         ᵗ text, ˢ speech, ⁻ silence
 
-A wrong mask shows as a token without its mark, a wrong target as a ! in red.
+With a wrong mask a token lacks its mark; a wrong target is marked with a red !.
 """
 import argparse
 import os
@@ -31,46 +31,57 @@ GREY, GREEN, YELLOW, CYAN, RED, BOLD, PLAIN = (f'\033[{n}m' for n in (90, 32, 33
 
 
 def print_coloured(text):
-    """Without its colours where nobody would see them; NO_COLOR and FORCE_COLOR overrule (no-color.org,
-    force-color.org)."""
+    """Prints text, without its colours if the output is no terminal. NO_COLOR and FORCE_COLOR overrule that
+    (no-color.org, force-color.org)."""
     is_coloured = sys.stdout.isatty() or os.environ.get('FORCE_COLOR')
     print(text if is_coloured and not os.environ.get('NO_COLOR') else re.sub('\033\\[\\d+m', '', text))
 
 
+# ------------------------------------------------------------------------------------------------------------
+# a dialogue against time
+
 def show(dialogue, layout, vocab, rate_hz, columns=110):
-    """The dialogue against time, a character for each frame: grey is fed, green is learned, yellow is both
-    speaking."""
+    """-> the dialogue against time, a character a frame. Grey is fed, green is learned, and where both speak
+    it is yellow."""
     document, = flatten(dialogue, layout, vocab)
     n = layout.speech_chunk
-    grid = document.ids.reshape(-1, layout.period)      # (N chunks, K tokens a chunk)
-    speaks = {role: np.zeros(len(grid) * n, bool) for role in ROLES}
-    words = np.full(len(grid) * n, ' ', '<U1')          # the user's text, a letter a frame
-    for turn in dialogue['turns']:
-        start = turn['start']
-        speaks[turn['role']][start:turn['end']] = True
-        if turn['role'] == 'user':
-            letters = list(turn['text'])[:len(words) - start]
-            words[start:start + len(letters)] = letters
-    both = speaks['user'] & speaks['assistant']
-    rows = [('seconds', '', [f'{c * n / rate_hz:.1f}' for c in range(len(grid))]),
-            ('user words', '', [''.join(row) for row in words.reshape(-1, n)])]
+    chunks = document.ids.reshape(-1, layout.period)        # (N chunks, K tokens a chunk)
+    lines = draw_speech(dialogue['turns'], len(chunks) * n)
+    in_chunks = {name: [line[at:at + n] for at in range(0, len(line), n)] for name, line in lines.items()}
+    rows = [('seconds', '', [f'{c * n / rate_hz:.1f}' for c in range(len(chunks))]),
+            ('user words', '', in_chunks['user words'])]
     at = 0
     for slot in layout.chunk:
         if slot.kind == 'text':
-            cells = [''.join(spell(i, vocab) for i in row[at:at + slot.n]) for row in grid]
+            cells = [''.join(spell(i, vocab) for i in ids[at:at + slot.n]) for ids in chunks]
         else:
-            bars = np.where(speaks[slot.role], np.where(both, '▓', '█'), '▁')
-            cells = [''.join(chunk) for chunk in bars.reshape(-1, n)]
+            cells = in_chunks[slot.role]
         rows.append((slot.what, GREEN if slot.learned else GREY, cells))
         at += slot.n
-    head = (f'{BOLD}{dialogue["id"]}{PLAIN}  {len(grid)} chunks of {n} frames, {document.ids.size} tokens, '
+    head = (f'{BOLD}{dialogue["id"]}{PLAIN}  {len(chunks)} chunks of {n} frames, {document.ids.size} tokens, '
             f'{document.learned.sum()} learned, {document.n_dropped} text tokens dropped')
     return '\n'.join([head, *side_by_side(rows, n, columns)])
 
 
+def draw_speech(turns, n_frame):
+    """-> {name: a character for each frame}. 'user', 'assistant': █ where the role speaks, ▓ where both do, ▁
+    elsewhere; 'user words': the user's text from the start of each turn, a letter a frame."""
+    speaks = {role: np.zeros(n_frame, bool) for role in ROLES}
+    words = np.full(n_frame, ' ', '<U1')
+    for turn in turns:
+        start = turn['start']
+        speaks[turn['role']][start:turn['end']] = True
+        if turn['role'] == 'user':
+            letters = list(turn['text'])[:n_frame - start]
+            words[start:start + len(letters)] = letters
+    bar = np.where(speaks['user'] & speaks['assistant'], '▓', '█')
+    bars = {role: ''.join(np.where(speaks[role], bar, '▁')) for role in ROLES}
+    return {**bars, 'user words': ''.join(words)}
+
+
 def side_by_side(rows, n, columns):
-    """rows: [(name, colour, [cell of each chunk])] -> lines, as many chunks next to each other as there is
-    room for"""
+    """rows: [(name, colour, [cell of each chunk])] -> lines, with as many chunks beside each other as fit. n:
+    frames a chunk; columns: of the terminal"""
     margin = max(len(name) for name, _, _ in rows)
     wide = max([n] + [len(cell) for _, _, cells in rows for cell in cells])
     n_shown, lines = max(1, (columns - margin) // (wide + 1)), []
@@ -83,18 +94,21 @@ def side_by_side(rows, n, columns):
     return lines
 
 
+# ------------------------------------------------------------------------------------------------------------
+# rows of a batch
+
 class Row(NamedTuple):
-    """One row of a batch: arrays [T]. target is -1 where nothing is learned; clean: idx before user_noise."""
+    """A row of a batch, or one document in it: arrays [T]."""
     idx: np.ndarray
-    clean: np.ndarray
+    clean: np.ndarray       # idx before user_noise
     pos: np.ndarray
     doc: np.ndarray
-    target: np.ndarray
+    target: np.ndarray      # -1 where nothing is learned
     stream: np.ndarray
-    weight: np.ndarray
+    weight: np.ndarray      # of the target in the loss
 
     def documents(self):
-        """-> the Rows of its documents, padding included"""
+        """-> [Row], one for each document, and one for padding"""
         starts = [0, *(np.flatnonzero(np.diff(self.doc)) + 1).tolist(), len(self.doc)]
         return [Row(*(x[start:end] for x in self)) for start, end in zip(starts, starts[1:])]
 
@@ -102,15 +116,14 @@ class Row(NamedTuple):
         return not self.idx.any() and (self.target < 0).all()       # id 0 throughout, and nothing is learned
 
     def is_wrong(self):
-        """-> bool [T]: targets that are not the token fed next. What follows the last token is not known
-        here."""
+        """-> bool [T]: targets that are not the token fed next. Which token follows the last is unknown."""
         wrong = (self.target[:-1] >= 0) & (self.target[:-1] != self.idx[1:])
         return np.append(wrong, False)
 
 
-def rows_of(batch, weights, clean, n_row):
-    """The first rows of a data.loader.Batch, from nothing but its tensors. weights (N): of the targets in the
-    loss"""
+def get_rows(batch, weights, clean, n_row):
+    """The first n_row rows of a data.loader.Batch -> [Row], made from its tensors alone. weights and clean as
+    in draw_batch."""
     learn = batch.learn.cpu().numpy()
     clean = batch.idx if clean is None else clean
     arrays = [x.cpu().numpy() for x in (batch.idx, clean, batch.pos, batch.doc)]
@@ -122,21 +135,22 @@ def rows_of(batch, weights, clean, n_row):
     return [Row(*(x[b] for x in arrays)) for b in range(n_row)]
 
 
-LOOKS = list(zip('ᵗˢ⁻', (GREEN, CYAN, YELLOW)))     # of STREAMS; letters, too, for a screen without colours
+# mark and colour of each of STREAMS; the marks are for screens without colours
+LOOKS = list(zip('ᵗˢ⁻', (GREEN, CYAN, YELLOW)))
 
 
 def draw_batch(batch, layouts, vocab, streams, weights, n_row=1, columns=110, clean=None):
     """
-    Draws the first rows of a data.loader.Batch, to see whether masks and targets are right. Under each token
-    that is fed
-    stands the one to be predicted there: the token fed next (in chunks, the first of assistant.text under the
-    last of user.speech). weights (N): of the targets in the loss; clean (B, T): idx before user_noise.
+    -> a drawing of the first n_row rows of a data.loader.Batch, to see whether masks and targets are right.
+    Under each token that is fed stands the one to be predicted there, which is the token fed next. (In
+    chunks, the first of assistant.text stands under the last of user.speech.)
+    weights (N): of the targets in the loss; clean (B, T): idx before user_noise; None: there was no noise
     """
     looks = ', '.join(f'{colour}{mark} {name}{PLAIN}' for (mark, colour), name in zip(LOOKS, streams))
     lines = [f'fed: {GREEN}+ is learned{PLAIN}, {GREY}others are not{PLAIN}, {YELLOW}~ was replaced by '
              f'user_noise{PLAIN}; next: what has to be predicted there, {looks}, '
              f'{RED}! is not the next token{PLAIN}']
-    for b, row in enumerate(rows_of(batch, weights, clean, n_row)):
+    for b, row in enumerate(get_rows(batch, weights, clean, n_row)):
         lines.append(f'{BOLD}row {b}{PLAIN}: ' + summary(row, streams))
         for document in row.documents():
             lines += draw_document(document, layouts, vocab, columns)
@@ -145,23 +159,22 @@ def draw_batch(batch, layouts, vocab, streams, weights, n_row=1, columns=110, cl
 
 
 def summary(row, streams):
-    """'140 tokens, 55.0 % learned (4 text x5, 60 speech x1, 13 silence x1), 2 documents, 3.0 % padding'"""
+    """'140 tokens, 55.0% learned (4 text x5, 60 speech x1, 13 silence x1), 2 documents, 3.0% padding'"""
     counts, T = [], len(row.idx)
     for i, name in enumerate(streams):
-        of_stream = (row.target >= 0) & (row.stream == i)
-        weights = ''.join(f' x{weight:g}' for weight in np.unique(row.weight[of_stream]))
-        counts.append(f'{of_stream.sum()} {name}{weights}')
-    documents = row.documents()
-    n_padding = sum(len(document.idx) for document in documents if document.is_padding())
-    n_document = sum(not document.is_padding() for document in documents)
-    n_wrong = sum(int(document.is_wrong().sum()) for document in documents if not document.is_padding())
+        is_counted = (row.target >= 0) & (row.stream == i)
+        weights = ''.join(f' x{weight:g}' for weight in np.unique(row.weight[is_counted]))
+        counts.append(f'{is_counted.sum()} {name}{weights}')
+    documents = [document for document in row.documents() if not document.is_padding()]
+    n_padding = T - sum(len(document.idx) for document in documents)
+    n_wrong = sum(int(document.is_wrong().sum()) for document in documents)
     wrong = f', {RED}{n_wrong} targets are not the next token{PLAIN}' if n_wrong else ''
     return (f'{T} tokens, {(row.target >= 0).mean():.1%} learned ({", ".join(counts)}), '
-            f'{n_document} documents, {n_padding / T:.1%} padding{wrong}')
+            f'{len(documents)} documents, {n_padding / T:.1%} padding{wrong}')
 
 
 def draw_document(document, layouts, vocab, columns):
-    """-> lines: its name and positions, then its tokens and targets"""
+    """-> lines: the document's number, positions and layout, then its tokens and targets"""
     runs = np.split(document.pos, np.flatnonzero(np.diff(document.pos) != 1) + 1)
     positions = ', '.join(f'{run[0]} to {run[-1]}' for run in runs)
     if document.is_padding():
@@ -172,13 +185,14 @@ def draw_document(document, layouts, vocab, columns):
         name += layout.name
     else:
         name += f'{RED}! no document of {"+".join(layout.name for layout in layouts)}{PLAIN}'
-    fed, following = cells_of(document, vocab)
-    in_chunks = layout and layout.order == 'chunks'
-    return [name, *(grid(fed, following, layout, columns) if in_chunks else strip(fed, following, columns))]
+    fed, following = mark_tokens(document, vocab)
+    if layout and layout.order == 'chunks':
+        return [name, *lay_out_chunks(fed, following, layout, columns)]
+    return [name, *lay_out_in_order(fed, following, columns)]
 
 
-def cells_of(document, vocab):
-    """-> (text, colour) of each token that is fed, and of each that has to be predicted there"""
+def mark_tokens(document, vocab):
+    """-> two lists of cells (text, colour): the tokens that are fed, and those to be predicted there"""
     fed, following = [], []
     is_target = np.append(False, document.target[:-1] >= 0)
     for i, is_wrong in enumerate(document.is_wrong()):
@@ -196,65 +210,69 @@ def cells_of(document, vocab):
 
 
 def fits(ids, layout, vocab):
-    """Could ids, perhaps without their end, be a document of this layout?"""
+    """Could ids be a document of this layout? The end of the document may be missing."""
     if layout.order != 'chunks':
         first = [vocab.control[slots[0].what] for slots in layout.slots.values()]
         return ids[0] in first
     in_chunk = [slot.kind == 'speech' for slot in layout.chunk for _ in range(slot.n)]
-    kinds = np.resize(in_chunk, len(ids))
+    needs_speech = np.resize(in_chunk, len(ids))
     control = np.isin(ids, list(vocab.control.values()))
     is_speech = (ids >= vocab.code_start) | (ids == vocab.control['<|silent_speech|>'])
     is_text = ~control & (ids < vocab.code_start) | (ids == vocab.control['<|silent_text|>'])
-    return bool(np.where(kinds, is_speech, is_text).all())
+    return bool(np.where(needs_speech, is_speech, is_text).all())
 
 
-def grid(fed, following, layout, columns):
-    """Cells (text, colour) of a document in chunks: lines for each stream, as many chunks side by side as
-    there is room for."""
+def lay_out_chunks(fed, following, layout, columns):
+    """Cells (text, colour) of a document in chunks -> lines for each stream, with as many chunks beside each
+    other as fit into columns"""
     K, n_chunk = layout.period, -(-len(fed) // layout.period)
-    fed, following = (cells + [('', PLAIN)] * (n_chunk * K - len(cells)) for cells in (fed, following))
-    cell = [max(len(text) for text, _ in fed[k::K] + following[k::K]) for k in range(K)]
-    ends = np.cumsum([slot.n for slot in layout.chunk]).tolist()
-    slots = [(slot.what, range(end - slot.n, end)) for slot, end in zip(layout.chunk, ends)]
-    wide = max(sum(cell[k] + 1 for k in places) - 1 for _, places in slots)
-    margin = max(len(name) for name, _ in slots)
-    n_shown, lines = max(1, (columns - margin) // (wide + 3)), []
+    n_missing = n_chunk * K - len(fed)      # of the last chunk
+    fed, following = (cells + [('', PLAIN)] * n_missing for cells in (fed, following))
+    widths = [max(len(text) for text, _ in fed[k::K] + following[k::K]) for k in range(K)]
+    streams, at = [], 0     # (name, its places in a chunk, how wide they are)
+    for slot in layout.chunk:
+        end = at + slot.n
+        streams.append((slot.what, range(at, end), sum(widths[at:end]) + slot.n - 1))
+        at = end
+    margin, chunk_width = max(len(name) for name, _, _ in streams), max(width for _, _, width in streams)
+    n_shown, lines = max(1, (columns - margin) // (chunk_width + 3)), []
     for first in range(0, n_chunk, n_shown):
         chunks = range(first, min(first + n_shown, n_chunk))
-        lines.append(f'{"chunk":{margin}}' + ''.join(f' | {c:>{wide}}' for c in chunks))
-        for what, places in slots:
-            for name, cells in ((what, fed), (f'{"next":>{margin}}', following)):
-                portions = [
-                    ' '.join(paint(cells[c * K + k], cell[k])
-                             for k in places) + ' ' * (wide + 1 - sum(cell[k] + 1
-                                                                      for k in places))
-                    for c in chunks]
-                lines.append(f'{name:{margin}}' + ''.join(f' | {portion}' for portion in portions))
+        lines.append(f'{"chunk":{margin}}' + ''.join(f' | {c:>{chunk_width}}' for c in chunks))
+        for stream, places, width in streams:
+            for name, cells in ((stream, fed), (f'{"next":>{margin}}', following)):
+                line = f'{name:{margin}}'
+                for c in chunks:
+                    tokens = ' '.join(paint(cells[c * K + k], widths[k]) for k in places)
+                    line += f' | {tokens}' + ' ' * (chunk_width - width)
+                lines.append(line)
     return [line.rstrip() for line in lines]
 
 
-def strip(fed, following, columns):
-    """Cells of any document, one after the other."""
-    lines, rows, wide = [], ['fed ', 'next'], 4
-    for pair in zip(fed, following):
-        cell = max(len(text) for text, _ in pair)
-        if wide + 1 + cell > columns and wide > 4:
-            lines, rows, wide = lines + rows, ['fed ', 'next'], 4
-        rows, wide = [f'{row} {paint(each, cell)}' for row, each in zip(rows, pair)], wide + 1 + cell
-    return [line.rstrip() for line in lines + rows]
+def lay_out_in_order(fed, following, columns):
+    """Cells (text, colour) of any document -> lines, one token after the other"""
+    lines, pair, pair_width = [], ['fed ', 'next'], 4
+    for cells in zip(fed, following):
+        width = max(len(text) for text, _ in cells)
+        if pair_width + 1 + width > columns and pair_width > 4:
+            lines, pair, pair_width = lines + pair, ['fed ', 'next'], 4
+        pair = [f'{line} {paint(cell, width)}' for line, cell in zip(pair, cells)]
+        pair_width += 1 + width
+    return [line.rstrip() for line in lines + pair]
 
 
-def paint(cell, wide):
+def paint(cell, width):
+    """A cell (text, colour) in colour, right-aligned. Spaces at its end stay outside of the colour, so that
+    rstrip finds them at the end of a line."""
     text, colour = cell
-    shown = text.rstrip()       # so that the spaces at the end of a line are its end
-    return ' ' * (wide - len(text)) + (f'{colour}{shown}{PLAIN}'
-                                       if shown else '') + ' ' * (len(text) - len(shown))
+    visible = text.rstrip()
+    painted = f'{colour}{visible}{PLAIN}' if visible else ''
+    return ' ' * (width - len(text)) + painted + ' ' * (len(text) - len(visible))
 
 
 def main():
-    parser = Parser(prog='python -m measures.draw', description='Draws a dialogue of a data folder, in '
-                                                                'colour.',
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(prog='python -m measures.draw', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                    description='Draws a dialogue of a data folder, in colour.')
     parser.add_argument('folder', help='a data folder, such as data/demo')
     parser.add_argument('--split', default='test', help='train, val or test')
     parser.add_argument('--index', type=int, default=0, help='which dialogue')
@@ -265,13 +283,14 @@ def main():
     args = parser.parse_args()
     layout = get_layout(args.layout, args.speech_chunk, args.text_chunk)
     if layout.order != 'chunks':
-        raise ValueError(f'layouts in chunks are drawn here, not {layout.name}')
+        raise ValueError(f'--layout={args.layout}: only layouts in chunks can be drawn against time, such as '
+                         'duplex3')
     dialogues = Dialogues(args.folder, args.split)
     vocab = Vocabulary.load(args.tokenizer or os.path.join(args.folder, 'tokenizer'),
                             dialogues.codec['n_codes'])
     if not 0 <= args.index < len(dialogues):
-        raise ValueError(f'--index={args.index}: {args.folder} has {len(dialogues)} dialogues in '
-                         f'{args.split}')
+        raise ValueError(f'--index={args.index}: {args.split} of {args.folder} has {len(dialogues)} '
+                         'dialogues, counted from 0')
     columns = os.get_terminal_size().columns if sys.stdout.isatty() else 110
     print_coloured(show(dialogues[args.index], layout, vocab, dialogues.codec['rate_hz'], columns))
 

@@ -1,4 +1,4 @@
-"""A run's figures: a line each in out_dir/log.jsonl, and in tensorboard and wandb where they are wanted."""
+"""Writes a run's figures: lines in out_dir/log.jsonl, and, if the settings say so, tensorboard and wandb."""
 import json
 import os
 from dataclasses import asdict
@@ -7,8 +7,8 @@ from common.files import whole
 
 
 class Logger:
-    """log(kind='val', step=300, loss=…) for figures, log_heard for conversations. Lines after `step`, from
-    which a run is resumed, are taken out of log.jsonl first."""
+    """log(kind='val', step=300, loss=…) writes figures, log_heard conversations. step: where the run starts,
+    or goes on; lines of log.jsonl after it are deleted first."""
 
     def __init__(self, cfg, step):
         self.path = os.path.join(cfg.out_dir, 'log.jsonl')
@@ -24,8 +24,8 @@ class Logger:
     def log(self, **values):
         with open(self.path, 'a') as file:
             file.write(json.dumps(values) + '\n')
-        scalars = {
-            f'{values["kind"]}/{key}': value for key, value in values.items() if isinstance(value, float)}
+        kind = values['kind']
+        scalars = {f'{kind}/{key}': value for key, value in values.items() if isinstance(value, float)}
         if self.tensorboard:
             for key, value in scalars.items():
                 self.tensorboard.add_scalar(key, value, values['step'])
@@ -33,45 +33,45 @@ class Logger:
             self.wandb.log(dict(scalars, step=values['step']))
 
     def log_heard(self, step, conversations):
-        """Conversations of measures/turns.py, to be listened to."""
-        for each in conversations:
-            name, wave = f'heard/{each["id"]}', each['wave']
-            turns = [
-                f'{turn["start"] / each["rate_hz"]:.2f} s {turn["role"]}: {turn["text"]}'
-                for turn in each['turns']]
-            text = '\n\n'.join(turns)
+        """The sound and text of conversations (measures/turns.py), for tensorboard and wandb."""
+        for talk in conversations:
+            name, wave = f'heard/{talk["id"]}', talk['wave']
+            lines = [f'{turn["start"] / talk["rate_hz"]:.2f} s {turn["role"]}: {turn["text"]}'
+                     for turn in talk['turns']]
+            text = '\n\n'.join(lines)
             if self.tensorboard:
                 self.tensorboard.add_text(name, text, step)
-            if self.tensorboard and wave is not None:       # it plays one channel: both voices in it
-                self.tensorboard.add_audio(name, wave.mean(1), step, each['sample_rate'])
+            if self.tensorboard and wave is not None:       # it plays one channel, so both voices are mixed
+                self.tensorboard.add_audio(name, wave.mean(1), step, talk['sample_rate'])
             if self.wandb and wave is not None:
                 import wandb
-                self.wandb.log({name: wandb.Audio(wave, each['sample_rate'], caption=text), 'step': step})
+                self.wandb.log({name: wandb.Audio(wave, talk['sample_rate'], caption=text), 'step': step})
 
 
 def open_tensorboard(out_dir, step):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError:
-        return None     # an extra: pip install tensorboard
+        return None     # it is optional: pip install tensorboard
     return SummaryWriter(out_dir, purge_step=step)
 
 
 def open_wandb(cfg):
-    """A run of wandb, which a resumed run of ours continues."""
+    """-> a wandb run. Its id is kept in out_dir/wandb.id, so that a resumed training continues the same run.
+    Raises ValueError if wandb cannot start."""
     import wandb
     path = os.path.join(cfg.out_dir, 'wandb.id')
-    known = None
+    run_id = None
     if os.path.exists(path):
         with open(path) as file:
-            known = file.read()
+            run_id = file.read()
     try:
-        run = wandb.init(project=cfg.wandb, name=os.path.basename(cfg.out_dir), id=known, resume='allow',
+        run = wandb.init(project=cfg.wandb, name=os.path.basename(cfg.out_dir), id=run_id, resume='allow',
                          dir=cfg.out_dir, config=asdict(cfg), reinit='finish_previous')
     except wandb.Error as error:
         raise ValueError(f'wandb={cfg.wandb} cannot start: {error}')
     with open(path, 'w') as file:
         file.write(run.id)
-    # its own counter only goes up, a resumed run goes back to its last state
+    # wandb's own counter only goes up, but a resumed training goes back to its last checkpoint
     run.define_metric('*', step_metric='step')
     return run

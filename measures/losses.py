@@ -1,4 +1,7 @@
-"""Losses by stream: nats a token, and bits a second of conversation, which compare across layouts."""
+"""
+Losses by stream (text, speech, silence), in nats a token, and of all in bits a second of conversation. Bits a
+second compare across layouts, which lay the same second out as different numbers of tokens.
+"""
 import math
 
 import torch
@@ -7,7 +10,7 @@ from data.loader import STREAMS
 
 
 def stream_sums(losses, batch, device):
-    """losses (N) -> float64 (2, 3): the sum in nats and the number of tokens by stream."""
+    """losses (N), in nats -> float64 (2, 3): the sum of each stream's losses, and the number of its tokens"""
     sums = torch.zeros(2, len(STREAMS), dtype=torch.float64, device=device)
     sums[0].index_add_(0, batch.stream, losses.detach().double())
     sums[1].index_add_(0, batch.stream, torch.ones_like(losses, dtype=torch.float64))
@@ -15,7 +18,7 @@ def stream_sums(losses, batch, device):
 
 
 def loss_sums(model, loader, device, autocast):
-    """-> stream_sums over every document of a loader once, and the seconds of conversation that they are."""
+    """-> stream_sums over all documents of a loader, and how many seconds of conversation these are"""
     sums, sec = torch.zeros(2, len(STREAMS), dtype=torch.float64, device=device), 0.0
     model.eval()
     with torch.no_grad(), autocast:
@@ -29,7 +32,8 @@ def loss_sums(model, loader, device, autocast):
 
 
 def by_stream(sums, sec):
-    """Sums by stream -> {'loss': nats a token, each stream's likewise, 'bits_per_sec': of conversation}."""
+    """stream_sums -> {'loss': nats a token, 'text': …, 'speech': …, 'silence': … (the same for each stream
+    that has tokens), 'bits_per_sec': the sum of all in bits, a second of conversation}"""
     nats, counts = sums.tolist()
     values = {name: nats[i] / counts[i] for i, name in enumerate(STREAMS) if counts[i]}
     return dict(loss=sum(nats) / sum(counts), **values, bits_per_sec=sum(nats) / math.log(2) / sec)

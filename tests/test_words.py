@@ -14,13 +14,13 @@ from measures import words
 from measures.words import (
     alignment,
     complete,
+    cut_at_quiet,
     error_rate,
-    pieces,
+    finished_turns,
     said_as_written,
     speak,
     transcribe,
     whisper_transcribe,
-    whole,
 )
 from model import ModelConfig, Qwen2
 from vocabulary import Vocabulary
@@ -179,8 +179,8 @@ TURNS = [dict(role=role, start=start, end=end, text=text) for role, start, end, 
 
 def test_alignment_asks_for_each_role_what_it_should(monkeypatch):
     pytest.importorskip('jiwer')
-    assert [turn['text'] for turn in whole(TURNS, 'assistant')] == ['all said']
-    assert [turn['text'] for turn in whole(TURNS, 'user')] == ['who', 'ok', 'mhm']
+    assert [turn['text'] for turn in finished_turns(TURNS, 'assistant')] == ['all said']
+    assert [turn['text'] for turn in finished_turns(TURNS, 'user')] == ['who', 'ok', 'mhm']
 
     class Codec:
         sample_rate = 16000
@@ -240,11 +240,11 @@ def test_long_waves_are_cut_where_it_is_quiet():
     it is loud."""
     wave = np.random.default_rng(0).uniform(0.5, 1, 1000).astype(np.float32)
     wave[880:910] = 0
-    cuts = pieces(wave, 900)
+    cuts = cut_at_quiet(wave, 900)
     assert [len(cut) for cut in cuts][0] in range(880, 900) and np.array_equal(np.concatenate(cuts), wave)
-    assert all(len(cut) <= 100 for cut in pieces(wave, 100)) and np.array_equal(
-        np.concatenate(pieces(wave, 100)), wave)
-    assert len(pieces(wave[:900], 900)) == 1 and len(pieces(wave[:0], 900)) == 1
+    assert all(len(cut) <= 100 for cut in cut_at_quiet(wave, 100)) and np.array_equal(
+        np.concatenate(cut_at_quiet(wave, 100)), wave)
+    assert len(cut_at_quiet(wave[:900], 900)) == 1 and len(cut_at_quiet(wave[:0], 900)) == 1
 
 
 @pytest.fixture(scope='module')
@@ -296,7 +296,7 @@ def test_whisper(whisper, monkeypatch):
     assert texts[0] == whisper_transcribe([loud], 16000, str(whisper),
                                           'en')[0] and texts[2] == whisper_transcribe([other], 16000,
                                                                                       str(whisper), 'en')[0]
-    assert texts[4] == ' '.join(whisper_transcribe(pieces(long, 30 * 16000), 16000, str(whisper), 'en'))
+    assert texts[4] == ' '.join(whisper_transcribe(cut_at_quiet(long, 30 * 16000), 16000, str(whisper), 'en'))
     assert texts[0] != whisper_transcribe([loud], 16000, str(whisper), 'zh')[0]      # it is told the language
     # at another rate, its language guessed
     assert len(whisper_transcribe([loud, other], 24000, str(whisper))) == 2

@@ -370,7 +370,7 @@ def attention(bench):
 # ------------------------------------------------------------------------------------------------------------
 # rows: training
 
-# stands before a trainer's code: notes the time after each step of any torch optimiser, and ends the process
+# runs before a trainer's code: notes the time after each step of any torch optimiser, and ends the process
 # after n_step of them
 STAMPS = '''
 import json, os, sys, time, torch
@@ -390,8 +390,8 @@ OURS = 'import config, train; train.main(config.load(train.Config, sys.argv[1:])
 PEER = 'import bench; bench.train_peer(**json.loads(sys.argv[1]))'
 
 def timed_steps(bench, code, arguments, n_step, n_warm, checkout=ROOT):
-    """Runs code that trains, in that checkout -> seconds of each step after the first n_warm, and peak memory
-    in bytes."""
+    """Runs code that trains, in that checkout -> seconds of each step after the first n_warm, and the peak of
+    memory in bytes."""
     env = {} if bench.is_cuda else dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'stamps.json')
@@ -421,12 +421,13 @@ def train_peer(kind, folder, stage, T, batch_size, n_micro, sizes, is_cuda):
             while True:
                 yield {key: value[0] for key, value in hf_batch(loader.next_batch()).items()}
     model = Qwen2ForCausalLM(hf_config(sizes, vocab.size, 'flex_attention' if is_cuda else 'sdpa')).to(device)
-    more = {'TRL, tuned': dict(gradient_checkpointing=False), 'HF + Liger': dict(use_liger_kernel=True),
-            'HF + compile': dict(torch_compile=True)}.get(kind, {})
     settings = dict(output_dir=tempfile.mkdtemp(dir=folder), max_steps=1000,
                     per_device_train_batch_size=batch_size, gradient_accumulation_steps=n_micro,
                     bf16=pick_dtype('auto', device) == torch.bfloat16, use_cpu=not is_cuda, report_to=[],
-                    save_strategy='no', remove_unused_columns=False) | more
+                    save_strategy='no', remove_unused_columns=False)
+    more = {'TRL, tuned': dict(gradient_checkpointing=False), 'HF + Liger': dict(use_liger_kernel=True),
+            'HF + compile': dict(torch_compile=True)}
+    settings |= more.get(kind, {})
     common = dict(model=model, data_collator=torch.utils.data.default_collate)
     if not kind.startswith('TRL'):
         return Trainer(args=TrainingArguments(**settings), train_dataset=Rows(), **common).train()
@@ -434,8 +435,8 @@ def train_peer(kind, folder, stage, T, batch_size, n_micro, sizes, is_cuda):
     from trl import SFTConfig, SFTTrainer
     tokenizer = AutoTokenizer.from_pretrained(os.path.join(folder, 'tokenizer'), pad_token='<|eot|>',
                                               eos_token='<|eot|>')
-    # skip_prepare_dataset: rows are packed already
-    arguments = SFTConfig(**settings, max_length=T, dataset_kwargs=dict(skip_prepare_dataset=True))
+    packed = dict(skip_prepare_dataset=True)
+    arguments = SFTConfig(**settings, max_length=T, dataset_kwargs=packed)
     rows = torch.utils.data.default_collate([row for row, _ in zip(Rows(), range(4 * batch_size * n_micro))])
     # the only kind of data set that SFTTrainer takes
     rows = Dataset.from_dict({key: value.numpy() for key, value in rows.items()}).with_format('torch')
@@ -454,7 +455,8 @@ def demo(bench):
             settings = dict(kind='HF Trainer', folder=folder, stage='duplex3', T=T, batch_size=n_row,
                             n_micro=1, sizes=DEMO, is_cuda=False)
             runs['HF Trainer'] = (PEER, [json.dumps(settings)], ROOT)
-        git, before = partial(subprocess.run, cwd=ROOT, capture_output=True), os.path.join(folder, 'before')
+        git = partial(subprocess.run, cwd=ROOT, capture_output=True)
+        before = os.path.join(folder, 'before')
         if bench.args.before:
             git(['git', 'worktree', 'add', '--detach', before, bench.args.before], check=True)
             runs[f'ours at {bench.args.before[:7]}'] = (OURS, arguments, before)
@@ -507,17 +509,19 @@ def training(bench, mix):
                 add_mfu(bench, name, rates, flops)
                 bench.add(f'{name}, memory', peak / 1e9, 'GB', 'at most, all included')
             return np.median(rates)
-        ours = report('ours', n_row, OURS, our_arguments(
-            folder, stage, T, n_row, n_micro, bench.sizes, compile=bench.is_cuda, device=bench.device.type,
-            log_interval=1))
+        arguments = our_arguments(folder, stage, T, n_row, n_micro, bench.sizes, compile=bench.is_cuda,
+                                  device=bench.device.type, log_interval=1)
+        ours = report('ours', n_row, OURS, arguments)
         waits = [row['loader_wait'] for _, row in read_jsonl(os.path.join(folder, 'ours', 'log.jsonl'))]
         bench.add(f'ours, {mix}, loader wait', 100 * np.array(waits[n_warm:]), '%', 'of the step')
         for kind, package in (('TRL, tuned', 'trl'), ('TRL, as documented', 'trl'),
                               ('HF + compile', 'accelerate'), ('HF + Liger', 'liger-kernel')):
             if not bench.args.peers or not bench.has(kind, 'transformers', package):
                 continue
-            # as documented: TRL's default of 8; others take fewer rows at once where memory is short
-            for rows in [min(8, n_row)] if kind == 'TRL, as documented' else [n_row, n_row // 2, n_row // 4]:
+            n_rows = [n_row, n_row // 2, n_row // 4]    # fewer at once where memory is short
+            if kind == 'TRL, as documented':
+                n_rows = [min(8, n_row)]                # TRL's default
+            for rows in n_rows:
                 settings = dict(kind=kind, folder=folder, stage=stage, T=T, batch_size=rows,
                                 n_micro=n_row * n_micro // rows, sizes=bench.sizes, is_cuda=bench.is_cuda)
                 try:
@@ -569,7 +573,8 @@ class HFLoop:
         return output.logits.argmax(-1).clone()
 
     def step(self, codes):
-        ids, chosen = torch.cat([self.last, torch.as_tensor(codes, device=self.device)], 1), [] # (n_row, 11)
+        ids = torch.cat([self.last, torch.as_tensor(codes, device=self.device)], 1)     # (n_row, 11)
+        chosen = []
         for _ in range(12):
             ids = self.next_ids(ids)
             chosen.append(ids)
@@ -597,7 +602,8 @@ class VLLMLoop:
 def decoding(bench, n_row):
     """A duplex3 chunk, 400 ms, of n_row dialogues at once."""
     torch.manual_seed(0)
-    context, rng = bench.pick(44, 1012 if bench.is_cuda else 396), np.random.default_rng(0)    # chunks of 22
+    context = bench.pick(44, 1012 if bench.is_cuda else 396)    # tokens: chunks of 22
+    rng = np.random.default_rng(0)
     loops = decoding_loops(bench, n_row, context, rng)
     codes, steps = rng.integers(0, bench.vocab.n_codes, (n_row, 10)), {}
     for name, make_loop in loops.items():
@@ -650,16 +656,26 @@ def decoding_loops(bench, n_row, context, rng):
 
 # name: (function, seconds it takes, seconds with peers)
 CPU_ROWS = dict(
-    packing=(packing, 60, 60), attention=(attention, 60, 60), step=(step, 240, 240),
-    decode1=(partial(decoding, n_row=1), 120, 150), decode8=(partial(decoding, n_row=8), 240, 300),
-    demo=(demo, 240, 240))
+    packing=(packing, 60, 60),
+    attention=(attention, 60, 60),
+    step=(step, 240, 240),
+    decode1=(partial(decoding, n_row=1), 120, 150),
+    decode8=(partial(decoding, n_row=8), 240, 300),
+    demo=(demo, 240, 240),
+)
 GPU_ROWS = dict(
-    ceilings=(ceilings, 10, 10), head=(head, 20, 40), half=(partial(training, mix='T=1024, half'), 70, 300),
+    ceilings=(ceilings, 10, 10),
+    head=(head, 20, 40),
+    half=(partial(training, mix='T=1024, half'), 70, 300),
     decode1=(partial(decoding, n_row=1), 60, 120),
     duplex8192=(partial(training, mix='T=8192, duplex3'), 70, 300),
-    rows1024=(partial(training, mix='T=1024, all rows'), 60, 300), attention=(attention, 40, 40),
-    decode64=(partial(decoding, n_row=64), 40, 90), decode256=(partial(decoding, n_row=256), 40, 90),
-    decode16=(partial(decoding, n_row=16), 40, 90), packing=(packing, 40, 40))
+    rows1024=(partial(training, mix='T=1024, all rows'), 60, 300),
+    attention=(attention, 40, 40),
+    decode64=(partial(decoding, n_row=64), 40, 90),
+    decode256=(partial(decoding, n_row=256), 40, 90),
+    decode16=(partial(decoding, n_row=16), 40, 90),
+    packing=(packing, 40, 40),
+)
 
 def read_arguments():
     """-> args, the rows to run as {name: (function, seconds, seconds with peers)}"""
@@ -696,10 +712,11 @@ def main():
     budget = args.budget or (570 if bench.is_cuda else 3600)
     signal.signal(signal.SIGALRM, give_up)
     for name, (function, *needed_sec) in rows.items():
-        bench.row, left_sec = name, budget - (time.time() - bench.start)
+        bench.row = name
+        left_sec = budget - (time.time() - bench.start)
         if needed_sec[args.peers] > left_sec and not args.tiny:
-            bench.miss(name, f'left out: it takes {needed_sec[args.peers]} s; of --budget={budget:.0f}, '
-                             f'{left_sec:.0f} s are left')
+            bench.miss(name, f'left out: it takes {needed_sec[args.peers]} s; '
+                             f'of --budget={budget:.0f}, {left_sec:.0f} s are left')
         else:
             signal.alarm(int(args.row_sec) + 1)
             try:

@@ -1,6 +1,6 @@
 """
 Lets a checkpoint listen to the users of a split, and measures how it takes turns, what it answers, and
-whether it says that.
+whether its voice says what its text says.
 
     python evaluate.py --checkpoint=out/demo --data=data/demo
         prints a table, and writes metrics.json and report.html into out/demo/evaluation
@@ -49,9 +49,8 @@ class Config:
     n_report: int = 100                 # dialogues in report.html; 0: no report
     export: str | None = None           # a new folder, for the scripts of Full-Duplex-Bench
 
-    # dialogues of others, instead of checkpoint and data: a folder (measures/foreign.py says what may lie in
-    # it)
-    dialogues: str | None = None
+    # instead of checkpoint and data: dialogues of others
+    dialogues: str | None = None        # a folder; measures/foreign.py says which files it may have
     user_channel: int = 0               # the audio channel of the user, 0 or 1
     user_name: str = 'user'             # what the transcripts call the user, and the assistant
     assistant_name: str = 'assistant'
@@ -95,16 +94,18 @@ def acc_rows(label, key, theirs):
 # label, the figure or the figures of a line, OmniFlatten's, Moshi's
 ROWS = [
     ('turns of the user; answers due', 'n_turn n_answer_due', '', ''),
-    *acc_rows('assistant takes the turn', 'assistant', [(1, '20.6 %', '2.9 %'), (5, '53.6 %', '18.8 %'),
-                                                        (10, '66.3 %', '38.5 %'), (25, '71.7 %', '55.1 %')]),
+    *acc_rows('assistant takes the turn', 'assistant',
+              [(1, '20.6 %', '2.9 %'), (5, '53.6 %', '18.8 %'), (10, '66.3 %', '38.5 %'),
+               (25, '71.7 %', '55.1 %')]),
     ('… response, mean, median', 'response_ms response_median_ms', '193 ms', '553 ms'),
     (f'… none within {PATIENCE_SEC} s', 'no_answer_rate', '', ''),
     ('… false starts, in a turn of the user', 'false_start_rate', '', ''),
     ('… pauses of the user; taken for the end', 'n_pause pause_taken_rate', '', ''),
     ('… speaks again, unprompted', 'unprompted_rate', '', ''),
     ('user interrupts, times', 'n_interruption', '', ''),
-    *acc_rows('… assistant yields', 'user', [(1, '10.9 %', '0.0 %'), (5, '30.9 %', '6.2 %'),
-                                             (10, '41.8 %', '14.8 %'), (25, '51.8 %', '45.7 %')]),
+    *acc_rows('… assistant yields', 'user',
+              [(1, '10.9 %', '0.0 %'), (5, '30.9 %', '6.2 %'), (10, '41.8 %', '14.8 %'),
+               (25, '51.8 %', '45.7 %')]),
     ('… after, mean, median', 'yield_ms yield_median_ms', '287 ms', '753 ms'),
     (f'… not within {PATIENCE_SEC} s', 'no_yield_rate', '', ''),
     ('backchannels of the user; that stopped it', 'n_backchannel backchannel_stopped_rate', '', ''),
@@ -173,8 +174,8 @@ def plain(text):
 def answers(outcomes, decoded, references):
     """
     Compares the answers with the reference's, where the user lets the reference finish -> figures: is the
-    text the same, how many words are wrong, and how many speech codes (edit distance; the distance to the
-    next question's answer is the yardstick). duplex2 writes no text: codes only.
+    text the same, how many words are wrong, and how many speech codes (edit distance; for comparison also the
+    distance to the reference's next answer, which is another). duplex2 writes no text: codes only.
     """
     texts, codes = [], []       # of each answer: (the reference's, ours)
     for turns, dialogue, reference in zip(outcomes, decoded, references):
@@ -192,7 +193,8 @@ def answers(outcomes, decoded, references):
     figures = dict(n_answer=len(texts), code_error_rate=mean(distances),
                    code_error_rate_of_another_answer=mean(others))
     if any(said for _, said in texts):
-        errors, is_right = words.error_rate(*zip(*texts)), [plain(due) == plain(said) for due, said in texts]
+        errors = words.error_rate(*zip(*texts))
+        is_right = [plain(due) == plain(said) for due, said in texts]
         figures |= dict(answer_accuracy=mean(is_right), answer_wer=errors['wer'], answer_cer=errors['cer'])
         wrong = [pair for pair, right in zip(texts, is_right) if not right]
         for due, said in wrong[:5]:
@@ -274,8 +276,8 @@ def measure_alignment(cfg, checkpoint, references):
 
 
 def can_be_heard(cfg, codec):
-    """Can the codec make sound? Found out before hours of listening. The figures need none; Whisper and the
-    export do."""
+    """Can the codec make sound? Asked before hours of listening. If it cannot, the report is silent; but
+    Whisper and the export need sound."""
     try:
         codec.decode(np.resize(codec.silence_codes, round(codec.rate_hz)))
     except ValueError as error:
@@ -291,7 +293,8 @@ def listen(cfg, checkpoint, references, dtype):
     model, vocab, codec, info = checkpoint
     sampling = Sampling(cfg.text_temperature, cfg.speech_temperature, silence_bias=cfg.silence_bias,
                         text_weight=info.text_weight, seed=cfg.seed)
-    lengths, n = [len(reference['user']) for reference in references], checkpoint.layout.speech_chunk
+    lengths = [len(reference['user']) for reference in references]
+    n = checkpoint.layout.speech_chunk
     order = sorted(range(len(references)), key=lengths.__getitem__)     # those side by side end together
     batches = [order[at:at + cfg.batch_size] for at in range(0, len(order), cfg.batch_size)]
     n_chunk = sum(-(-lengths[batch[-1]] // n) for batch in batches)
@@ -318,7 +321,8 @@ def main(cfg):
             cfg.dialogues, user_channel=cfg.user_channel, user_name=cfg.user_name,
             assistant_name=cfg.assistant_name, vad=cfg.vad)
         conversations = list(islice(talks, cfg.n_dialogue or None))
-        metrics, outcomes = {}, [assess(talk) for talk in conversations]
+        outcomes = [assess(talk) for talk in conversations]
+        metrics = {}
     else:
         metrics, conversations, outcomes = measure_checkpoint(cfg)
     if conversations:
@@ -357,9 +361,10 @@ def ask_judge(cfg, conversations, cache):
     for name, use_expected in (('answers', False), ('reference', True)):
         if use_expected and conversations[0]['expected'] is None:
             continue
-        scores = judge.score(judge.to_items(conversations, use_expected), cfg.judge_url, cfg.judge_model,
-                             prompt_path=cfg.judge_prompt or judge.PROMPT, cache_path=cache,
-                             usd_per_m_in=cfg.judge_usd_per_m_in, usd_per_m_out=cfg.judge_usd_per_m_out)
+        items = judge.to_items(conversations, use_expected)
+        scores = judge.score(
+            items, cfg.judge_url, cfg.judge_model, prompt_path=cfg.judge_prompt or judge.PROMPT,
+            cache_path=cache, usd_per_m_in=cfg.judge_usd_per_m_in, usd_per_m_out=cfg.judge_usd_per_m_out)
         given = [answer['score'] for answer in scores if answer['score'] is not None]
         figures |= {f'judge_score_of_{name}': mean(given), f'n_judged_{name}': len(given)}
     return figures

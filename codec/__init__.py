@@ -32,8 +32,8 @@ CODECS = {'mel': 'codec.mel.MelCodec', 's3': 'codec.s3.S3Codec'}     # imported 
 
 
 def load_codec(folder):
-    """The codec that was saved in a folder, or in codec/ of a data folder or checkpoint. Raises ValueError if
-    there is none."""
+    """The codec that was saved in a folder, or in codec/ of a data folder or checkpoint.
+    Raises ValueError if there is none."""
     for place in (folder, os.path.join(folder, 'codec')):
         path = os.path.join(place, 'codec.json')
         if os.path.isfile(path):

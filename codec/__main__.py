@@ -18,10 +18,10 @@ from vocabulary import Vocabulary
 
 
 def read_texts(file):
-    for n, line in enumerate(file, 1): # bytes: JSON is UTF-8 whatever the terminal's locale
+    for n, line in enumerate(file, 1):          # bytes: JSON is UTF-8 whatever the terminal's locale
         try:
             string = json.loads(line)
-        except (ValueError, RecursionError): # RecursionError: a line of 100,000 brackets
+        except (ValueError, RecursionError):    # RecursionError: a line of 100,000 brackets
             string = None
         if not isinstance(string, str):
             raise ValueError(f'line {n} of standard input is no JSON string such as "hello"')
@@ -40,8 +40,8 @@ def read_codes(path, n_codes):
         raise ValueError(f'{path} is no JSON list of codes')
     for frame, code in enumerate(codes):
         if not 0 <= code < n_codes:
-            raise ValueError(f'{path}: code {code} at frame {frame} is out of range, the codec has 0 to '
-                             f'{n_codes - 1}')
+            raise ValueError(f'{path}: code {code} at frame {frame} is out of range, '
+                             f'the codec has 0 to {n_codes - 1}')
     return codes
 
 
@@ -55,21 +55,23 @@ def main():
     encode.add_argument('--channel', type=int, help='which channel, from 0; needed where there are several')
     s3 = commands.add_parser('s3', help="a codec folder for CosyVoice's speech tokens")
     s3.add_argument('--out', required=True, help='the folder to write')
-    s3.add_argument('--checkpoint', help='its speech_tokenizer_v*.onnx; without it the folder only describes '
-                                         'codes that were made elsewhere')
-    s3.add_argument('--variant', help='v1_25hz, v1_50hz, v2_25hz or v3_25hz: needed without a checkpoint, or '
-                                      'with one that was not published')
+    s3.add_argument('--checkpoint',
+                    help='its speech_tokenizer_v*.onnx; without it the folder only describes '
+                         'codes that were made elsewhere')
+    s3.add_argument('--variant',
+                    help='v1_25hz, v1_50hz, v2_25hz or v3_25hz: needed without a checkpoint, '
+                         'or with one that was not published')
     s3.add_argument('--sha256', help='of a checkpoint that was not published: you mean this very file')
-    s3.add_argument('--silence_codes', default='', help='as 230,440,491: more of them, the first one where '
-                                                        'no checkpoint can be asked')
-    s3.add_argument('--vocoder', default='', help='command of a program that turns codes into audio: '
-                                                  'codec/cosyvoice_worker.py')
+    s3.add_argument('--silence_codes', default='',
+                    help='as 230,440,491: more of them, the first one where no checkpoint can be asked')
+    s3.add_argument('--vocoder', default='',
+                    help='command of a program that turns codes into audio: codec/cosyvoice_worker.py')
     decode = commands.add_parser('decode', help='a JSON list of codes -> a wav')
     decode.add_argument('path', help='a file with the list, - for standard input')
     decode.add_argument('--out', required=True, help='the wav to write')
     for command in (encode, decode):
-        command.add_argument('--codec', required=True, help='folder with codec.json: data/demo/codec, a data '
-                                                            'folder, a checkpoint')
+        command.add_argument('--codec', required=True,
+                             help='folder with codec.json: data/demo/codec, a data folder, a checkpoint')
     args = parser.parse_args()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # python -m codec … | head
 
@@ -82,11 +84,11 @@ def main():
         from codec.s3 import S3Codec
         if not re.fullmatch(r'(\d+(,\d+)*)?', args.silence_codes):
             raise ValueError(f'--silence_codes={args.silence_codes} is no list such as 230,440,491')
-        codec = S3Codec.create(args.checkpoint, args.variant, args.sha256,
-                               [int(code) for code in args.silence_codes.split(',') if code], args.vocoder)
+        silence_codes = [int(code) for code in args.silence_codes.split(',') if code]
+        codec = S3Codec.create(args.checkpoint, args.variant, args.sha256, silence_codes, args.vocoder)
         codec.save(args.out)
-        return print(f'{args.out}: {codec.variant} {codec.fingerprint}, {len(codec.silence_codes)} codes of '
-                     f'silence, {codec.silence_codes[0]} first')
+        return print(f'{args.out}: {codec.variant} {codec.fingerprint}, '
+                     f'{len(codec.silence_codes)} codes of silence, {codec.silence_codes[0]} first')
     codec = load_codec(args.codec)
     if args.command == 'encode':
         print(json.dumps(codec.encode(read_audio(args.path, codec.sample_rate, args.channel)).tolist()))

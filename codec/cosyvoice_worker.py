@@ -34,8 +34,8 @@ def know(cosyvoice, voice):
     """What the model knows of a voice; a wav is listened to once."""
     if voice not in cosyvoice.frontend.spk2info:
         if not os.path.isfile(voice):
-            raise ValueError(f'no voice {voice!r}: it is neither a wav nor one of '
-                             f'{", ".join(cosyvoice.list_available_spks()) or "none"}')
+            speakers = ', '.join(cosyvoice.list_available_spks()) or 'none'
+            raise ValueError(f'no voice {voice!r}: it is neither a wav nor one of {speakers}')
         with open(os.path.splitext(voice)[0] + '.txt', encoding='utf-8') as f:
             cosyvoice.add_zero_shot_spk(f.read().strip(), voice, voice)
     return cosyvoice.frontend.spk2info[voice]
@@ -50,11 +50,14 @@ def speak(cosyvoice, request, voice):
         if 'embedding' in known:        # a speaker, not a prompt
             return cosyvoice.inference_sft(request['text'], voice)
         return cosyvoice.inference_zero_shot(request['text'], '', '', zero_shot_spk_id=voice)
-    prompt = {'flow_embedding': known['embedding']} if 'embedding' in known else {
-        key: known[key] for key in ('flow_embedding', 'flow_prompt_speech_token', 'prompt_speech_feat')}
+    if 'embedding' in known:
+        prompt = {'flow_embedding': known['embedding']}
+    else:
+        keys = ('flow_embedding', 'flow_prompt_speech_token', 'prompt_speech_feat')
+        prompt = {key: known[key] for key in keys}
     # source_speech_token takes the language model's place, as in voice conversion
-    return cosyvoice.model.tts(source_speech_token=torch.tensor([request['codes']], dtype=torch.int32),
-                               **prompt)
+    codes = torch.tensor([request['codes']], dtype=torch.int32)
+    return cosyvoice.model.tts(source_speech_token=codes, **prompt)
 
 
 def main():
@@ -76,8 +79,8 @@ def main():
     def speech_feat(wav):
         # CosyVoice's own reads every prompt at 24 kHz (December 2025), which the 300M models, of 22.05 kHz,
         # take for a voice 8 % lower
-        feat = cosyvoice.frontend.feat_extractor(load_wav(wav, cosyvoice.sample_rate)).squeeze(
-            0).transpose(0, 1)[None].to(cosyvoice.frontend.device)
+        feat = cosyvoice.frontend.feat_extractor(load_wav(wav, cosyvoice.sample_rate))
+        feat = feat.squeeze(0).transpose(0, 1)[None].to(cosyvoice.frontend.device)
         return feat, torch.tensor([feat.shape[1]], dtype=torch.int32, device=feat.device)
     cosyvoice.frontend._extract_speech_feat = speech_feat
 
@@ -85,14 +88,11 @@ def main():
     for line in sys.stdin:
         try:
             request = json.loads(line)
-            wave = torch.cat([
-                part['tts_speech']
-                for part in speak(cosyvoice, request,
-                                  request.get('voice') or args.voice or '')], 1)[0].cpu().numpy()
+            parts = speak(cosyvoice, request, request.get('voice') or args.voice or '')
+            wave = torch.cat([part['tts_speech'] for part in parts], 1)[0].cpu().numpy()
             soundfile.write(request['out'], wave, cosyvoice.sample_rate)
             answer = {'ok': True, 'sample_rate': cosyvoice.sample_rate, 'n_sample': len(wave)}
-        # of this request; the next may be well
-        except (ValueError, KeyError, OSError, AssertionError, RuntimeError) as error:
+        except (ValueError, KeyError, OSError, AssertionError, RuntimeError) as error:     # the next may work
             answer = {'error': f'{type(error).__name__}: {error}'.replace('\n', ' ')}
         print(json.dumps(answer), file=out, flush=True)
 

@@ -13,11 +13,9 @@ from torch.nn import functional as F
 
 from common.files import read_json, write_json
 
-N_FFT, WINDOW, HOP, N_MEL = 512, 400, 160, 40  # 25 ms windows every 10 ms
-# in 10 ms frames: what a code stands for, and what is looked at on either side
-PATCH, CONTEXT = 4, 8
-# power, -50 dB under the clip's level: what is quieter is silence
-FLOOR = 1e-5
+N_FFT, WINDOW, HOP, N_MEL = 512, 400, 160, 40   # 25 ms windows every 10 ms
+PATCH, CONTEXT = 4, 8       # in 10 ms frames: what a code stands for, and what is looked at on either side
+FLOOR = 1e-5                # as a power, 50 dB below the clip's level: what is quieter is silence
 
 
 def mel_filters(sample_rate, low_hz=60.0, high_hz=7600.0):
@@ -61,7 +59,7 @@ class MelCodec:
     name, rate_hz, sample_rate = 'mel', 25.0, 16000
 
     def __init__(self, arrays, silence_codes):
-        self.arrays = arrays  # name -> tensor: all that was learned
+        self.arrays = arrays    # name -> tensor: all that was learned
         self.n_codes = len(arrays['centre'])
         self.silence_codes = np.array(silence_codes, dtype=np.uint16)
         self.filters = mel_filters(self.sample_rate)
@@ -75,23 +73,22 @@ class MelCodec:
 
     def describe(self):
         """What a data set or a checkpoint notes of the codec, to be compared before their ids are mixed."""
-        return {
-            key: getattr(self, key) for key in ('name', 'rate_hz', 'n_codes', 'sample_rate', 'fingerprint')}
+        keys = ('name', 'rate_hz', 'n_codes', 'sample_rate', 'fingerprint')
+        return {key: getattr(self, key) for key in keys}
 
     def log_mel(self, wave):
         """(n_sample,) -> (n_frame * PATCH, n_mel), log power over the clip's level."""
         wave = torch.as_tensor(np.asarray(wave, dtype=np.float32))
         n = -(-len(wave) // (HOP * PATCH)) * PATCH
-        side = (WINDOW - HOP) // 2  # centres each window on its 10 ms
+        side = (WINDOW - HOP) // 2      # centres each window on its 10 ms
         wave = F.pad(wave, (side, n * HOP + side - len(wave)))
         power = torch.fft.rfft(wave.unfold(0, WINDOW, HOP) * self.window, N_FFT).abs().square() @ self.filters
         loud = power.sum(1)
-        level = loud[loud >= 0.01 * loud.max()].mean()  # of the loudest 20 dB: pauses do not count
+        level = loud[loud >= 0.01 * loud.max()].mean()      # of the loudest 20 dB: pauses do not count
         return (power / level.clamp(min=1e-8) + FLOOR).log()
 
     def look(self, mel):
-        """(n_frame * PATCH, n_mel) -> (n_frame, (PATCH + 2 CONTEXT) * n_mel), each patch with what is around
-        it."""
+        """(n_frame * PATCH, n_mel) -> (n_frame, (PATCH + 2 CONTEXT) * n_mel), patches with their context."""
         padded = F.pad(mel.T[None], (CONTEXT, CONTEXT), mode='replicate')[0].T
         return padded.unfold(0, PATCH + 2 * CONTEXT, PATCH).flatten(1)
 
@@ -120,15 +117,15 @@ class MelCodec:
             return np.empty(0, np.float32)
         mel = self.arrays['patch'][torch.as_tensor(np.asarray(codes, dtype=np.int64))].flatten(0, 1)
         want = (mel.exp() - FLOOR).clamp(min=1e-9)
-        power = want @ self.filters.T  # (n_frame * PATCH, n_bin)
-        for _ in range(30):  # undo the mel filters by multiplicative steps, which stay positive
-            power = power * (want /
-                             (power @ self.filters + 1e-12) @ self.filters.T) / (self.filters.sum(1) + 1e-6)
-        target = F.pad(power.sqrt().T, (0, 1))  # (n_bin, n_frame * PATCH + 1)
+        power = want @ self.filters.T       # (n_frame * PATCH, n_bin)
+        for _ in range(30):     # undo the mel filters by multiplicative steps, which stay positive
+            step = want / (power @ self.filters + 1e-12) @ self.filters.T
+            power = power * step / (self.filters.sum(1) + 1e-6)
+        target = F.pad(power.sqrt().T, (0, 1))      # (n_bin, n_frame * PATCH + 1)
         stft = dict(n_fft=N_FFT, hop_length=HOP, win_length=WINDOW, window=self.window)
-        phase = torch.exp(2j * torch.pi
-                          * torch.rand(target.shape, generator=torch.Generator().manual_seed(0)))
-        for _ in range(n_iter):  # Griffin-Lim: keep the loudness, let the phase settle
+        uniform = torch.rand(target.shape, generator=torch.Generator().manual_seed(0))
+        phase = torch.exp(2j * torch.pi * uniform)
+        for _ in range(n_iter):     # Griffin-Lim: keep the loudness, let the phase settle
             wave = torch.istft(target * phase, **stft, length=len(mel) * HOP)
             again = torch.stft(wave, **stft, return_complex=True)
             phase = again / again.abs().clamp(min=1e-8)
@@ -139,8 +136,10 @@ class MelCodec:
 
     @classmethod
     def fit(cls, waves, labels, voice, n_codes=512, n_dim=24, width=256, n_epoch=6, loudness=0.6, seed=0):
-        """waves: clips of many voices; labels: the phoneme of each of their 40 ms, as integers, 0 is silence;
-        voice: for each clip, whether it is the voice that decode should have."""
+        """
+        waves: clips of many voices. labels: the phoneme of each of their 40 ms, as integers, 0 is silence.
+        voice: for each clip, whether it is the voice that decode should have.
+        """
         rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
         self = cls({'centre': torch.zeros(n_codes, n_dim + 1)}, [])
         mels = [self.log_mel(wave) for wave in waves]
@@ -172,13 +171,12 @@ class MelCodec:
 
         mel = torch.cat(mels)
         z = torch.cat([self.embed(clip) for clip in mels])
-        keep = (y > 0) | (torch.rand(len(y), generator=generator) < 0.2)  # silence needs few codes
+        keep = (y > 0) | (torch.rand(len(y), generator=generator) < 0.2)    # silence needs few codes
         a['centre'] = kmeans(z[keep], n_codes, rng)
         code = nearest(z, a['centre'])
         mine = torch.as_tensor(np.repeat(voice, [len(label) for label in labels]))
         mean = torch.zeros(n_codes, PATCH * N_MEL)
-        # the second overwrites the first where that voice has the code
-        for rows in torch.ones_like(mine), mine:
+        for rows in torch.ones_like(mine), mine:    # all voices; where decode's has the code, that one alone
             count = torch.bincount(code[rows], minlength=n_codes)[:, None]
             total = torch.zeros_like(mean).index_add_(0, code[rows], mel.view(-1, PATCH * N_MEL)[rows])
             mean = torch.where(count > 0, total / count.clamp(min=1), mean)

@@ -35,7 +35,8 @@ VARIANTS = {
                        'd43342aa12163a80bf07bffb94c9de2e120a8df2f9917cd2f642e7f4219c6f71', [4218]),
     'v3_25hz': Variant('speech_tokenizer_v3_25hz', 25.0, 6561,
                        '23236a74175dbdda47afc66dbadd5bcb41303c467a57c261cb8539ad9db9208d',
-                       [1, 2, 28, 29, 55, 248, 494, 2241, 2242, 2322, 2323]), }
+                       [1, 2, 28, 29, 55, 248, 494, 2241, 2242, 2322, 2323]),
+}
 # of 10 ms: the encoder has 30 s of positions; 2 s at each inner end are not trusted
 WINDOW_FRAMES, OVERLAP_FRAMES = 3000, 400
 # encoded at once: v1_50hz holds 180 MB of attention scores for each 30 s
@@ -44,8 +45,8 @@ BATCH_FRAMES = 8 * WINDOW_FRAMES
 
 def look_up(variant):
     if variant not in VARIANTS:
-        raise ValueError(f'there is no variant {variant} of CosyVoice\'s tokens; known are '
-                         f'{", ".join(VARIANTS)}')
+        raise ValueError(f"there is no variant {variant} of CosyVoice's tokens; "
+                         f'known are {", ".join(VARIANTS)}')
     return VARIANTS[variant]
 
 
@@ -64,8 +65,7 @@ def import_s3tokenizer():
     So where torchaudio is missing, or breaks as PyPI's does beside a torch without CUDA (libc10_cuda.so), an
     empty module stands in for it."""
     stub = types.ModuleType('torchaudio')
-    # find_spec('torchaudio'), by which others ask whether it is there, raises ValueError for a module without
-    # a spec
+    # others ask find_spec('torchaudio') whether it is there, which fails for a module without a spec
     stub.__spec__ = importlib.machinery.ModuleSpec('torchaudio', None)
     try:
         import torchaudio  # noqa: F401
@@ -74,8 +74,8 @@ def import_s3tokenizer():
     try:
         import s3tokenizer
     except ImportError as error:
-        raise ValueError(f'CosyVoice\'s tokens need s3tokenizer ({error}): pip install --no-deps '
-                         's3tokenizer==0.3.0; '
+        raise ValueError(f"CosyVoice's tokens need s3tokenizer ({error}): "
+                         'pip install --no-deps s3tokenizer==0.3.0; '
                          'pip install onnx einops protobuf ml_dtypes tqdm') from None
     finally:
         if sys.modules.get('torchaudio') is stub:
@@ -84,18 +84,21 @@ def import_s3tokenizer():
 
 
 def load_s3(path, variant):
-    """-> the encoder in a .onnx, and the rate its convolutions make. Never s3tokenizer.load_model(path): that
-    tells variants apart by what is in the path, so that weights of 25 Hz run at 50 Hz without complaint, and
-    in a folder called v2 as those of v2."""
+    """
+    -> the encoder in a .onnx file, and how many codes a second its convolutions make.
+
+    s3tokenizer.load_model(path) is not used: it tells the variants apart by the names in the path. It would
+    run weights of 25 Hz at 50 Hz without complaint, and any weights in a folder called v2 as those of v2.
+    """
     s3tokenizer = import_s3tokenizer()
     import onnx
     from google.protobuf.message import DecodeError
-    kind = {'v1': s3tokenizer.S3Tokenizer, 'v2': s3tokenizer.S3TokenizerV2,
-            'v3': s3tokenizer.S3TokenizerV3}[variant[:2]]
-    # the exact name: the stride of the first convolution depends on it
-    model = kind(VARIANTS[variant].model)
+    kinds = {'v1': s3tokenizer.S3Tokenizer, 'v2': s3tokenizer.S3TokenizerV2, 'v3': s3tokenizer.S3TokenizerV3}
+    kind = kinds[variant[:2]]
+    model = kind(VARIANTS[variant].model)       # the exact name: the first convolution's stride depends on it
     for name, parameter in model.named_parameters():
-        # v3 is loaded with strict=False, lest it miss these, which are 0 then: nothing else may be missing
+        # what the file lacks stays NaN, and is noticed below. s3tokenizer loads v3 with strict=False, as its
+        # file lacks the ln.bias, which then are 0: only these may be missing
         if not name.endswith('ln.bias'):
             torch.nn.init.constant_(parameter, math.nan)
     try:
@@ -104,8 +107,8 @@ def load_s3(path, variant):
             raise ValueError('weights are missing')
         nodes = onnx.load(path, load_external_data=False).graph.node
     except (DecodeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
-        raise ValueError(f'{path} is no {variant} '
-                         f'({(str(error) or type(error).__name__).splitlines()[0]})') from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f'{path} is no {variant} ({reason})') from None
     stride = math.prod(attribute.ints[0] for node in nodes if node.op_type == 'Conv'
                        for attribute in node.attribute if attribute.name == 'strides')
     return model.eval(), 100 / stride
@@ -113,8 +116,8 @@ def load_s3(path, variant):
 
 class S3Codec:
     """
-    The tokens of CosyVoice (arXiv:2407.05407), by PyPI's s3tokenizer: what a recogniser of many languages
-    keeps of a sound.
+    The tokens of CosyVoice (arXiv:2407.05407), made with PyPI's s3tokenizer: a quantised layer from inside a
+    recogniser of speech in many languages.
 
         wave ─ log-mel, a frame every 10 ms ─ windows of 30 s ─ encoder ─ nearest of 4096 ─► code     here
         code ─ flow matching ─ mel ─ HiFi-GAN ─► wave                                             by a Worker
@@ -127,40 +130,41 @@ class S3Codec:
 
     def __init__(self, variant, sha256, silence_codes, checkpoint, vocoder):
         self.variant, self.sha256, self.checkpoint, self.vocoder = variant, sha256, checkpoint, vocoder
-        self.rate_hz, self.n_codes, self.fingerprint = look_up(variant).rate_hz, look_up(
-            variant).n_codes, sha256[:16]
+        known = look_up(variant)
+        self.rate_hz, self.n_codes, self.fingerprint = known.rate_hz, known.n_codes, sha256[:16]
         self.silence_codes = np.array(silence_codes, dtype=np.uint16)
         self.model = self.worker = None         # until needed
 
     @classmethod
     def create(cls, checkpoint=None, variant=None, sha256=None, silence_codes=(), vocoder=''):
-        """Recognises a published file and listens to silence; without a file, a description of codes that
-        were made elsewhere."""
+        """Recognises a published file and listens to silence. Without a file: a description of codes that
+        were made elsewhere, which cannot encode."""
         if checkpoint is None:
             if variant is None or not (silence_codes or look_up(variant).silence_codes):
-                raise ValueError('without --checkpoint, say which codes: --variant=v1_50hz '
-                                 '--silence_codes=230,440,491')
-            self, heard = cls(variant, look_up(variant).sha256, [], None, vocoder), []
+                raise ValueError('without --checkpoint, say which codes: '
+                                 '--variant=v1_50hz --silence_codes=230,440,491')
+            self = cls(variant, look_up(variant).sha256, [], None, vocoder)
+            heard = []
         else:
             checkpoint, digest = os.path.abspath(checkpoint), sha256_of(checkpoint)
             known = next((name for name in VARIANTS if VARIANTS[name].sha256 == digest), None)
             if known and variant not in (None, known):
                 raise ValueError(f'{checkpoint} is {known}, not {variant}')
             if not known and (variant is None or sha256 != digest):
-                raise ValueError(f'{checkpoint} ({os.path.getsize(checkpoint) / 1e6:.1f} MB) is none of '
-                                 f'{", ".join(VARIANTS)} as published: damaged, '
-                                 f'or another; if you know it, give --variant=… --sha256={digest}')
+                size_mb = os.path.getsize(checkpoint) / 1e6
+                raise ValueError(f'{checkpoint} ({size_mb:.1f} MB) is none of {", ".join(VARIANTS)} as '
+                                 'published: damaged, or another; if you know it, '
+                                 f'give --variant=… --sha256={digest}')
             variant = known or variant
             self = cls(variant, digest, [], checkpoint, vocoder)
             self.model, rate_hz = load_s3(checkpoint, variant)
             if not known and rate_hz != self.rate_hz:
                 raise ValueError(f'{checkpoint} makes {rate_hz:g} codes a second, {variant} {self.rate_hz:g}')
             heard = self.hear_silence()
-        # v1 has no published silence. v2's is what MiniCPM-o 4.5 puts in front, v3's what CosyVoice thins out
-        # (cosyvoice/cli/model.py
-        # at ace7c47; breaths among them). These come from language models, whose pauses need not be those of
-        # recordings: they are
-        # added to what is heard here, of which the first is used to pad
+        # v1 has no published silence codes. Those of v2 are what MiniCPM-o 4.5 puts in front, those of v3
+        # what CosyVoice thins out (cosyvoice/cli/model.py at ace7c47; breaths among them). Both come from
+        # language models, whose pauses need not be those of recordings. So they are only added to what is
+        # heard here, whose first code is used to pad
         codes = list(dict.fromkeys([*heard, *silence_codes, *VARIANTS[variant].silence_codes]))
         if max(codes) >= self.n_codes:
             raise ValueError(f'there is no code {max(codes)}, {variant} has 0 to {self.n_codes - 1}')
@@ -172,25 +176,23 @@ class S3Codec:
         rng, n_sample, second = np.random.default_rng(0), 4 * self.sample_rate, round(self.rate_hz)
         frequency = np.maximum(np.fft.rfftfreq(n_sample, 1 / self.sample_rate), 50)
         rooms = [np.zeros(n_sample)]
-        # white, pink
-        for level_db, slope in [(level_db, slope) for level_db in (-80, -65, -50) for slope in (0, 0.5)]:
-            noise = np.fft.irfft(rng.standard_normal((len(frequency), 2)) @ [1, 1j] * frequency ** -slope)
-            rooms.append(10 ** (level_db / 20) * noise / noise.std())
-        # alone, and after half a second of a buzz as loud as speech, of which the encoder is not told what is
-        # 80 dB below
-        buzz = np.where(
-            np.arange(n_sample) < self.sample_rate // 2,
-            np.arange(n_sample) * 150 / self.sample_rate % 1 - 0.5, 0)
+        for level_db in (-80, -65, -50):
+            for slope in (0, 0.5):      # white noise, pink noise
+                noise = np.fft.irfft(rng.standard_normal((len(frequency), 2)) @ [1, 1j] * frequency ** -slope)
+                rooms.append(10 ** (level_db / 20) * noise / noise.std())
+        # each room alone, and after half a second of a buzz as loud as speech: of a clip with the buzz in it
+        # the encoder ignores what is 80 dB below
+        t = np.arange(n_sample)
+        buzz = np.where(t < self.sample_rate // 2, t * 150 / self.sample_rate % 1 - 0.5, 0)
         codes = self.encode_many([room + gain * buzz for room in rooms for gain in (0, 0.04, 0.4)])
-        # away from the buzz and the end
-        codes = np.array(codes, dtype=np.int64)[:, second:-second // 2]
-        return [
-            int(np.bincount(codes[:3].ravel()).argmax()),
-            *np.flatnonzero(np.bincount(codes.ravel()) >= share * codes.size).tolist()]
+        codes = np.array(codes, dtype=np.int64)[:, second:-second // 2]     # away from the buzz and the end
+        commonest = int(np.bincount(codes[:3].ravel()).argmax())            # [:3]: digital silence
+        frequent = np.flatnonzero(np.bincount(codes.ravel()) >= share * codes.size)
+        return [commonest, *frequent.tolist()]
 
     def describe(self):
-        return {
-            key: getattr(self, key) for key in ('name', 'rate_hz', 'n_codes', 'sample_rate', 'fingerprint')}
+        keys = ('name', 'rate_hz', 'n_codes', 'sample_rate', 'fingerprint')
+        return {key: getattr(self, key) for key in keys}
 
     def encode(self, wave):
         """float32 (n_sample,) at 16 kHz -> uint16 (ceil(n_sample / 640),), or 320 at 50 Hz"""
@@ -198,20 +200,20 @@ class S3Codec:
 
     def encode_many(self, waves):
         """
-        In batches; the same codes as one by one, but where float noise decides between two that are equally
-        near.
+        In batches. The codes are the same as one by one, except where rounding decides between two that are
+        equally near.
 
-        s3tokenizer would cut windows itself, but where its last one lies within the overlap it loses up to 2
-        s (of 52 to 56 s, 78 to 82 s, …). Here one begins only where the one before does not reach the end.
+        s3tokenizer could cut the windows itself, but where its last window lies within the overlap, up to 2 s
+        are lost (of clips of 52 to 56 s, 78 to 82 s, …). Here a window begins only where the one before does
+        not reach the end.
         """
         if self.model is None:
             if self.checkpoint is None:
                 raise ValueError(f'this codec only describes {self.variant}; to encode, it needs the '
-                                 'weights: '
-                                 'python -m codec s3 --checkpoint=speech_tokenizer_….onnx --out=…')
+                                 'weights: python -m codec s3 --checkpoint=speech_tokenizer_….onnx --out=…')
             if sha256_of(self.checkpoint) != self.sha256:
-                raise ValueError(f'{self.checkpoint} is not the file that codec.json was written with: its '
-                                 f'SHA-256 is not {self.fingerprint}…')
+                raise ValueError(f'{self.checkpoint} is not the file that codec.json was written with: '
+                                 f'its SHA-256 is not {self.fingerprint}…')
             self.model, _ = load_s3(self.checkpoint, self.variant)
         from s3tokenizer import log_mel_spectrogram, padding  # load_s3 saw to it that this works
         model = self.model.to(self.device)
@@ -219,16 +221,16 @@ class S3Codec:
         for wave in waves:
             wave = F.pad(torch.tensor(wave, dtype=torch.float32, device=self.device), (0, -len(wave) % hop))
             mel = log_mel_spectrogram(wave) if len(wave) else wave[None]
-            starts = range(0, max(mel.shape[1] > 0, mel.shape[1] - OVERLAP_FRAMES),
-                           WINDOW_FRAMES - OVERLAP_FRAMES)
+            end = max(mel.shape[1] > 0, mel.shape[1] - OVERLAP_FRAMES)
+            starts = range(0, end, WINDOW_FRAMES - OVERLAP_FRAMES)
             windows += [mel[:, start:start + WINDOW_FRAMES] for start in starts]
             n_window.append(len(starts))
-        codes, order = [None] * len(windows), sorted(range(len(windows)), key=lambda i: windows[i].shape[1])
+        codes = [None] * len(windows)
+        order = sorted(range(len(windows)), key=lambda i: windows[i].shape[1])
         while order:
             longest = windows[order[-1]].shape[1]
-            # little padding
-            batch = [
-                i for i in order[-max(1, BATCH_FRAMES // longest):] if windows[i].shape[1] > 0.8 * longest]
+            batch = order[-max(1, BATCH_FRAMES // longest):]
+            batch = [i for i in batch if windows[i].shape[1] > 0.8 * longest]   # so there is little padding
             order = order[:-len(batch)]
             mels, n_frame = padding([windows[i] for i in batch])
             found, n_code = model.quantize(mels, n_frame.to(self.device))
@@ -236,15 +238,16 @@ class S3Codec:
                 codes[i] = row[:n].astype(np.uint16)
         half, codes, joined = round(OVERLAP_FRAMES / 200 * self.rate_hz), iter(codes), []
         for wave, n in zip(waves, n_window):
-            parts = [next(codes) for _ in range(n)]
-            parts = [
-                part[half if i else 0:len(part) - half if i < n - 1 else None] for i, part in enumerate(parts)
-            ]
+            parts = []
+            for i in range(n):      # of each overlap the window before and the window after have half
+                part = next(codes)
+                parts.append(part[half if i else 0:len(part) - half if i < n - 1 else None])
             joined.append(np.concatenate([np.empty(0, np.uint16), *parts]))
-            if len(joined[-1]) != -(-len(wave) // hop):
-                raise ValueError(f'{self.checkpoint} made {len(joined[-1])} codes of '
-                                 f'{len(wave) / self.sample_rate:.2f} s, '
-                                 f'{self.variant} makes {-(-len(wave) // hop)}')
+            n_wanted = -(-len(wave) // hop)
+            if len(joined[-1]) != n_wanted:
+                n_sec = len(wave) / self.sample_rate
+                raise ValueError(f'{self.checkpoint} made {len(joined[-1])} codes of {n_sec:.2f} s, '
+                                 f'{self.variant} makes {n_wanted}')
         return joined
 
     def decode(self, codes):
@@ -253,9 +256,9 @@ class S3Codec:
             return np.empty(0, np.float32)
         command = os.environ.get('NANODUPLEX_VOCODER') or self.vocoder
         if not command:
-            raise ValueError('nothing is known that turns these codes into audio: python -m codec s3 … '
-                             '--vocoder=\'COMMAND\', '
-                             'or NANODUPLEX_VOCODER=\'COMMAND\', as codec/cosyvoice_worker.py is')
+            raise ValueError('nothing is known that turns these codes into audio: '
+                             "python -m codec s3 … --vocoder='COMMAND', "
+                             "or NANODUPLEX_VOCODER='COMMAND', as codec/cosyvoice_worker.py is")
         self.worker = self.worker or Worker(command)
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, 'decoded.wav')
@@ -264,20 +267,20 @@ class S3Codec:
         n_sample = round(len(codes) * self.sample_rate / self.rate_hz)
         # CosyVoice leaves out up to a mel frame, 12 ms
         if abs(len(wave) - n_sample) > 0.1 * self.sample_rate + 0.02 * n_sample:
-            raise ValueError(f'{command} made {len(wave) / self.sample_rate:.2f} s of '
-                             f'{n_sample / self.sample_rate:.2f} s of codes: '
+            n_sec, wanted_sec = len(wave) / self.sample_rate, n_sample / self.sample_rate
+            raise ValueError(f'{command} made {n_sec:.2f} s of {wanted_sec:.2f} s of codes: '
                              f'is its model for {self.variant}?')
         return np.pad(wave[:n_sample], (0, max(0, n_sample - len(wave))))
 
     def save(self, folder):
         os.makedirs(folder, exist_ok=True)
-        write_json(
-            os.path.join(folder, 'codec.json'),
-            self.describe() | dict(variant=self.variant, checkpoint=self.checkpoint, sha256=self.sha256,
-                                   vocoder=self.vocoder, silence_codes=self.silence_codes.tolist()))
+        settings = self.describe() | dict(
+            variant=self.variant, checkpoint=self.checkpoint, sha256=self.sha256, vocoder=self.vocoder,
+            silence_codes=self.silence_codes.tolist())
+        write_json(os.path.join(folder, 'codec.json'), settings)
 
     @classmethod
     def load(cls, folder):
         settings = read_json(os.path.join(folder, 'codec.json'))
-        return cls(
-            *(settings[key] for key in ('variant', 'sha256', 'silence_codes', 'checkpoint', 'vocoder')))
+        keys = ('variant', 'sha256', 'silence_codes', 'checkpoint', 'vocoder')
+        return cls(*(settings[key] for key in keys))

@@ -1,5 +1,4 @@
-"""Talks to a program that decodes or speaks in a Python environment of its own, such as
-cosyvoice_worker.py."""
+"""Talks to a program that decodes or speaks in a Python environment of its own (cosyvoice_worker.py)."""
 import json
 import os
 import shlex
@@ -23,10 +22,10 @@ class Worker:
         # for its stderr; a pipe that nobody reads would fill up and stop the program
         self.log = tempfile.TemporaryFile()
         env, visible = dict(os.environ), os.environ.get('CUDA_VISIBLE_DEVICES', 'all').split(',')
-        # under torchrun each has the GPU of its process, not all of them the first
+        # under torchrun each program has the GPU of the process that asks it, not all of them the first GPU
         if 'LOCAL_RANK' in env and visible != ['']:
-            env['CUDA_VISIBLE_DEVICES'] = env['LOCAL_RANK'] if visible == [
-                'all'] else visible[int(env['LOCAL_RANK']) % len(visible)]
+            gpu = env['LOCAL_RANK'] if visible == ['all'] else visible[int(env['LOCAL_RANK']) % len(visible)]
+            env['CUDA_VISIBLE_DEVICES'] = gpu
         try:
             self.process = subprocess.Popen(shlex.split(command), stdin=subprocess.PIPE,
                                             stdout=subprocess.PIPE, stderr=self.log, bufsize=0, env=env)
@@ -39,16 +38,15 @@ class Worker:
         if not line:
             code = self.process.wait()
             self.log.seek(0)
-            last = self.log.read().decode(errors='replace').strip().splitlines()[-3:]
-            raise ValueError(f'{self.command} has ended with code {code}; its last lines: '
-                             f'{" | ".join(last) or "none"}')
+            last = ' | '.join(self.log.read().decode(errors='replace').strip().splitlines()[-3:]) or 'none'
+            raise ValueError(f'{self.command} has ended with code {code}; its last lines: {last}')
         try:
             answer = json.loads(line)
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise ValueError(f'{self.command} said {line[:80]!r}; nothing but JSON objects may go to its '
-                             'standard output')
+            raise ValueError(f'{self.command} said {line[:80]!r}; '
+                             'nothing but JSON objects may go to its standard output')
         if 'error' in answer:
             raise ValueError(f'{self.command}: {answer["error"]}')
         return answer

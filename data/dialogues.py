@@ -1,10 +1,11 @@
 """
-Dialogues on disk: a data folder holds train.arrow, val.arrow and test.arrow (or train-00000-of-00008.arrow
-…), Arrow IPC files of records (docs/format.md), memory-mapped. They are tokenised once; a layout is applied
-when they are loaded.
+Dialogues on disk: a data folder holds train.arrow, val.arrow and test.arrow (each may be in parts, as
+train-00000-of-00008.arrow). These are Arrow IPC files of records (docs/format.md), memory-mapped. Dialogues
+are tokenised once; a layout is applied when they are loaded.
 
-    save_dialogues('data/mine/train.arrow', [dict(id='1', user=[…], assistant=[…], turns=[…])],
-    codec.describe()) Dialogues('data/mine', 'train')[0]
+    dialogues = [dict(id='1', user=[…], assistant=[…], turns=[…])]
+    save_dialogues('data/mine/train.arrow', dialogues, codec.describe())
+    Dialogues('data/mine', 'train')[0]
 """
 import glob
 import json
@@ -17,39 +18,39 @@ import pyarrow as pa
 
 from common.files import whole
 
-_SPAN = [('text', pa.string()), ('start', pa.int32()), ('end', pa.int32())]
+WORD = pa.struct([('text', pa.string()), ('start', pa.int32()), ('end', pa.int32())])
+TURN = pa.struct([('role', pa.string()), ('start', pa.int32()), ('end', pa.int32()), ('text', pa.string()),
+                  ('words', pa.list_(WORD))])
 SCHEMA = pa.schema([
     ('id', pa.string()),
     ('user', pa.list_(pa.uint16())),    # a code a frame
     ('assistant', pa.list_(pa.uint16())),
-    ('turns',
-     pa.list_(
-         pa.struct([('role', pa.string()), ('start', pa.int32()), ('end', pa.int32()), ('text', pa.string()),
-                    ('words', pa.list_(pa.struct(_SPAN)))]))), ])
+    ('turns', pa.list_(TURN)),
+])
 
 
 def save_dialogues(path, dialogues, codec, **notes):
-    """Writes an Arrow file of dialogues with the codec's description, and notes, in its metadata; it appears
-    whole or not at all."""
-    table = pa.Table.from_pylist(list(dialogues),
-                                 SCHEMA.with_metadata({'nanoduplex': json.dumps(dict(notes, codec=codec))}))
+    """Writes an Arrow file of dialogues, with the codec's description and notes in its metadata. The file
+    appears whole or not at all."""
+    metadata = {'nanoduplex': json.dumps(dict(notes, codec=codec))}
+    table = pa.Table.from_pylist(list(dialogues), SCHEMA.with_metadata(metadata))
     with whole(path) as part, pa.OSFile(part, 'wb') as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
 
 
 class Dialogues:
-    """The records of one split of a data folder. len, [i] -> dict(id, user uint16 [n_frame], assistant,
-    turns), .codec."""
+    """The records of one split of a data folder; [i] -> dict(id, user uint16 [n_frame], assistant, turns).
+    .codec is the description of the codec that they were made with."""
 
     def __init__(self, folder, split):
         shards = sorted(glob.glob(os.path.join(glob.escape(folder), f'{split}-?????-of-?????.arrow')))
         paths = shards or [os.path.join(folder, f'{split}.arrow')]
         if not os.path.isdir(folder):
-            raise ValueError(f'no data folder {folder}; prepare it first (for the demo: python '
-                             'data/demo/prepare.py)')
+            raise ValueError(f'no data folder {folder}; prepare it first '
+                             '(for the demo: python data/demo/prepare.py)')
         if not os.path.exists(paths[0]):
-            raise ValueError(f'{folder} holds no {split}.arrow; prepare it first (for the demo: python '
-                             'data/demo/prepare.py)')
+            raise ValueError(f'{folder} holds no {split}.arrow; prepare it first '
+                             '(for the demo: python data/demo/prepare.py)')
         if shards and len(shards) != int(shards[0][-11:-6]):
             raise ValueError(f'{folder} holds {len(shards)} of the {int(shards[0][-11:-6])} files of {split}')
         self.folder, self.split, self.parts, self.codec = folder, split, [], None
@@ -65,10 +66,10 @@ class Dialogues:
             self.codec = codec
             self.parts += columns
         self.firsts = [0, *accumulate(map(len, self.parts))]
-        self.n_frame = [
-            np.concatenate([np.zeros(0, np.int32), *(np.diff(part.codes[role][0])
-                                                     for part in self.parts)])
-            for role in ('user', 'assistant')]
+        self.n_frame = []       # of the user's channels, and of the assistant's
+        for role in ('user', 'assistant'):
+            lengths = [np.diff(part.codes[role][0]) for part in self.parts]
+            self.n_frame.append(np.concatenate([np.zeros(0, np.int32), *lengths]))
 
     def __len__(self):
         return self.firsts[-1]
@@ -81,23 +82,22 @@ class Dialogues:
 
 
 class Columns:
-    """A record batch as numpy views into the mapped file: no copy, and nothing is parsed but the record asked
-    for."""
+    """A record batch as numpy views into the mapped file: nothing is copied, and only the record that is
+    asked for is parsed."""
 
     def __init__(self, batch):
         columns = {name: batch.column(name) for name in SCHEMA.names}
-        self.codes = {
-            role: (columns[role].offsets.to_numpy(), columns[role].values.to_numpy())
-            for role in ('user', 'assistant')}
+        self.codes = {role: (columns[role].offsets.to_numpy(), columns[role].values.to_numpy())
+                      for role in ('user', 'assistant')}
         turns = columns['turns']
         fields = {key: turns.values.field(key) for key in ('role', 'start', 'end', 'text')}
         for key, values in dict(fields, id=columns['id']).items():
             if values.null_count:
                 raise ValueError(f'{values.null_count} have no {key}')
-        self.turn_offsets, self.start, self.end = turns.offsets.to_numpy(), fields['start'].to_numpy(
-        ), fields['end'].to_numpy()
-        self.id, self.role, self.text = Strings(columns['id']), Strings(fields['role']
-                                                                        ), Strings(fields['text'])
+        self.turn_offsets = turns.offsets.to_numpy()
+        self.start, self.end = fields['start'].to_numpy(), fields['end'].to_numpy()
+        self.id = Strings(columns['id'])
+        self.role, self.text = Strings(fields['role']), Strings(fields['text'])
 
     def __len__(self):
         return len(self.turn_offsets) - 1
@@ -105,8 +105,8 @@ class Columns:
     def __getitem__(self, i):
         codes = {role: values[offsets[i]:offsets[i + 1]] for role, (offsets, values) in self.codes.items()}
         of = slice(*self.turn_offsets[i:i + 2].tolist())
-        turns = [dict(role=role, start=start, end=end, text=text) for role, start, end, text in
-                 zip(self.role[of], self.start[of].tolist(), self.end[of].tolist(), self.text[of])]
+        columns = zip(self.role[of], self.start[of].tolist(), self.end[of].tolist(), self.text[of])
+        turns = [dict(role=role, start=start, end=end, text=text) for role, start, end, text in columns]
         return dict(id=self.id[i:i + 1][0], **codes, turns=turns)
 
 

@@ -8,13 +8,12 @@ import zlib
 
 import numpy as np
 
-# Chinese and Japanese, which have no spaces between words
-WIDE = '[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]'
+WIDE = '[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]'      # Chinese and Japanese, without spaces between words
 
 
 def read_rows(path):
-    """Yields ('train.jsonl, row 3', the object there or None for anything else, its offset in the file); a
-    row that is no JSON spoils no other."""
+    """Yields ('train.jsonl, row 3', the object there or None for anything else, its offset in the file).
+    A row that is no JSON spoils no other."""
     offset = 0
     try:
         with gzip.open(path) if path.endswith('.gz') else open(path, 'rb') as file:
@@ -31,8 +30,7 @@ def read_rows(path):
 
 
 def by_id(pairs):
-    """[(id, what)] -> {id: what}. A second recording of the same id would take the place of the first,
-    unseen."""
+    """[(id, what)] -> {id: what}. Raises ValueError where two have the same id: one of them would be lost."""
     items = {}
     for id, what in pairs:
         if id in items:
@@ -42,8 +40,8 @@ def by_id(pairs):
 
 
 def find_audio(path, folder):
-    """Manifests travel, and their paths still start where they were made: an absolute path that exists is
-    taken as it is, of any other the longest end that exists below folder."""
+    """-> the file that a manifest's path means. An absolute path that exists is taken as it is. Of any other,
+    as manifests are copied to other machines, the longest end that exists below folder is taken."""
     if not isinstance(path, str) or '://' in path:
         raise ValueError(f'{path!r} is no path of a file on this machine')
     if os.path.isabs(path) and os.path.isfile(path):
@@ -53,15 +51,14 @@ def find_audio(path, folder):
         found = os.path.join(folder, *names[at:])
         if os.path.isfile(found):
             return found
-    raise ValueError(f'no file {path}, nor an end of that path below {folder}; --audio_dir=FOLDER says where '
-                     'the audio is')
+    raise ValueError(f'no file {path}, nor an end of that path below {folder}; '
+                     '--audio_dir=FOLDER says where the audio is')
 
 
 def read_piece(file, name, sample_rate, start_sec=0.0, end_sec=None, whole_sec=None):
-    """Of a path or bytes -> float32 [n_channel, n_sample] at sample_rate. Only the piece is read: hours of
-    audio may have
-    thousands. whole_sec: how long its manifest thinks the file is; one cut off or replaced has other words
-    than the text."""
+    """A path or bytes -> float32 [n_channel, n_sample] at sample_rate. Only the piece is read, as an hour of
+    audio may be cut into thousands. whole_sec: how long the file is by its manifest; a file of another length
+    was cut off or replaced, and its words would not be those of the text."""
     import soundfile  # pip install soundfile soxr
     import soxr
     if isinstance(file, str) and not os.path.isfile(file):
@@ -71,20 +68,22 @@ def read_piece(file, name, sample_rate, start_sec=0.0, end_sec=None, whole_sec=N
             rate, n_sec = audio.samplerate, audio.frames / audio.samplerate
             end_sec = n_sec if end_sec is None else end_sec
             if whole_sec is not None and abs(whole_sec - n_sec) > 0.1:
-                raise ValueError(f'{name} is {n_sec:.2f} s long, but {whole_sec:.2f} s by its manifest; was '
-                                 'it cut off, or replaced?')
+                raise ValueError(f'{name} is {n_sec:.2f} s long, but {whole_sec:.2f} s by its manifest; '
+                                 'was it cut off, or replaced?')
             if not 0 <= start_sec < end_sec <= n_sec + 0.1:     # 0.1: manifests round
-                raise ValueError(f'{name} is {n_sec:.2f} s long; there is nothing from {start_sec} s to '
-                                 f'{end_sec} s')
+                raise ValueError(f'{name} is {n_sec:.2f} s long; '
+                                 f'there is nothing from {start_sec} s to {end_sec} s')
             audio.seek(min(round(start_sec * rate), audio.frames))
             waves = audio.read(round((end_sec - start_sec) * rate), dtype='float32', always_2d=True)
-    # TypeError: a .raw file, whose rate nobody knows
-    except (soundfile.SoundFileError, TypeError) as error:
+    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a .raw file, whose rate nobody knows
         raise ValueError(f'{name} is not audio that can be read ({error})') from None
-    return np.ascontiguousarray((soxr.resample(waves, rate, sample_rate) if rate != sample_rate else waves).T)
+    if rate != sample_rate:
+        waves = soxr.resample(waves, rate, sample_rate)
+    return np.ascontiguousarray(waves.T)
 
 
 def turns_of(words, gap_sec):
+    """{role: its words in order} -> turns; a pause longer than gap_sec ends one."""
     turns = []
     for role, said in words.items():
         last_end_sec = -math.inf
@@ -94,6 +93,6 @@ def turns_of(words, gap_sec):
             turns[-1]['words'].append(word)
             last_end_sec = turns[-1]['end_sec'] = max(last_end_sec, word['end_sec'])
     for turn in turns:
-        turn['text'] = re.sub(f'(?<={WIDE}) +(?={WIDE})', '',
-                              ' '.join(word['text'].strip() for word in turn['words']))
+        text = ' '.join(word['text'].strip() for word in turn['words'])
+        turn['text'] = re.sub(f'(?<={WIDE}) +(?={WIDE})', '', text)
     return turns

@@ -45,7 +45,7 @@ from flatten import ROLES
 
 LEVEL = 0.05                    # root mean square of every voice, -26 dB
 FADE_SEC = 0.01                 # of a voice that stops inside a word
-# espeak-ng spells out "mhm"; these it can say
+# "mhm" is not among them: espeak-ng spells it out
 BACKCHANNELS = {'en': ('uh-huh', 'yeah', 'okay', 'right'), 'zh': ('嗯', '对', '嗯嗯', '好')}
 FILLERS = {'en': (', um,', ', uh,'), 'zh': ('，嗯，', '，呃，')}
 MARGIN_SEC = 0.3                # a backchannel keeps away from either end of the turn that it is said to
@@ -56,24 +56,27 @@ MIN_INTERRUPTED_SEC = 1.0       # a shorter turn is over before it can be interr
 # who speaks when
 
 def make_plan(id, n_pair, tts, user_voices, args):
-    """All that chance decides about a dialogue. It depends on seed, id and settings only, never on what is
-    spoken, or how long."""
+    """All that chance decides about a dialogue. It depends on seed, id and settings only, not on what is
+    said or how long that takes."""
     rng = np.random.default_rng([args.seed, zlib.crc32(id.encode())])
 
     def gap():
         return max(args.gap_min_sec, rng.normal(args.gap_mean_sec, args.gap_sd_sec))
 
+    # the order of the lines below is that of the random numbers: in another order the data would be other
     plan = dict(voice=user_voices[rng.integers(len(user_voices))], style=tts.style(rng),
-                snr_db=rng.uniform(*args.snr_db), noise=rng.random(2), lead_sec=gap(), tail_sec=gap(),
-                steps=[])
+                snr_db=rng.uniform(*args.snr_db), noise=rng.random(2),
+                lead_sec=gap(), tail_sec=gap(), steps=[])
+    shares = args.p_interrupt, args.p_backchannel, args.p_hesitate
     for _ in range(n_pair):
-        interrupts, backchannel, hesitates = rng.random(3) < (args.p_interrupt, args.p_backchannel,
-                                                              args.p_hesitate)
-        plan['steps'].append(
-            dict(gap_sec=gap(), interrupts=bool(interrupts), interrupt_at=rng.uniform(0.2, 0.8),
-                 reaction_sec=rng.uniform(*args.reaction_sec), backchannel=bool(backchannel),
-                 backchannel_at=rng.random(), backchannel_word=rng.random(), hesitates=bool(hesitates),
-                 hesitate_at=rng.random(), hesitate_sec=rng.uniform(0.3, 1.2), filler=rng.random()))
+        interrupts, backchannel, hesitates = (rng.random(3) < shares).tolist()
+        plan['steps'].append(dict(
+            gap_sec=gap(),
+            interrupts=interrupts, interrupt_at=rng.uniform(0.2, 0.8),
+            reaction_sec=rng.uniform(*args.reaction_sec),
+            backchannel=backchannel, backchannel_at=rng.random(), backchannel_word=rng.random(),
+            hesitates=hesitates, hesitate_at=rng.random(), hesitate_sec=rng.uniform(0.3, 1.2),
+            filler=rng.random()))
     return plan
 
 
@@ -82,9 +85,11 @@ WORD = re.compile(rf'[“‘（《「(\"\']*(?:[{HAN}]|[^\s{HAN}“‘（《「]
 
 
 def place_words(text, heard, n_sample):
-    """-> [(word, end in text, start sample)]. heard: (text, start sample) as the TTS tells them, which cuts
-    text elsewhere and leaves parts out; between two that are known, time is taken to pass with the characters
-    (heard None: throughout)."""
+    """
+    -> [(word, end in text, start sample)]. heard: (text, start sample) as the TTS tells them, or None. A TTS
+    cuts the text in other places and leaves parts out, so a start that it does not tell is interpolated
+    between those that it tells, in proportion to the characters.
+    """
     known, at = {0: 0}, 0
     for word, start in heard or []:
         word = word.rstrip(',，')
@@ -146,8 +151,8 @@ def interrupt(turn, stop):
 
 def simulate(texts, plan, tts, args, hop=1):
     """-> user's wave, assistant's wave (16 kHz, without noise), turns in seconds as tokenise.Recording has
-    them. hop: samples a frame of the codec; the assistant starts with a frame, or it would start in the one
-    in which the user ends."""
+    them. hop: samples a frame of the codec. The assistant starts where a frame starts: otherwise it would
+    start in the frame in which the user ends."""
     def samples(sec):
         return round(sec * SAMPLE_RATE)
 
@@ -157,15 +162,16 @@ def simulate(texts, plan, tts, args, hop=1):
         said = say_user(tts, question, step, plan)
         if last:
             start = end(last) + samples(step['gap_sec'])
-            # two syllables that are over before the assistant has reacted to them interrupt nobody
-            if step['interrupts'] and len(last['wave']) >= samples(MIN_INTERRUPTED_SEC) and len(
-                    said[1]) > samples(step['reaction_sec'] + 0.1):
+            is_long = len(last['wave']) >= samples(MIN_INTERRUPTED_SEC)
+            # a question that is over before the assistant has reacted to it interrupts nobody
+            outlasts_reaction = len(said[1]) > samples(step['reaction_sec'] + 0.1)
+            if step['interrupts'] and is_long and outlasts_reaction:
                 start = last['start'] + int(step['interrupt_at'] * len(last['wave']))
                 stop = start + samples(step['reaction_sec'])
         user = make_turn('user', start, *said)
         start = -(-(end(user) + samples(args.response_sec)) // hop) * hop
-        assistant = make_turn('assistant', start, answer,
-                              *say(tts, answer, args.assistant_voice, args.assistant_style))
+        answered = say(tts, answer, args.assistant_voice, args.assistant_style)
+        assistant = make_turn('assistant', start, answer, *answered)
         if end(assistant) + samples(plan['tail_sec']) > samples(args.max_sec):
             break
         if stop is not None:
@@ -184,23 +190,19 @@ def simulate(texts, plan, tts, args, hop=1):
             said = say(tts, text, plan['voice'], plan['style'])
             room = len(turn['wave']) - len(said[0]) - 2 * samples(MARGIN_SEC)
             if room >= 0:
-                turns.append(
-                    make_turn('user',
-                              turn['start'] + samples(MARGIN_SEC) + int(step['backchannel_at'] * room), text,
-                              *said))
+                start = turn['start'] + samples(MARGIN_SEC) + int(step['backchannel_at'] * room)
+                turns.append(make_turn('user', start, text, *said))
     turns.sort(key=lambda turn: turn['start'])
     waves = {role: np.zeros(max(map(end, turns)) + samples(plan['tail_sec']), np.float32) for role in ROLES}
     record = []
     for turn in turns:
         waves[turn['role']][turn['start']:end(turn)] += turn['wave']
-        seconds = [
-            (turn['start'] + start) / SAMPLE_RATE for *_, start in turn['words']] + [end(turn) / SAMPLE_RATE]
-        words = [
-            dict(text=word, start_sec=a, end_sec=b)
-            for (word, *_), a, b in zip(turn['words'], seconds, seconds[1:])]
-        record.append(
-            dict(role=turn['role'], start_sec=turn['start'] / SAMPLE_RATE, end_sec=end(turn) / SAMPLE_RATE,
-                 text=turn['text'], words=words if turn['known'] else []))
+        start_sec, end_sec = turn['start'] / SAMPLE_RATE, end(turn) / SAMPLE_RATE
+        seconds = [(turn['start'] + start) / SAMPLE_RATE for *_, start in turn['words']] + [end_sec]
+        words = [dict(text=word, start_sec=a, end_sec=b)
+                 for (word, *_), a, b in zip(turn['words'], seconds, seconds[1:])]
+        record.append(dict(role=turn['role'], start_sec=start_sec, end_sec=end_sec, text=turn['text'],
+                           words=words if turn['known'] else []))
     return *waves.values(), record
 
 
@@ -210,10 +212,11 @@ def read_noise(path):
 
 
 def with_noise(wave, plan, bank):
-    """bank: waves, or paths of files. Adds one of them, from some place on and over again, as loud as the
-    plan says."""
-    noise = bank[int(plan['noise'][0] * len(bank))]
-    name, noise = (noise, read_noise(noise)) if isinstance(noise, str) else ('noise', noise)
+    """Adds a noise of the bank (waves, or paths of files) in a loop: which one, from where in it, and how
+    loud, the plan says."""
+    noise, name = bank[int(plan['noise'][0] * len(bank))], 'noise'
+    if isinstance(noise, str):
+        name, noise = noise, read_noise(noise)
     piece = np.resize(np.roll(noise, -int(plan['noise'][1] * len(noise))), len(wave))
     power = np.mean(piece ** 2)
     if power == 0:
@@ -233,43 +236,41 @@ def arguments():
     parser = tokenise.arguments(__doc__)
     parser.add_argument('files', nargs='+', help='text dialogues: .json, .jsonl, .gz of them')
     parser.add_argument('--check', action='store_true', help='only count what can be spoken')
-    parser.add_argument('--examples', type=int, default=0, help='with --check: show so many dialogues that '
-                                                                'are kept and that are not')
-    parser.add_argument('--wav', type=int, default=0, help='only write the first so many as wavs, with '
-                                                           'transcripts, into --out')
-    parser.add_argument('--max_words', type=int, default=200, help='words, or Chinese characters, a turn may '
-                                                                   'have (200: the paper)')
-    parser.add_argument('--max_symbols', type=float, default=0.05, help='share of rare symbols a turn may '
-                                                                        'have; they are left out (0.05)')
+    parser.add_argument('--examples', type=int, default=0,
+                        help='with --check: show so many dialogues that are kept and that are not')
+    parser.add_argument('--wav', type=int, default=0,
+                        help='only write the first so many as wavs, with transcripts, into --out')
+    parser.add_argument('--max_words', type=int, default=200,
+                        help='words, or Chinese characters, a turn may have (200: the paper)')
+    parser.add_argument('--max_symbols', type=float, default=0.05,
+                        help='share of rare symbols a turn may have; they are left out (0.05)')
     parser.add_argument('--tts', choices=('espeak', 'cosyvoice'), default='espeak')
     parser.add_argument('--tts_command', help='with cosyvoice: how its worker is started')
-    parser.add_argument('--user_voices', help='a folder of prompt wavs, or names with commas between '
-                                              '(espeak: all but the assistant\'s and the odd)')
+    parser.add_argument('--user_voices',
+                        help='a folder of prompt wavs, or names with commas between '
+                             "(espeak: all but the assistant's and the odd)")
     parser.add_argument('--assistant_voice', help='a prompt wav or a name (espeak: f1)')
-    parser.add_argument('--response_sec', type=float, default=0.0, help='until the assistant answers (0: the '
-                                                                        'paper)')
-    parser.add_argument('--gap_mean_sec', type=float, default=0.8, help='until the user speaks again: a '
-                                                                        'normal distribution (0.8; not in '
-                                                                        'the paper)')
+    parser.add_argument('--response_sec', type=float, default=0.0,
+                        help='until the assistant answers (0: the paper)')
+    parser.add_argument('--gap_mean_sec', type=float, default=0.8,
+                        help='until the user speaks again: a normal distribution (0.8; not in the paper)')
     parser.add_argument('--gap_sd_sec', type=float, default=0.4, help='(0.4; not in the paper)')
     parser.add_argument('--gap_min_sec', type=float, default=0.1, help='(0.1)')
-    parser.add_argument('--p_interrupt', type=float, default=0.15, help='that the user does not wait for the '
-                                                                        'end of an answer (0.15; not in the '
-                                                                        'paper)')
-    parser.add_argument('--reaction_sec', type=span, default=(0.2, 0.4), help='until the interrupted '
-                                                                              'assistant stops, from,to '
-                                                                              '(0.2,0.4; the paper: at once)')
-    parser.add_argument('--p_backchannel', type=float, default=0.1, help='that the user says uh-huh during '
-                                                                         'an answer (0.1; the paper: 0)')
-    parser.add_argument('--p_hesitate', type=float, default=0.1, help='that the user pauses inside a turn '
-                                                                      'for 0.3 to 1.2 s (0.1; the paper: 0)')
-    parser.add_argument('--noise', help='folder of noise files, at any depth, as MUSAN has them (without: '
-                                        'made up, white to pink)')
-    parser.add_argument('--snr_db', type=span, default=(15.0, 30.0), help='of the noise in the user\'s '
-                                                                          'channel, from,to (15,30: the '
-                                                                          'paper)')
-    parser.add_argument('--max_sec', type=float, default=140.0, help='longer dialogues end after a pair '
-                                                                     '(140: duplex3 in 8,192 tokens)')
+    parser.add_argument('--p_interrupt', type=float, default=0.15,
+                        help='that the user does not wait for the end of an answer (0.15; not in the paper)')
+    parser.add_argument('--reaction_sec', type=span, default=(0.2, 0.4),
+                        help='until the interrupted assistant stops, from,to (0.2,0.4; the paper: at once)')
+    parser.add_argument('--p_backchannel', type=float, default=0.1,
+                        help='that the user says uh-huh during an answer (0.1; the paper: 0)')
+    parser.add_argument('--p_hesitate', type=float, default=0.1,
+                        help='that the user pauses inside a turn for 0.3 to 1.2 s (0.1; the paper: 0)')
+    parser.add_argument('--noise',
+                        help='folder of noise files, at any depth, as MUSAN has them '
+                             '(without: made up, white to pink)')
+    parser.add_argument('--snr_db', type=span, default=(15.0, 30.0),
+                        help="of the noise in the user's channel, from,to (15,30: the paper)")
+    parser.add_argument('--max_sec', type=float, default=140.0,
+                        help='longer dialogues end after a pair (140: duplex3 in 8,192 tokens)')
     return parser
 
 
@@ -321,11 +322,12 @@ def main(argv=None):
         import soxr
         id, texts = what
         plan = make_plan(id, len(texts) // 2, tts, voices, args)
-        rate, hop = (codec.sample_rate, round(SAMPLE_RATE / codec.rate_hz)) if codec else (SAMPLE_RATE, 1)
+        rate, hop = SAMPLE_RATE, 1
+        if codec:
+            rate, hop = codec.sample_rate, round(SAMPLE_RATE / codec.rate_hz)
         user, assistant, turns = simulate(texts, plan, tts, args, hop)
-        return tokenise.Recording(
-            *(soxr.resample(wave, SAMPLE_RATE, rate) for wave in (with_noise(user, plan, bank), assistant)),
-            turns)
+        user = soxr.resample(with_noise(user, plan, bank), SAMPLE_RATE, rate)
+        return tokenise.Recording(user, soxr.resample(assistant, SAMPLE_RATE, rate), turns)
 
     if args.wav:
         os.makedirs(args.out, exist_ok=True)
@@ -335,14 +337,14 @@ def main(argv=None):
             with open(path + '.txt', 'w', encoding='utf-8') as file:
                 file.writelines(f'{turn["start_sec"]:7.2f} {turn["end_sec"]:7.2f}  {turn["role"]:9}  '
                                 f'{turn["text"]}\n' for turn in recording.turns)
-            print(f'{path}.wav  {len(recording.user) / SAMPLE_RATE:.1f} s, left the user, right the '
-                  'assistant')
+            n_sec = len(recording.user) / SAMPLE_RATE
+            print(f'{path}.wav  {n_sec:.1f} s, left the user, right the assistant')
         return
     no_matter = ('files', 'check', 'examples', 'wav', 'out', 'codec', 'tokenizer', 'batch_sec', 'n_thread',
                  'device', 'tts_command')
-    recipe = {key: value for key, value in vars(args).items() if key not in no_matter} | dict(
-        user_voices=voices, n_noise=len(bank), texts=hashlib.sha256(
-            json.dumps(items).encode()).hexdigest()[:16])
+    digest = hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]
+    recipe = {key: value for key, value in vars(args).items() if key not in no_matter}
+    recipe |= dict(user_voices=voices, n_noise=len(bank), texts=digest)
     tokenise.run({id: (id, texts) for id, texts in items.items()}, read_recording, args, recipe)
 
 

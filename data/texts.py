@@ -36,8 +36,8 @@ def is_list_of_lists(part):
 
 
 def rows(path):
-    """The rows of a JSON file (a list, or LCCC's object of lists) or of JSON lines, whatever the file is
-    called. .gz is opened."""
+    """The rows of a JSON file (a list, or LCCC's object of lists) or of JSON lines, gzipped or not. Which of
+    them it is, its content says, not its name."""
     number = 0
     try:
         with (gzip.open if path.endswith('.gz') else open)(path, 'rt', encoding='utf-8') as file:
@@ -62,8 +62,8 @@ def rows(path):
     except UnicodeDecodeError:
         raise ValueError(f'{path} is not a text file in UTF-8') from None
     except json.JSONDecodeError as error:
-        raise ValueError(f'{path}{f", line {number}" if number else ""}: neither JSON nor JSON lines '
-                         f'({error.msg})') from None
+        where = f'{path}, line {number}' if number else path
+        raise ValueError(f'{where}: neither JSON nor JSON lines ({error.msg})') from None
 
 
 def read_row(row):
@@ -142,14 +142,16 @@ def pairs(said):
 REASONS = {     # the first that is found in a turn, line by line; (?m): ^ and $ are those of a line
     'code': r'(?m)```|\w\(\)|\w\.\w+\(|[{}]|\w;\s*$|=>|->|[!=]=|\+=|::'
             r'|//(?!\w+\.)|[A-Za-z0-9]_[A-Za-z0-9]|<\?|#include|^\s*(?:import|package) [\w.]+;?$'
-            r'|^\s*(?:from [\w.]+ import|def \w+\(|class \w+[:(]|(?:public|private|const|let|var|function) '
-            r'\w+)|print\s*\(|(?i:\bselect\b.+\bfrom\b.+\bwhere\b)',
+            r'|^\s*(?:from [\w.]+ import|def \w+\(|class \w+[:(]'
+            r'|(?:public|private|const|let|var|function) \w+)'
+            r'|print\s*\(|(?i:\bselect\b.+\bfrom\b.+\bwhere\b)',
     'table': r'(?m)\|.*\||^.*\S\t+\S.*\n.*\S\t+\S|\+-{3,}',
     'url': r'(?i)https?:|www\.|[\w.-]+@[\w-]+\.\w|\b[\w-]+\.(?:com|org|net|edu|gov|io|cn)\b',
     'markup': r'(?m)^\s*#|^\s*[-*•·●▪◦■○–—>]+\s|</?\w[^<>]*>|[][]|\*\*|__|&\w+;|^\s*(?:-{3,}|\*{3,})\s*$',
     'list': r'(?m)^\s*\d{1,2}\s*[.)、．）:：]\s*[^\d\s]|^\s*[(（]\d{1,2}[)）]|[①②③]'
             r'|^\s*[A-Da-d一二三四五六七八九十][.)、．）]'
-            r'|(?s:(?<!\d)1\s*[.)、．）]\s*[^\d\s].*(?<!\d)2\s*[.)、．）]\s*[^\d\s])|(?s:\bA\s*[.)、．）:：].*\bB\s*[.)、．）:：])',
+            r'|(?s:(?<!\d)1\s*[.)、．）]\s*[^\d\s].*(?<!\d)2\s*[.)、．）]\s*[^\d\s])'
+            r'|(?s:\bA\s*[.)、．）:：].*\bB\s*[.)、．）:：])',
     'formula': r'[\\^<>=√∑∫∞≈≠≤≥×÷∂∆∏∈∪∩∀∃²³½¼¾₀-₉⁰-⁹]|\$[^\s\d][^$]*\$'
                r'|\d\s*[+*＋]\s*\d|\d\s+[-−–/]\s+\d|\b[a-z]\(\w\)',
 }
@@ -169,8 +171,8 @@ def speakable(text, max_words=200, max_symbols=0.05):
     text = unicodedata.normalize('NFC', html.unescape(text))
     text = re.sub(r'\r\n|\\n(?![a-z])', '\n', text).strip()        # BELLE has some escaped twice
     text = re.sub('[０-９Ａ-Ｚａ-ｚ]+', lambda wide: unicodedata.normalize('NFKC', wide.group()), text)
-    text = re.sub('[^\\S\n\t]', ' ',
-                  ''.join(c for c in text if c in '\n\t' or unicodedata.category(c) not in ('Cc', 'Cf')))
+    text = ''.join(c for c in text if c in '\n\t' or unicodedata.category(c) not in ('Cc', 'Cf'))
+    text = re.sub('[^\\S\n\t]', ' ', text)
     text = re.sub(r'(\*\*|__|(?<!\w)[*_`])(?=\S)([^*_`\n]+)(?<=\S)\1', r'\2', text)
     for reason, pattern in REASONS.items():
         if re.search(pattern, text):
@@ -193,17 +195,17 @@ def speakable(text, max_words=200, max_symbols=0.05):
 
 def collect(paths, args):
     """
-    -> items {id: [user's text, assistant's text, user's …]}, a table with a Counter for each file, and notes
-    on single
-    dialogues: (id, reason or None, the texts kept, the text that ended it).
-    args: max_words, max_symbols, see speakable
+    Reads and filters the files of text dialogues. args: max_words, max_symbols, see speakable
+    -> items    {id: [user's text, assistant's text, user's …]}
+       table    {file: Counter}
+       notes    on each dialogue: (id, reason or None, the texts kept, the text that ended it)
     """
     items, table, notes = {}, {}, []
     for path in paths:
         name = re.sub(r'(\.jsonl?)?(\.gz)?$', '', os.path.basename(path))
         if name in table:
-            raise ValueError(f'two files are called {name}; rename {path}, as the ids of its dialogues start '
-                             'with its name')
+            raise ValueError(f'two files are called {name}; rename {path}, '
+                             'as the ids of its dialogues start with its name')
         counts = table[name] = Counter()
         for number, row in enumerate(rows(path)):
             try:

@@ -69,15 +69,17 @@ def arguments(doc):
 
 def run(items, read_recording, args, settings):
     """
-    items: id -> what read_recording takes; read_recording(what, codec) -> Recording. settings: those, as
-    JSON, that change what read_recording gives. Writes args.out. Raises ValueError where it holds another
-    data set, or nothing could be read. read_recording runs in threads; a ValueError or OSError from it skips
-    that recording.
+    Writes the data folder args.out. Raises ValueError where it holds another data set, or nothing could be
+    read.
+        items               id -> what read_recording takes
+        read_recording      (what, codec) -> Recording; runs in threads; a recording for which it raises
+                            ValueError or OSError is skipped
+        settings            those that change what read_recording returns, as JSON
     """
     shares = args.val_share, args.test_share
     if min(args.part, args.n_thread, args.batch_sec) <= 0 or min(shares) < 0 or sum(shares) >= 1:
-        raise ValueError('--part, --n_thread and --batch_sec have to be above 0, --val_share and '
-                         '--test_share from 0 to below 1 together')
+        raise ValueError('--part, --n_thread and --batch_sec have to be above 0, '
+                         '--val_share and --test_share from 0 to below 1 together')
     if not items:
         raise ValueError('there is nothing to prepare: no recordings were found')
     codec = load_codec(args.codec)
@@ -180,8 +182,7 @@ class Progress:
         self.shown, elapsed = time.time(), time.time() - self.start
         left_min = elapsed / max(1, n_done - self.n_before) * (self.n_part - n_done) / 60
         print(f'part {n_done:>6}/{self.n_part} | {self.sec / 3600:8.2f} h by this process, '
-              f'{self.sec / elapsed:6.1f} x real time | '
-              f'{left_min:.0f} min left', flush=True)
+              f'{self.sec / elapsed:6.1f} x real time | {left_min:.0f} min left', flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -229,24 +230,22 @@ def fit(recording, codec, max_mismatch_sec):
         if channel.dtype.kind == 'f' and not np.isfinite(channel).all():
             raise ValueError(f'the {role} channel has samples that are no numbers')
         if channel.dtype.kind != 'f' and not 0 <= channel.min() <= channel.max() < codec.n_codes:
-            raise ValueError(f'the {role} channel has codes {channel.min()} to {channel.max()}, codec '
-                             f'{codec.name} has 0 to {codec.n_codes - 1}')
-    n_frames = {
-        role: -(-len(channel) // hop) if channel.dtype.kind == 'f' else len(channel)
-        for role, channel in channels.items()}
+            raise ValueError(f'the {role} channel has codes {channel.min()} to {channel.max()}, '
+                             f'codec {codec.name} has 0 to {codec.n_codes - 1}')
+    n_frames = {role: -(-len(channel) // hop) if channel.dtype.kind == 'f' else len(channel)
+                for role, channel in channels.items()}
     longest, shortest = max(n_frames.values()), min(n_frames.values())
     if (longest - shortest) / codec.rate_hz > max_mismatch_sec + 1 / codec.rate_hz:
-        raise ValueError(f'the user channel has {n_frames["user"] / codec.rate_hz:.2f} s and the '
-                         f'assistant\'s {n_frames["assistant"] / codec.rate_hz:.2f} s, '
+        user_sec, assistant_sec = (n_frames[role] / codec.rate_hz for role in ROLES)
+        raise ValueError(f"the user channel has {user_sec:.2f} s and the assistant's {assistant_sec:.2f} s, "
                          f'more than --max_mismatch_sec={max_mismatch_sec} apart')
     for turn in recording.turns:
         if turn['role'] not in channels:
-            raise ValueError(f'a turn of the {turn["role"]} at {turn["start_sec"]} s, but there is no such '
-                             'channel')
-        if not all(
-                isinstance(span[key], (int, float)) and np.isfinite(span[key])
-                for span in [turn, *(turn.get('words') or [])]
-                for key in ('start_sec', 'end_sec')):
+            raise ValueError(f'a turn of the {turn["role"]} at {turn["start_sec"]} s, '
+                             'but there is no such channel')
+        spans = [turn, *(turn.get('words') or [])]
+        times = (span[key] for span in spans for key in ('start_sec', 'end_sec'))
+        if not all(isinstance(sec, (int, float)) and np.isfinite(sec) for sec in times):
             raise ValueError(f'a turn or a word of the {turn["role"]} has a time that is no number: {turn}')
     for role, channel in channels.items():
         if channel.dtype.kind == 'f':
@@ -258,8 +257,8 @@ def fit(recording, codec, max_mismatch_sec):
 
 
 def encode(recordings, codec, batch_sec):
-    """[Recording] -> [{role: codes}]; waves of like length are encoded together, as many as make batch_sec
-    with their padding."""
+    """[Recording] -> [{role: codes}]. Waves of like length are encoded together, as many as are batch_sec
+    long in all, with their padding."""
     codes = [{role: np.empty(0, np.uint16) for role in ROLES} for _ in recordings]
     waves = []
     for i, recording in enumerate(recordings):
@@ -273,10 +272,9 @@ def encode(recordings, codec, batch_sec):
     while waves:
         n = max(1, int(batch_sec * codec.sample_rate // waves[0][0]))
         batch, waves = waves[:n], waves[n:]
-        for (_, i,
-             role), found in zip(batch,
-                                 codec.encode_many([getattr(recordings[i], role) for _, i, role in batch])):
-            codes[i][role] = found
+        found = codec.encode_many([getattr(recordings[i], role) for _, i, role in batch])
+        for (_, i, role), channel in zip(batch, found):
+            codes[i][role] = channel
     return codes
 
 
@@ -284,8 +282,8 @@ def on_frames(turns, n_frame, rate_hz):
     """Turns in seconds -> (turns in whole frames, how many were lost). A turn holds every frame that it
     touches; what lies outside the recording or in the same role's last turn is cut off, and a turn of which
     nothing is left is lost."""
-    # 1e-6: 0.12 s at 25 Hz is frame 3, though 0.12 * 25 is 3.0000000000000004 or 2.9999999999999996
     def clip(span, first, last):
+        # 1e-6: 0.12 s at 25 Hz is frame 3, though 0.12 * 25 is 3.0000000000000004 or 2.9999999999999996
         start, end = np.floor(span['start_sec'] * rate_hz + 1e-6), np.ceil(span['end_sec'] * rate_hz - 1e-6)
         return int(np.clip(start, first, last)), int(np.clip(end, first, last))
 
@@ -296,11 +294,12 @@ def on_frames(turns, n_frame, rate_hz):
             n_lost += 1
             continue
         last_end[turn['role']] = end
-        words = [
-            dict(text=word['text'], **dict(zip(('start', 'end'), clip(word, start, end))))
-            for word in turn.get('words') or []]
-        framed.append(
-            dict(role=turn['role'], start=start, end=end, text=' '.join(turn['text'].split()), words=words))
+        words = []
+        for word in turn.get('words') or []:
+            first, last = clip(word, start, end)
+            words.append(dict(text=word['text'], start=first, end=last))
+        text = ' '.join(turn['text'].split())
+        framed.append(dict(role=turn['role'], start=start, end=end, text=text, words=words))
     return framed, n_lost
 
 
@@ -308,8 +307,8 @@ def on_frames(turns, n_frame, rate_hz):
 # all parts
 
 def split_ids(ids, val_share, test_share, seed):
-    """id -> 'train', 'val' or 'test'. The same whatever the order, and one each at least where a share is
-    asked for; of two ids one is for training, one for val."""
+    """id -> 'train', 'val' or 'test', the same in whatever order the ids come. Where a share is asked for, it
+    is one id at least. Of only two ids, one is for train and one for val."""
     order = sorted(ids, key=lambda id: hashlib.sha256(f'{seed} {id}'.encode()).digest())
     n_val, n_test = (max(1, round(share * len(ids))) if share and len(ids) > others else 0
                      for others, share in ((1, val_share), (2, test_share)))
@@ -318,19 +317,19 @@ def split_ids(ids, val_share, test_share, seed):
 
 
 def finish(args, recipe, codec, ids, n_part):
-    """The parts become the data set, a table of it is printed."""
+    """The parts become the data set, and a table of what is in it is printed."""
     tables, skipped, lost_turns = [], [], 0
     for number in range(n_part):
-        table = pa.ipc.open_file(pa.memory_map(os.path.join(args.out, 'parts',
-                                                            f'{number:06d}.arrow'))).read_all()
+        path = os.path.join(args.out, 'parts', f'{number:06d}.arrow')
+        table = pa.ipc.open_file(pa.memory_map(path)).read_all()
         notes = json.loads(table.schema.metadata[b'nanoduplex'])
         skipped += notes['skipped']
         lost_turns += notes['lost_turns']
         tables.append(table)
     if len(skipped) == len(ids):
         shutil.rmtree(os.path.join(args.out, 'parts'))      # so that the same command tries again
-        raise ValueError(f'none of the {len(ids)} recordings could be read; the first, {skipped[0]["id"]}: '
-                         f'{skipped[0]["reason"]}')
+        raise ValueError(f'none of the {len(ids)} recordings could be read; '
+                         f'the first, {skipped[0]["id"]}: {skipped[0]["reason"]}')
     unread = {entry['id'] for entry in skipped}
     splits = split_ids([id for id in ids if id not in unread], args.val_share, args.test_share, args.seed)
     counts = Statistics(codec.rate_hz)
@@ -341,8 +340,8 @@ def finish(args, recipe, codec, ids, n_part):
             path = all_appear.enter_context(whole(os.path.join(args.out, f'{split}.arrow')))
             with pa.OSFile(path, 'wb') as sink, pa.ipc.new_file(sink, schema) as writer:
                 for table in tables:
-                    chosen = table.filter(
-                        pa.array([splits[id] == split for id in table['id'].to_pylist()], pa.bool_()))
+                    is_chosen = [splits[id] == split for id in table['id'].to_pylist()]
+                    chosen = table.filter(pa.array(is_chosen, pa.bool_()))
                     counts.add(split, chosen)
                     writer.write_table(chosen.replace_schema_metadata(metadata))
     with open(os.path.join(args.out, 'skipped.jsonl'), 'w', encoding='utf-8') as file:
@@ -366,8 +365,8 @@ def finish(args, recipe, codec, ids, n_part):
 
 
 class Statistics:
-    """Who speaks when, as Switchboard is described: there both sides speak 0.7 to 8.8 % of the time, and
-    neither 10 to 29 %."""
+    """Who speaks when, in the figures that are known of Switchboard. There, both sides speak 0.7 to 8.8 % of
+    the time, and neither does 10 to 29 %."""
 
     def __init__(self, rate_hz):
         self.rate_hz, self.n, self.n_frame = rate_hz, dict(train=0, val=0, test=0), 0
@@ -376,8 +375,7 @@ class Statistics:
 
     def add(self, split, table):
         self.n[split] += len(table)
-        # the codes themselves are not touched
-        lengths = [pc.list_value_length(table[role]).to_pylist() for role in ROLES]
+        lengths = [pc.list_value_length(table[role]).to_pylist() for role in ROLES]     # reads no codes
         for n_user, n_assistant, turns in zip(*lengths, table['turns'].to_pylist()):
             n_frame = max(n_user, n_assistant)
             self.n_frame += n_frame
@@ -395,20 +393,23 @@ class Statistics:
             for one, other in zip(turns, turns[1:]):        # by start
                 if one['role'] != other['role']:
                     self.n_change += 1
-                    self.gaps[f'{one["role"]} to {other["role"]}'].append(
-                        (other['start'] - one['end']) / self.rate_hz)
+                    gap_sec = (other['start'] - one['end']) / self.rate_hz
+                    self.gaps[f'{one["role"]} to {other["role"]}'].append(gap_sec)
 
     def table(self):
         table = dict(records=', '.join(f'{n} {split}' for split, n in self.n.items()),
-                     hours=round(self.n_frame / self.rate_hz / 3600,
-                                 4), turns=', '.join(f'{n} {role}' for role, n in self.n_turn.items()))
-        if self.n_dialogue:
-            minutes = self.dialogue_frame / self.rate_hz / 60
-            table |= dict(dialogues=self.n_dialogue, both_speak=f'{self.both / self.dialogue_frame:.1%}',
-                          neither_speaks=f'{self.neither / self.dialogue_frame:.1%}',
-                          floor_changes_a_minute=round(self.n_change / minutes, 1))
-            table |= {f'gap {name}': f'median {np.median(gaps):.2f} s, 10 % below '
-                                     f'{np.quantile(gaps, 0.1):.2f} s, 90 % below '
-                                     f'{np.quantile(gaps, 0.9):.2f} s'
-                      for name, gaps in self.gaps.items() if gaps}
+                     hours=round(self.n_frame / self.rate_hz / 3600, 4),
+                     turns=', '.join(f'{n} {role}' for role, n in self.n_turn.items()))
+        if not self.n_dialogue:
+            return table
+        minutes = self.dialogue_frame / self.rate_hz / 60
+        table |= dict(dialogues=self.n_dialogue,
+                      both_speak=f'{self.both / self.dialogue_frame:.1%}',
+                      neither_speaks=f'{self.neither / self.dialogue_frame:.1%}',
+                      floor_changes_a_minute=round(self.n_change / minutes, 1))
+        for name, gaps in self.gaps.items():
+            if gaps:
+                median, low, high = np.median(gaps), np.quantile(gaps, 0.1), np.quantile(gaps, 0.9)
+                table[f'gap {name}'] = (f'median {median:.2f} s, 10 % below {low:.2f} s, '
+                                        f'90 % below {high:.2f} s')
         return table

@@ -27,11 +27,10 @@ from codec.worker import Worker
 from common.audio import read_audio
 
 SAMPLE_RATE = 16000
-HAN = '\u3400-\u4dbf\u4e00-\u9fff'      # for character classes
-# of espeak-ng's variants: jokes, and voices without a voice
+HAN = '\u3400-\u4dbf\u4e00-\u9fff'      # Chinese characters, for use in a character class
+# of espeak-ng's variants: jokes, and voices that only whisper
 UNUSED_VOICES = ('AnxiousAndy Demonic Tweaky UniRobot anikaRobot croak robosoft robosoft2 robosoft3 '
-                 'robosoft4 robosoft5 robosoft6 '
-                 'robosoft7 robosoft8 whisper whisperf').split()
+                 'robosoft4 robosoft5 robosoft6 robosoft7 robosoft8 whisper whisperf').split()
 
 
 @functools.cache
@@ -47,15 +46,15 @@ def trim(wave):
     return loud[0], loud[-1] + 1
 
 
-class Event(ctypes.Structure):  # espeak_EVENT of speak_lib.h
+class Event(ctypes.Structure):      # espeak_EVENT of speak_lib.h
     _fields_ = [('type', ctypes.c_int), ('unique_id', ctypes.c_uint), ('text_position', ctypes.c_int),
                 ('length', ctypes.c_int), ('audio_ms', ctypes.c_int), ('sample', ctypes.c_int),
                 ('user_data', ctypes.c_void_p), ('name', ctypes.c_char * 8)]
 
 
 class Espeak:
-    """Reads text aloud, Chinese where it has Chinese characters, else English; tells when each word and
-    phoneme begins."""
+    """Reads text aloud, Chinese where it has Chinese characters, else English, and tells when each word and
+    each phoneme begins."""
     lock = threading.Lock()     # the library is one for the whole process, and does one thing at a time
 
     def __init__(self):
@@ -63,20 +62,20 @@ class Espeak:
         self.voices = [voice for voice in espeak_variants() if voice not in UNUSED_VOICES]
         self.lib = ctypes.CDLL(espeakng_loader.get_library_path())
         data = espeakng_loader.get_data_path().encode()
-        # synchronous; phoneme events; no exit() on error
+        # 2: synchronous. 0x8001: with phoneme events, without exit() on an error
         self.rate_hz = self.lib.espeak_Initialize(2, 0, data, 0x8001)
         assert self.rate_hz == 22050, f'espeak_Initialize answered {self.rate_hz} with {data}'
         self.pcm, self.events = [], []
         callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int,
                                     ctypes.POINTER(Event))
-        self.callback = callback(self.receive)  # kept: the library has only a bare pointer to it
+        self.callback = callback(self.receive)      # kept: the library has only a bare pointer to it
 
     def receive(self, pcm, n_sample, event):
         if n_sample:
             self.pcm.append(np.ctypeslib.as_array(pcm, (n_sample,)).copy())
         i = 0
-        while event[i].type:  # 0 ends the list, 1 is a word, 7 a phoneme
-            # only a phoneme has a name; of a sentence these bytes are its number
+        while event[i].type:    # 0 ends the list, 1 is a word, 7 a phoneme
+            # only a phoneme has a name; a sentence has its number in these bytes
             self.events.append((event[i].type, event[i].sample, event[i].text_position, event[i].length,
                                 event[i].name.decode(errors='replace')))
             i += 1
@@ -84,21 +83,23 @@ class Espeak:
 
     @staticmethod
     def style(rng, vary_size=True):
-        return dict(rate=int(rng.integers(150, 221)), pitch=int(rng.integers(30, 71)),
-                    pitch_range=int(rng.integers(20, 81)),
-                    size=float(np.exp(rng.uniform(np.log(0.84), np.log(1.4)))) if vary_size else 1.0)
+        style = dict(rate=int(rng.integers(150, 221)), pitch=int(rng.integers(30, 71)),
+                     pitch_range=int(rng.integers(20, 81)), size=1.0)
+        if vary_size:
+            style['size'] = float(np.exp(rng.uniform(np.log(0.84), np.log(1.4))))
+        return style
 
     def say(self, text, voice, rate=170, pitch=50, pitch_range=50, size=1.0):
         """-> wave at 16 kHz without silence around it, words and phonemes as lists of (text, start sample).
-        rate: words a minute;
-        size: of the speaker, as a factor on all frequencies, at the same speed."""
+        rate: words a minute. size: a factor on all frequencies, at the same speed, as if the speaker were
+        smaller (above 1) or larger."""
         import soxr
         if voice not in espeak_variants():
             raise ValueError(f'espeak-ng has no voice {voice!r}; there are {", ".join(espeak_variants())}')
         language = 'cmn' if re.search(f'[{HAN}]', text) else 'en-us'
         with self.lock:
-            # a name that it doesn't know leaves the voice before; a variant that it doesn't know is left out
-            # in silence
+            # a language that the library doesn't know leaves the voice as it was; a variant that it doesn't
+            # know is ignored without an error
             if self.lib.espeak_SetVoiceByName(f'{language}+{voice}'.encode()) != 0:
                 raise ValueError(f'espeak-ng has no voice {language}+{voice}')
             self.lib.espeak_SetSynthCallback(self.callback)
@@ -113,10 +114,10 @@ class Espeak:
         wave = soxr.resample(pcm.astype(np.float32) / 32768, self.rate_hz * size, SAMPLE_RATE, quality='LQ')
         first, end = trim(wave)
         at = [max(0, round(sample * SAMPLE_RATE / self.rate_hz / size) - first) for _, sample, *_ in events]
-        words = [(e[2] - 1, start) for e, start in zip(events, at) if e[0] == 1]
-        words = [
-            (text[a:b].strip(), start) for (a, start), (b, _) in zip(words, words[1:] + [(len(text), 0)])]
-        # no stress marks
+        begun = [(e[2] - 1, start) for e, start in zip(events, at) if e[0] == 1]    # place in text, sample
+        places = [place for place, _ in begun] + [len(text)]
+        words = [(text[a:b].strip(), start) for a, b, (_, start) in zip(places, places[1:], begun)]
+        # "'" and "," are stress marks
         phonemes = [(e[4].strip("',").rstrip('#'), start) for e, start in zip(events, at) if e[0] == 7]
         return wave[first:end], words, phonemes
 
@@ -147,7 +148,7 @@ class CosyVoice:
 
 
 def add_noise(wave, noise, snr_db, speech_power, noise_power=1.0):
-    """wave, with noise of the same length so far below a voice of speech_power (mean squares)"""
+    """wave, with noise of the same length, snr_db below a voice of speech_power (powers are mean squares)"""
     return wave + noise * np.float32(np.sqrt(speech_power / noise_power / 10 ** (snr_db / 10)))
 
 

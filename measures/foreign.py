@@ -42,8 +42,8 @@ SHORTEST_SEC = 0.1                      # shorter gaps are closed, as in a "t", 
 def read_conversations(folder, rate_hz=25.0, user_channel=0, gap_sec=0.5, user_name='user',
                        assistant_name='assistant', vad='webrtc', aggressiveness=2):
     """
-    -> an iterator over the conversations in a folder, by name. Raises ValueError where anything is in doubt:
-    nothing is guessed.
+    -> an iterator over the conversations in a folder, by name. Nothing is guessed: ValueError where anything
+    is in doubt.
         user_name, assistant_name   what the transcripts call them, as A and B
         vad                         webrtc or energy, see hear_voice and hear_energy
         aggressiveness              of webrtc, 0 to 3: how much a sound has to be like speech
@@ -111,22 +111,23 @@ def read_stereo(path):
     import soundfile
     n_channel = soundfile.info(path).channels
     if n_channel != 2:
-        raise ValueError(f'{path} has {n_channel} channel{"s" * (n_channel > 1)}, a dialogue has two: the '
-                         'user on one, the assistant on the other')
+        raise ValueError(f'{path} has {n_channel} channel{"s" * (n_channel > 1)}, a dialogue has two: '
+                         'the user on one, the assistant on the other')
     return np.stack([left, read_audio(path, SAMPLE_RATE, 1)], axis=1)
 
 
 def rows_of(path):
     """Yields ('a.tsv, row 3', the object there, or None for anything else)."""
-    name, suffix, columns = os.path.basename(path), os.path.splitext(path)[1].lower(), COLUMNS
+    name, suffix = os.path.basename(path), os.path.splitext(path)[1].lower()
+    columns = COLUMNS
     split = {'.jsonl': json.loads, '.tsv': lambda line: line.split('\t'),
              '.csv': lambda line: next(csv.reader([line])), '.txt': lambda line: line.split(None, 3)}
     try:
         with open(path, encoding='utf-8-sig') as file:
             rows = json.load(file) if suffix == '.json' else [line.rstrip('\r\n') for line in file]
         if isinstance(rows, dict) and isinstance(rows.get('alignments'), list):
-            rows = [
-                dict(role=row[2], start=row[1][0], end=row[1][1], word=row[0]) for row in rows['alignments']]
+            rows = [dict(role=row[2], start=row[1][0], end=row[1][1], word=row[0])
+                    for row in rows['alignments']]
         if not isinstance(rows, list):
             raise TypeError('not a list')
         for n, row in enumerate(rows, 1):
@@ -145,37 +146,37 @@ def rows_of(path):
 
 
 def read_transcript(path, names, gap_sec, n_sec):
-    """-> [turns], times in seconds. names: what a role is called there -> the role; n_sec of the audio, None
-    where there is none"""
-    turns, words, rows = [], {role: [] for role in ROLES}, list(rows_of(path))
+    """-> [turns], times in seconds. names: {what a role is called there: the role}. n_sec: of the audio, None
+    where there is none."""
+    turns, words = [], {role: [] for role in ROLES}
+    rows = list(rows_of(path))
     for where, row in rows:
         is_row = row is not None and 'role' in row and ('word' in row) != ('text' in row)
         if not is_row or not isinstance(row.get('word', row.get('text')), str):
-            raise ValueError(f'{where}, is neither a word (role, start, end, word) nor a turn (role, '
-                             'start_sec, end_sec, text)')
+            raise ValueError(f'{where}, is neither a word (role, start, end, word) '
+                             'nor a turn (role, start_sec, end_sec, text)')
         if str(row['role']) not in names:
             roles = ', '.join(sorted({str(row['role']) for _, row in rows if row and 'role' in row}))
             user, assistant = names
-            raise ValueError(f'{where}, is of role {row["role"]}; the file has the roles {roles}, and the '
-                             f'user is called {user}, the assistant {assistant}: user_name and '
-                             'assistant_name say who is who')
+            raise ValueError(f'{where}, is of role {row["role"]}; the file has the roles {roles}, '
+                             f'and the user is called {user}, the assistant {assistant}: '
+                             'user_name and assistant_name say who is who')
         try:
             at = {f'{key}_sec': float(row.get(f'{key}_sec', row.get(key))) for key in ('start', 'end')}
         except (TypeError, ValueError):
             raise ValueError(f'{where}, has no start and end in seconds')
         if not 0 <= at['start_sec'] <= at['end_sec'] < math.inf:
-            raise ValueError(f'{where}, is from {at["start_sec"]} s to {at["end_sec"]} s: times count from '
-                             '0, and an end is not before its start')
+            raise ValueError(f'{where}, is from {at["start_sec"]} s to {at["end_sec"]} s: '
+                             'times count from 0, and an end is not before its start')
         if n_sec is not None and at['end_sec'] > n_sec + 0.1:        # 0.1: transcripts round
-            raise ValueError(f'{where}, ends at {at["end_sec"]} s, the audio beside it at {n_sec:.2f} s; is '
-                             'it cut off, or the audio of another?')
+            raise ValueError(f'{where}, ends at {at["end_sec"]} s, the audio beside it at {n_sec:.2f} s; '
+                             'is it cut off, or the audio of another?')
         if 'text' in row:
             turns.append(dict(at, role=names[str(row['role'])], text=row['text']))
         elif row['word'] not in NOT_SPOKEN:
             words[names[str(row['role'])]].append(dict(at, text=row['word']))
     if turns and any(words.values()):
-        raise ValueError(f'{path} has words and turns in one file; keep the words: '
-                         'turns follow from them')
+        raise ValueError(f'{path} has words and turns in one file; keep the words: turns follow from them')
     words = {role: sorted(said, key=lambda word: word['start_sec']) for role, said in words.items()}
     return turns or turns_of(words, gap_sec)
 
@@ -184,8 +185,7 @@ def read_transcript(path, names, gap_sec, n_sec):
 # speech and silence
 
 def hear(wave, rate_hz, n_frame, vad='webrtc', aggressiveness=2):
-    """float32 [n_sample] at SAMPLE_RATE -> bool [n_frame]: a frame is speech where half of its windows
-    are."""
+    """float32 [n_sample] at SAMPLE_RATE -> bool [n_frame]. A frame is speech if half of its windows are."""
     hop = SAMPLE_RATE // WINDOW_HZ
     windows = wave[:len(wave) // hop * hop].reshape(-1, hop)
     heard = hear_voice(windows, aggressiveness) if vad == 'webrtc' else hear_energy(windows)
@@ -197,13 +197,13 @@ def hear(wave, rate_hz, n_frame, vad='webrtc', aggressiveness=2):
 
 
 def hear_voice(windows, aggressiveness):
-    """webrtcvad, once forwards and once backwards: after speech it holds on for 60 to 140 ms, and the
-    beginning of a file it may take for speech. Neither happens from both sides."""
+    """Speech is what webrtcvad hears both in the wave and in the wave reversed. Its two errors are one-sided:
+    it takes 60 to 140 ms after speech for speech, and sometimes the beginning of a file."""
     try:
         import webrtcvad
     except ImportError:
-        raise ValueError('to hear who speaks: pip install webrtcvad-wheels, or choose vad=energy, which '
-                         'needs nothing')
+        raise ValueError('to hear who speaks: pip install webrtcvad-wheels, '
+                         'or choose vad=energy, which needs nothing')
     pcm = (windows.clip(-1, 1) * 32767).astype('<i2')
 
     def run(pcm):
@@ -213,14 +213,15 @@ def hear_voice(windows, aggressiveness):
 
 
 def hear_energy(windows):
-    """Speech is 10 dB above the channel's noise (10 % of its windows are quieter), at most 30 dB below its
-    loudest second (the median of that), and above -60 dB of full scale."""
+    """Speech is 10 dB above the channel's noise, at most 30 dB below its loudest second, and above -60 dB of
+    full scale. The noise is the level below which 10 % of the windows are. The loudest second is the 100
+    loudest windows, wherever they are; its level is their median."""
     if not len(windows):
         return np.zeros(0, bool)
     level_db = 10 * np.log10(np.square(windows).mean(1) + 1e-12)
-    return level_db > max(
-        np.percentile(level_db, 10) + 10,
-        np.median(np.sort(level_db)[-WINDOW_HZ:]) - 30, -60)
+    noise_db = np.percentile(level_db, 10)
+    loudest_db = np.median(np.sort(level_db)[-WINDOW_HZ:])
+    return level_db > max(noise_db + 10, loudest_db - 30, -60)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -236,10 +237,11 @@ class Sample(NamedTuple):
 
 
 def samples_of(conversation):
-    """Yields the Samples of a conversation: one, or two, for each turn of the user but backchannels."""
+    """Yields the Samples of a conversation: up to two for each turn of the user that is no backchannel."""
     turns = [turn for turn in assess(conversation) if turn['kind'] != 'backchannel']
     for before, turn, after in zip([None, *turns], turns, [*turns[1:], None]):
-        start, end, until = turn['start'], turn['end'], after['start'] if after else conversation['n_frame']
+        start, end = turn['start'], turn['end']
+        until = after['start'] if after else conversation['n_frame']
         if turn['kind'] == 'interruption':
             context = before['text'] if before else ''
             note = dict(context=context, interrupt=turn['text'], timestamp=(start, end))
@@ -279,15 +281,15 @@ def export_full_duplex_bench(conversations, folder):
     """
     conversations, counts, rows = list(conversations), {}, []
     if os.path.exists(folder):
-        raise ValueError(f'{folder} is there already, its old samples would be counted with the new: remove '
-                         'it, or give another')
+        raise ValueError(f'{folder} is there already, its old samples would be counted with the new: '
+                         'remove it, or give another')
     turns = [turn for talk in conversations for turn in talk['turns'] if turn['role'] == 'assistant']
     has_words = all('words' in turn for turn in turns)
     with whole(folder) as part:
         for talk in conversations:
             if talk['wave'] is None and not has_words:
-                raise ValueError(f'{talk["id"]} has no audio, and not all words of the assistants have '
-                                 'times: their scripts need either')
+                raise ValueError(f'{talk["id"]} has no audio, and not all words of the assistants '
+                                 'have times: their scripts need either')
             for sample in samples_of(talk):
                 counts[sample.task] = counts.get(sample.task, 0) + 1
                 name = f'{sample.task}/{counts[sample.task]}'
@@ -295,7 +297,7 @@ def export_full_duplex_bench(conversations, folder):
                                  end_sec=sample.end / talk['rate_hz']))
                 write_sample(os.path.join(part, name), sample, talk, has_words)
         if not rows:
-            raise ValueError('there is no user\'s turn in any conversation that could be exported')
+            raise ValueError("there is no user's turn in any conversation that could be exported")
         write_json(os.path.join(part, 'samples.json'), rows)
     return counts
 
@@ -305,9 +307,10 @@ def write_sample(folder, sample, talk, has_words):
     os.makedirs(folder)
     rate_hz = talk['rate_hz']
 
+    def seconds(frames):
+        return [round((frame - sample.start) / rate_hz, 3) for frame in frames]
+
     def in_seconds(rows):
-        def seconds(frames):
-            return [round((frame - sample.start) / rate_hz, 3) for frame in frames]
         return [dict(row, timestamp=seconds(row['timestamp'])) for row in rows]
 
     words = {}

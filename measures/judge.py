@@ -38,8 +38,8 @@ MAX_LOST = 8            # after so many questions in a row without an answer the
 
 
 class Unjudged(Exception):
-    """(reason, status, seconds that the server asks to wait or None). Status 0: no answer came; 200: an
-    answer without a score."""
+    """(reason, status, seconds that the server asks to wait or None).
+    Status 0: no answer came; 200: an answer without a score."""
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -82,8 +82,8 @@ def post(url, body, key, timeout_sec, is_over):
 
 
 def read_score(text):
-    """What the judge wrote -> dict(score, why). A fence or a remark may stand around the JSON. Two different
-    scores are no score."""
+    """What the judge wrote -> dict(score, why). Around the JSON there may be a remark or a fence (```).
+    Two different scores are no score."""
     verdicts = []
     text_after_thinking = re.sub(r'(?s).*</think>', '', text)      # where other scores are weighed
     for piece in re.findall(r'\{[^{}]*\}', text_after_thinking):
@@ -194,10 +194,10 @@ def score(items, url, model, key=None, prompt_path=PROMPT, cache_path='out/judge
           timeout_sec=60, n_try=4, usd_per_m_in=0.0, usd_per_m_out=0.0, pause_sec=2.0, log=print):
     """
     items: [dict(id, question, answer, history=[dict(role, text)])] -> in their order [dict(id, score, why)],
-    or dict(id, score=None, error, status) where there is no score: the next run asks these again. usd_per_m:
-    price of a
-    million tokens. pause_sec: before the second try; doubled before each later one, unless the server names a
-    time. Raises ValueError where going on is of no use: wrong key, url or model, a server that is not there.
+    or dict(id, score=None, error, status) where there is no score: the next run asks these again. Raises
+    ValueError where going on is of no use: wrong key, url or model, a server that is not there.
+        usd_per_m_in    price of a million tokens that the judge reads; _out: that it writes
+        pause_sec       before the second try; doubled before each later one, unless the server names a time
     """
     key = (os.environ.get('OPENAI_API_KEY', '') if key is None else key).strip()
     check_server(url, n_parallel, n_try, timeout_sec, key, prompt_path)
@@ -223,8 +223,8 @@ def score(items, url, model, key=None, prompt_path=PROMPT, cache_path='out/judge
 
 
 def ask_all(new, asker, pool, judged, cache, n_judged, log_progress):
-    """Asks new {key: text}, puts the answers into judged and the scores into the cache. n_judged: scores
-    known before. Raises ValueError as soon as the server is of no use."""
+    """Asks new {key: text}, puts the answers into judged and the scores into the cache. n_judged: how many
+    scores the cache had. Raises ValueError as soon as the server is of no use."""
     n_lost = n_down = 0
     logged_at = time.monotonic()
     futures = {pool.submit(asker.ask, text): key for key, text in new.items()}
@@ -248,9 +248,9 @@ def ask_all(new, asker, pool, judged, cache, n_judged, log_progress):
 
 
 def to_items(conversations, use_expected=False):
-    """-> what score takes: what the assistant said after each turn of the user, until the next one, and the
-    turns before.
-    use_expected: what the reference says there. Raises ValueError where nothing is written down."""
+    """-> the items that score takes: for each turn of the user, what the assistant said until the next one
+    (use_expected: what the reference says there), and the turns before. Raises ValueError where the text of a
+    turn is not known."""
     items = []
     for talk in conversations:
         users, assistants = ([turn for turn in talk['turns'] if turn['role'] == role] for role in ROLES)
@@ -269,8 +269,8 @@ def to_items(conversations, use_expected=False):
                 items.append(dict(id=f'{talk["id"]}/{i + 1}', question=user['text'],
                                   answer=' '.join(said).strip(), history=history))
     if items and not any(item['answer'] for item in items):     # as of a model of speech alone
-        raise ValueError(f'conversation {conversations[0]["id"]!r} and all others: no answer is written '
-                         'down; the judge needs a transcript')
+        raise ValueError(f'conversation {conversations[0]["id"]!r} and all others: '
+                         'no answer is written down; the judge needs a transcript')
     return items
 
 
@@ -282,8 +282,8 @@ def read_transcript(path):
                 row = json.loads(line)
                 turns.append(dict(role=row['role'], start=row['start_sec'], text=row['text']))
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f'{path}, line {i + 1}: a line is JSON with role, start_sec and text, as '
-                                 'sample.py writes it')
+                raise ValueError(f'{path}, line {i + 1}: a line is JSON with role, start_sec and text, '
+                                 'as sample.py writes it')
     return dict(id=os.path.splitext(os.path.basename(path))[0], turns=turns)
 
 

@@ -34,10 +34,9 @@ from flatten import ROLES
 from measures.turns import KS, MAX_K, PATIENCE_SEC, accuracy, stretches
 
 NBSP = '\u00a0'
-# Speech up to 6 kHz in at most 40 kb/s, 100 dialogues of 30 s in 20 MB of base64; digital silence costs next
-# to nothing. VARIABLE, as with a
-# constant rate below 40 kb/s there is no room for the header that tells the encoder's delay: all would sound
-# 46 to 69 ms late.
+# Speech up to 6 kHz in at most 40 kb/s: 100 dialogues of 30 s are 20 MB of base64, and digital silence costs
+# next to nothing. The bit rate has to be VARIABLE: at a constant rate below 40 kb/s there is no room for the
+# header that tells the encoder's delay, so all would sound 46 to 69 ms late.
 MP3 = dict(format='MP3', bitrate_mode='VARIABLE', compression_level=0.95)
 MP3_RATES = 8000, 11025, 12000, 16000       # MP3 has more, at which it takes more bits
 
@@ -48,11 +47,11 @@ def mp3(wave, sample_rate):
         import soundfile
         import soxr
     except ImportError as error:
-        raise ValueError(
-            f'a report with sound needs {error.name}: pip install "soundfile>=0.13" soxr') from None
+        raise ValueError(f'a report with sound needs {error.name}: '
+                         'pip install "soundfile>=0.13" soxr') from None
     if 'MP3' not in soundfile.available_formats():
-        raise ValueError(f'libsndfile {soundfile.__libsndfile_version__} cannot write MP3, which a report\'s '
-                         'sound is in: pip install -U "soundfile>=0.13"')
+        raise ValueError(f'libsndfile {soundfile.__libsndfile_version__} cannot write MP3, '
+                         'which a report\'s sound is in: pip install -U "soundfile>=0.13"')
     assert wave.ndim == 2 and wave.shape[1] == 2, f'wave is {wave.shape}, it has to be (n_sample, 2)'
     if sample_rate not in MP3_RATES:
         wave, sample_rate = soxr.resample(wave, sample_rate, 16000), 16000
@@ -62,37 +61,41 @@ def mp3(wave, sample_rate):
 
 
 def loudness(wave, speaks):
-    """A digit a frame, 0 to 9, of one channel; 0 or 6 where there is only speaks to go by."""
+    """How loud a channel is: a digit from 0 to 9 a frame. Without a wave, 6 where it speaks, else 0."""
     if wave is None:
         return ''.join('6' if s else '0' for s in speaks)
     edges = np.linspace(0, len(wave), len(speaks) + 1).astype(int)
     levels = np.array([np.sqrt(np.mean(wave[a:b] ** 2)) if b > a else 0 for a, b in zip(edges, edges[1:])])
-    # the root: quiet sounds are seen too
-    return ''.join(map(str, np.round(9 * np.sqrt(levels / max(levels.max(initial=0), 1e-4))).astype(int)))
+    shares = levels / max(levels.max(initial=0), 1e-4)
+    digits = np.round(9 * np.sqrt(shares)).astype(int)      # the root, so that quiet sounds are seen, too
+    return ''.join(map(str, digits))
 
 
 def marks(outcomes, rate_hz):
-    """What the page writes between the lanes: [kind, first frame, last frame, label, start of the user turn
-    that it belongs to]."""
+    """Yields what the page writes between the lanes: kind, first frame, last frame, label, and the start of
+    the user's turn that it belongs to."""
     patience = PATIENCE_SEC * rate_hz
 
     def ms(frames):
         return f'{1e3 * abs(frames) / rate_hz:,.0f} ms' + ' early' * (frames < 0)
+
     for f in outcomes:
         start, end, response, yielded = f['start'], f['end'], f['response'], f['yielded']
         if f['kind'] == 'interruption':
-            yield 'interruption', start, start + (yielded or 0), 'interrupts, ' + (
-                'never yields' if yielded is None else f'yields after {ms(yielded)}'), start
+            outcome = 'never yields' if yielded is None else f'yields after {ms(yielded)}'
+            yield 'interruption', start, start + (yielded or 0), f'interrupts, {outcome}', start
         if f['kind'] == 'backchannel':
-            yield 'backchannel', start, start, '○ backchannel' + (
-                f', silent after {ms(yielded)}' if yielded is not None and yielded <= patience else ''), start
+            is_stopped = yielded is not None and yielded <= patience
+            label = '○ backchannel' + (f', silent after {ms(yielded)}' if is_stopped else '')
+            yield 'backchannel', start, start, label, start
         if f['false_start'] is not None:
             yield 'false start', f['false_start'], f['false_start'], '▼ false start', start
         if response is not None:
-            is_late = response > patience
-            yield 'late answer' if is_late else 'answer', min(end,
-                                                              end + response), max(end, end + response), ms(
-                                                                  response) + is_late * ', late', start
+            first, last = min(end, end + response), max(end, end + response)
+            if response > patience:
+                yield 'late answer', first, last, f'{ms(response)}, late', start
+            else:
+                yield 'answer', first, last, ms(response), start
         elif f['expects']:
             yield 'no answer', end, end, '✕ no answer', start
         if f['unprompted'] is not None:
@@ -108,12 +111,12 @@ def dialogue(c, outcomes):
         for a, b in spans[role]:
             speaks[a:b] = True
         both &= speaks
+    waves = [None, None] if c['wave'] is None else c['wave'].T
     return dict(
         id=str(c['id']), rate_hz=c['rate_hz'], n_frame=c['n_frame'], chunk_frames=c['chunk_frames'],
         turns=c['turns'], expected=c['expected'], spans=spans, both=stretches(both, c['rate_hz'], 0),
-        marks=list(marks(outcomes, c['rate_hz'])), loud={
-            role: loudness(None if c['wave'] is None else c['wave'][:, i], c['speaks'][role])
-            for i, role in enumerate(ROLES)})
+        marks=list(marks(outcomes, c['rate_hz'])),
+        loud={role: loudness(wave, c['speaks'][role]) for role, wave in zip(ROLES, waves)})
 
 
 def ticks(high):
@@ -128,8 +131,8 @@ def percent(share):
 
 
 def plot(title, says, x_label, lines, y_ticks=None, y_text=percent, bars=False):
-    """lines: [(label, [(x, y)], colour 0 to 3, dashed)]. says: the figures as a sentence, for who cannot see
-    the plot, below it for all."""
+    """lines: [(label, [(x, y)], colour 0 to 3, dashed)]. says: the figures in a sentence, which stands below
+    the plot, and is read out to those who cannot see it."""
     xs, ys = zip(*(point for _, points, *_ in lines for point in points))
     y_ticks = y_ticks or ticks(max(ys))
     x_max, y_min, y_max = max(*xs, 1), y_ticks[0], max(*ys, y_ticks[-1])
@@ -137,24 +140,28 @@ def plot(title, says, x_label, lines, y_ticks=None, y_text=percent, bars=False):
 
     def at(x, y):
         return f'{44 + 288 * x / x_max:.1f} {166 - 156 * (y - y_min) / (y_max - y_min):.1f}'
+
     for y in y_ticks:
-        shapes.append(f'<path class="grid" d="M{at(0, y)}h288"/><text x="38" '
-                      f'y="{float(at(0, y).split()[1]) + 4}" text-anchor="end">{y_text(y)}</text>')
-    shapes += [
-        f'<text x="{at(x, 0).split()[0]}" y="182" text-anchor="middle">{x:,.4g}</text>' for x in ticks(x_max)]
+        text_y = float(at(0, y).split()[1]) + 4
+        shapes.append(f'<path class="grid" d="M{at(0, y)}h288"/>'
+                      f'<text x="38" y="{text_y}" text-anchor="end">{y_text(y)}</text>')
+    for x in ticks(x_max):
+        text_x = at(x, 0).split()[0]
+        shapes.append(f'<text x="{text_x}" y="182" text-anchor="middle">{x:,.4g}</text>')
     for label, points, colour, dashed in lines:
-        d = ''.join(f'M{at(x, y_min)}L{at(x, y)}' for x, y in points if y) if bars else 'M' + 'L'.join(
-            at(x, y) for x, y in points) + 'h0'
+        if bars:
+            d = ''.join(f'M{at(x, y_min)}L{at(x, y)}' for x, y in points if y)
+        else:
+            d = 'M' + 'L'.join(at(x, y) for x, y in points) + 'h0'
         look = f'class="line c{colour}{" dashed" * dashed}{" bar" * bars}"'
         shapes.append(f'<path {look} d="{d}"/>')
         keys.append(f'<span><svg width="26" height="8" aria-hidden="true"><path {look} d="M0 4h26"/></svg> '
                     f'{html.escape(label)}</span>')
-    return (f'<figure><figcaption>{html.escape(title)}</figcaption>'
-            + f'<p class="keys">{" ".join(keys)}</p>' *
-            (len(lines) > 1) + '<svg viewBox="0 0 340 204" role="img" '
-            f'aria-label="{html.escape(f"{title}. {says}")}">{"".join(shapes)}'
-            '<text x="188" y="200" '
-            f'text-anchor="middle">{html.escape(x_label)}</text></svg><p>{html.escape(says)}</p></figure>')
+    legend = f'<p class="keys">{" ".join(keys)}</p>' if len(lines) > 1 else ''
+    return (f'<figure><figcaption>{html.escape(title)}</figcaption>{legend}'
+            f'<svg viewBox="0 0 340 204" role="img" aria-label="{html.escape(f"{title}. {says}")}">'
+            f'{"".join(shapes)}<text x="188" y="200" text-anchor="middle">{html.escape(x_label)}</text></svg>'
+            f'<p>{html.escape(says)}</p></figure>')
 
 
 def turn_plots(outcomes, rate_hz):
@@ -162,44 +169,41 @@ def turn_plots(outcomes, rate_hz):
     due = [f for f in outcomes if f['expects']]
     times = [max(f['response'], 0) for f in due if f['response'] is not None and f['response'] < MAX_K]
     if times:
-        yield plot(
-            'Response time', f'Median {1e3 * np.median(times) / rate_hz:.0f} ms. '
-            f'{len(due) - len(times)} of {len(due)} answers came later than '
-            f'{MAX_K / rate_hz:.1f}{NBSP}s, or not at all.', 'ms from the user\'s end to the '
-            'answer\'s start', [('answers', [
-                (1e3 * k / rate_hz, times.count(k) / len(due)) for k in range(MAX_K)], 1, False)], bars=True)
-    for title, yields, colour in (('Acc@K: the assistant takes its turn', False, 1), ('Acc@K: it yields to '
-                                                                                      'an interruption', True,
-                                                                                      0)):
+        says = (f'Median {1e3 * np.median(times) / rate_hz:.0f} ms. {len(due) - len(times)} of {len(due)} '
+                f'answers came later than {MAX_K / rate_hz:.1f}{NBSP}s, or not at all.')
+        points = [(1e3 * k / rate_hz, times.count(k) / len(due)) for k in range(MAX_K)]
+        yield plot('Response time', says, "ms from the user's end to the answer's start",
+                   [('answers', points, 1, False)], bars=True)
+    for title, yields, colour in (('Acc@K: the assistant takes its turn', False, 1),
+                                  ('Acc@K: it yields to an interruption', True, 0)):
         n = accuracy(outcomes, 1, yields)[1]
-        by, at = ([(k, accuracy(outcomes, k, yields, exactly)[0] / n)
-                   for k in range(1, MAX_K + 1)] if n else []
+        if not n:
+            continue
+        by, at = ([(k, accuracy(outcomes, k, yields, exactly)[0] / n) for k in range(1, MAX_K + 1)]
                   for exactly in (False, True))
-        if n:
-            yield plot(
-                title, f'{n} turns. By frame ' + ', '.join(f'{k}: {percent(by[k - 1][1])}' for k in KS) + '.',
-                f'K frames of {1e3 / rate_hz:.0f} ms after the user\'s {"start" if yields else "end"}', [
-                    ('by frame K', by, colour, False), ('at frame K', at, 2, True)], ticks(1))
+        says = f'{n} turns. By frame ' + ', '.join(f'{k}: {percent(by[k - 1][1])}' for k in KS) + '.'
+        x_label = f"K frames of {1e3 / rate_hz:.0f} ms after the user's {'start' if yields else 'end'}"
+        lines = [('by frame K', by, colour, False), ('at frame K', at, 2, True)]
+        yield plot(title, says, x_label, lines, ticks(1))
 
 
 def loss_plot(curves):
+    """The losses over the steps, on a logarithmic scale."""
     kinds = list(dict.fromkeys(label.split()[-1] for label in curves))
-    lines = [(label, [(step, math.log10(value))
-                      for step, value in points
-                      if value > 0], kinds.index(label.split()[-1]) % 4, 'val' in label.split())
-             for label, points in curves.items()]
-    lines = [line for line in lines if line[1]]
+    lines = []
+    for label, points in curves.items():
+        points = [(step, math.log10(value)) for step, value in points if value > 0]
+        if points:
+            lines.append((label, points, kinds.index(label.split()[-1]) % 4, 'val' in label.split()))
     if not lines:
         return ''
-    low, high = (fold(y for _, points, *_ in lines for _, y in points) for fold in (min, max))
-    low, high = math.floor(low), max(math.ceil(high), math.floor(low) + 1)
-    y_ticks = [
-        decade + math.log10(m)
-        for decade in range(low, high)
-        for m in ((1, ) if high - low > 2 else (1, 2, 5))] + [high]
-    says = 'At the end: ' + ', '.join(
-        f'{label} {10 ** points[-1][1]:.3g}' for label, points, *_ in lines) + '.'
-    return plot('Loss', says, 'step', lines, y_ticks, lambda y: f'{10 ** y:.2g}')
+    ys = [y for _, points, *_ in lines for _, y in points]
+    low = math.floor(min(ys))
+    high = max(math.ceil(max(ys)), low + 1)
+    steps = (1,) if high - low > 2 else (1, 2, 5)
+    y_ticks = [decade + math.log10(step) for decade in range(low, high) for step in steps] + [high]
+    ends = ', '.join(f'{label} {10 ** points[-1][1]:.3g}' for label, points, *_ in lines)
+    return plot('Loss', f'At the end: {ends}.', 'step', lines, y_ticks, lambda y: f'{10 ** y:.2g}')
 
 
 def table(figures):
@@ -218,30 +222,37 @@ def table(figures):
 
 
 def write(path, title, conversations, outcomes=None, figures=None, curves=None, note='', links=()):
-    """Writes the page. outcomes: turns.assess of each conversation; figures: [(label, ours, theirs)]; curves:
-    {label: [(step, loss)]};
-    links: [(label, file)], relative to the page."""
-    assert outcomes is None or len(outcomes) == len(
-        conversations), f'{len(outcomes)} outcomes, {len(conversations)} conversations'
-    plots = [*turn_plots([f for of_one in outcomes for f in of_one], conversations[0]['rate_hz'])
-             ] if outcomes else []
-    plots += [loss_plot(curves)] if curves else []
-    page, sounds = [dialogue(c, f) for c, f in zip(conversations, outcomes or [[]] * len(conversations))], []
+    """
+    Writes the page.
+        outcomes    turns.assess of each conversation
+        figures     [(label, ours, theirs)]
+        curves      {label: [(step, loss)]}
+        links       [(label, file)], relative to the page
+    """
+    n = len(conversations)
+    assert outcomes is None or len(outcomes) == n, f'{len(outcomes)} outcomes, {n} conversations'
+    plots = []
+    if outcomes:
+        plots += turn_plots([f for of_one in outcomes for f in of_one], conversations[0]['rate_hz'])
+    if curves:
+        plots.append(loss_plot(curves))
+    page = [dialogue(c, f) for c, f in zip(conversations, outcomes or [[]] * n)]
     heard = [(c, one) for c, one in zip(conversations, page) if c['wave'] is not None]
+    sounds = []
     with ThreadPoolExecutor() as pool:      # LAME is the slow part, and lets go of the interpreter
-        for i, (sound, sample_rate
-                ) in enumerate(pool.map(lambda pair: mp3(pair[0]['wave'], pair[0]['sample_rate']), heard)):
+        encoded = pool.map(lambda pair: mp3(pair[0]['wave'], pair[0]['sample_rate']), heard)
+        for i, (sound, sample_rate) in enumerate(encoded):
             sounds.append(f'<script type="text/plain" id="mp3-{i}">{sound}</script>')
             heard[i][1].update(mp3=f'mp3-{i}', sample_rate=sample_rate)
     with open(os.path.splitext(__file__)[0] + '.html', encoding='utf-8') as file:
         template = file.read()
-    # '<' would let a text end the script that it stands in
+    summary = table(figures or []) + (f'<div class="plots">{"".join(plots)}</div>' if plots else '')
+    dialogues = json.dumps(page, ensure_ascii=False, separators=(',', ':'))
     parts = dict(
         title=html.escape(title), note=html.escape(note),
         links=' · '.join(f'<a href="{quote(file)}">{html.escape(label)}</a>' for label, file in links),
-        sounds='\n'.join(sounds), summary=table(figures or []) +
-        (f'<div class="plots">{"".join(plots)}</div>' if plots else ''),
-        dialogues=json.dumps(page, ensure_ascii=False, separators=(',', ':')).replace('<', '\\u003c'))
+        sounds='\n'.join(sounds), summary=summary,
+        dialogues=dialogues.replace('<', '\\u003c'))    # '<' would let a text end the script that it is in
     with whole(path) as part, open(part, 'w', encoding='utf-8') as file:
         # in one pass: a text with {{title}} in it stays one
         file.write(re.sub(r'{{(\w+)}}', lambda match: parts[match[1]], template))

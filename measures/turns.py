@@ -40,8 +40,8 @@ PATIENCE_SEC = 1.5              # an answer has to come within this time (paper)
 JOIN_SEC = 0.4                  # shorter gaps don't end a stretch of speech
 PAUSE_SEC = 0.2                 # shorter gaps in the user's turn are no pause that could be taken for its end
 OVERLAP_SEC = 0.24              # people, too, begin this much before the other has ended: early, not false
-# up to this long, in this many words, while the assistant speaks: a backchannel, where no reference says
-# otherwise
+# without a reference, a turn is a backchannel if it begins while the assistant speaks, is shorter than this,
+# and has at most so many words
 BACKCHANNEL_SEC, BACKCHANNEL_WORDS = 1.0, 3
 
 
@@ -70,9 +70,9 @@ def stretches(speaks, rate_hz, join_sec=JOIN_SEC):
 
 
 def user_turns(conversation, said):
-    """The user's turns. A detector of speech, unlike a transcript, cuts a turn at each pause. So without a
-    reference, turns are joined if the assistant could have spoken between them (said: its stretches) and did
-    not."""
+    """The user's turns. said: the assistant's stretches. A detector of speech, unlike a transcript, cuts a
+    turn at each pause. So without a reference, turns that are close to each other are joined if the assistant
+    does not speak between them."""
     turns = [dict(turn) for turn in conversation['turns'] if turn['role'] == 'user']
     patience = round(PATIENCE_SEC * conversation['rate_hz'])
     for turn, following in reversed(list(zip(turns, turns[1:]))):   # backwards: they can be joined again
@@ -115,8 +115,8 @@ def assess(conversation):
 
 
 def assess_turn(conversation, turn, until, said, speaks):
-    """One turn of the user; the next begins at `until`. said: the assistant's stretches; speaks: the same as
-    bool."""
+    """One turn of the user; the next begins at `until`. said: the assistant's stretches. speaks: bool, a
+    value for each frame, of the same."""
     rate_hz, n_frame, expected = (conversation[key] for key in ('rate_hz', 'n_frame', 'expected'))
     start, end, patience = turn['start'], turn['end'], round(PATIENCE_SEC * rate_hz)
     sounding = next(((a, b) for a, b in said if a < start < b), None)     # in which the user begins
@@ -164,8 +164,8 @@ def kind_of(turn, sounding, expected, rate_hz):
 
 
 def pauses_in(conversation, turn, begun):
-    """-> [(start, end, taken)] of the user's pauses in a turn. begun: where the assistant began to speak in
-    it."""
+    """-> [(start, end, taken)] of the user's pauses in a turn. begun: frames at which the assistant began to
+    speak in that turn."""
     start, end = turn['start'], turn['end']
     pauses = []
     for a, b in stretches(~conversation['speaks']['user'][start:end], conversation['rate_hz'], 0):
@@ -177,10 +177,11 @@ def pauses_in(conversation, turn, begun):
 
 def accuracy(outcomes, k, yields=False, exactly=False):
     """
-    Acc@k -> (hits, cases): of the answers due, how many began within k frames after the user's end. yields:
-    of the interruptions, how many found the assistant silent within k frames after the user's start. exactly:
-    it also has to speak, or be silent, at the k-th frame (of a shorter turn at its last, as the assistant may
-    answer afterwards).
+    Acc@k -> (hits, cases): of the answers due, how many began within k frames after the user's end.
+        yields      of the interruptions, how many found the assistant silent within k frames after the
+                    user's start
+        exactly     the assistant also has to speak, or be silent, at the k-th frame itself (in a shorter turn
+                    at its last frame, as the assistant may answer afterwards)
     """
     if yields:
         cases = [turn for turn in outcomes if turn['kind'] == 'interruption']
@@ -202,8 +203,8 @@ def mean(values):
 
 
 def summarise(outcomes, rate_hz):
-    """outcomes of all conversations -> {figure: value}. Rates are of the turns in question, None if there are
-    none."""
+    """outcomes of all conversations -> {figure: value}. A rate is a share of the turns that it is about; None
+    if there are no such turns."""
     patience = PATIENCE_SEC * rate_hz
     due = [turn for turn in outcomes if turn['expects']]
     cut = [turn for turn in outcomes if turn['kind'] == 'interruption']
@@ -239,7 +240,7 @@ def in_time(n_frame, limit):
 
 
 def accuracies(outcomes, role, yields):
-    """-> {'assistant_acc_at_5': share, …} for each of KS, at and by"""
+    """-> {'assistant_acc_at_5': share, …} for each of KS, at that frame and by it"""
     figures = {}
     for exactly in (True, False):
         for k in KS:
@@ -254,7 +255,8 @@ def who_speaks(conversations):
     total = both = neither = 0
     gaps = {('user', 'assistant'): [], ('assistant', 'user'): []}
     for talk in conversations:
-        speaks, spans = {role: np.zeros(talk['n_frame'], bool) for role in ROLES}, []
+        speaks = {role: np.zeros(talk['n_frame'], bool) for role in ROLES}
+        spans = []
         for role in ROLES:
             for start, end in stretches(talk['speaks'][role], talk['rate_hz']):
                 speaks[role][start:end] = True

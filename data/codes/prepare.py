@@ -32,8 +32,8 @@ FIELDS = dict(codes='target_token', text='target_text', user_codes='source_token
 
 
 def list_items(args):
-    """id -> (places of the rows of a dialogue, whether the user is to be heard). Places, as the codes of a
-    corpus fill the memory."""
+    """id -> (places of the rows of a dialogue, whether the user is to be heard). Only the places in the file
+    are kept, as the codes of a whole corpus would fill the memory."""
     if args.manifest.endswith('.gz'):
         raise ValueError(f'{args.manifest}: unpack it first, rows are looked up by their place')
     audio_dir = args.audio_dir or os.path.dirname(os.path.abspath(args.manifest))
@@ -54,11 +54,11 @@ def list_items(args):
             counts['one_sided'] += len(rows)
             items |= {where: ([(where, offset)], False) for where, offset in places}
     if int(os.environ.get('RANK', 0)) == 0:
+        why = f'those whose user has no {args.user_codes} and no file {args.user_audio}'
+        if args.one_sided:
+            why = 'as --one_sided asks for'
         print(f'{counts["dialogues"]} dialogues of two channels from {counts["rounds"]} rows; '
-              f'{counts["one_sided"]} rows are one-sided, '
-              + ('as --one_sided asks for' if args.one_sided else 'those whose user has no '
-                                                                  f'{args.user_codes} and no file '
-                                                                  f'{args.user_audio}'))
+              f'{counts["one_sided"]} rows are one-sided, {why}')
     return items
 
 
@@ -89,8 +89,8 @@ def read_recording(item, codec, args):
     if not is_dialogue:
         (where, row), = rows
         codes = take_codes(row, args.codes, codec, where)
-        return tokenise.Recording(None, codes,
-                                  [turn('assistant', 0, len(codes), take_text(row, args.text, where), codec)])
+        text = take_text(row, args.text, where)
+        return tokenise.Recording(None, codes, [turn('assistant', 0, len(codes), text, codec)])
 
     rounds = [row.get(args.round, 1) for _, row in rows]
     if not all(type(number) is int for number in rounds) or sorted(rounds) != list(range(1, len(rows) + 1)):
@@ -101,9 +101,10 @@ def read_recording(item, codec, args):
     for where, row in rows:
         if turns:
             at += round(args.gap_sec * codec.rate_hz)
-        user, codes = take_user(row, codec, args, audio_dir, where), take_codes(row, args.codes, codec, where)
+        user = take_user(row, codec, args, audio_dir, where)
+        codes = take_codes(row, args.codes, codec, where)
         n_user = len(user) if user.dtype.kind != 'f' else -(-len(user) // hop(codec))
-        # what is before are the earlier rounds
+        # before the last <USER>: the text repeats the earlier rounds
         user_text = take_text(row, args.user_text, where).rsplit('<USER>:', 1)[-1].strip()
         turns.append(turn('user', at, at + n_user, user_text, codec))
         users.append((at, user))
@@ -112,8 +113,8 @@ def read_recording(item, codec, args):
         answers.append((at, codes))
         at += len(codes)
     if len({user.dtype.kind for _, user in users}) > 1:
-        raise ValueError(f'{rows[0][0]}, is of a dialogue whose user has codes in some rounds and audio in '
-                         'others')
+        raise ValueError(f'{rows[0][0]}, is of a dialogue whose user has codes in some rounds '
+                         'and audio in others')
     return tokenise.Recording(lay(users, at, codec), lay(answers, at, codec), turns)
 
 
@@ -158,29 +159,31 @@ def take_codes(row, name, codec, where):
         raise ValueError(f'{where}, has {name} {codes!r:.80}, no list of codes')
     for frame, code in enumerate(codes):
         if not 0 <= code < codec.n_codes:
-            raise ValueError(f'{where}, has code {code} at frame {frame} of {name}; codec {codec.name} has 0 '
-                             f'to {codec.n_codes - 1}')
+            raise ValueError(f'{where}, has code {code} at frame {frame} of {name}; '
+                             f'codec {codec.name} has 0 to {codec.n_codes - 1}')
     return np.array(codes, np.uint16)
 
 
 def main():
     parser = tokenise.arguments(__doc__)
     parser.add_argument('manifest', help='JSON rows, not gzipped')
-    parser.add_argument('--audio_dir', help="where the paths of the user's audio start, or any part of them "
-                                            "(the folder of the manifest)")
-    parser.add_argument('--one_sided', action='store_true', help='take the answers only; a codec that is a '
-                                                                 'mere description cannot encode the user')
-    parser.add_argument('--gap_sec', type=float, default=0.5, help='between an answer and the next round; '
-                                                                   'the assistant itself answers at once '
-                                                                   '(0.5)')
+    parser.add_argument('--audio_dir',
+                        help="where the paths of the user's audio start, or any part of them "
+                             '(the folder of the manifest)')
+    parser.add_argument('--one_sided', action='store_true',
+                        help='take the answers only; a codec that is a mere description '
+                             'cannot encode the user')
+    parser.add_argument('--gap_sec', type=float, default=0.5,
+                        help='between an answer and the next round; '
+                             'the assistant itself answers at once (0.5)')
     parser.add_argument('--dialogue_fields', type=lambda names: names.split(','), default='split_name,index',
                         help='that rounds of a dialogue share (split_name,index)')
     for key, name in FIELDS.items():
         parser.add_argument(f'--{key}', metavar='FIELD', default=name, help=f'name of that field ({name})')
     args = parser.parse_args()
     settings = ('manifest', 'audio_dir', 'one_sided', 'gap_sec', 'dialogue_fields', *FIELDS)
-    tokenise.run(list_items(args), partial(read_recording, args=args), args,
-                 {key: getattr(args, key) for key in settings})
+    recipe = {key: getattr(args, key) for key in settings}
+    tokenise.run(list_items(args), partial(read_recording, args=args), args, recipe)
 
 
 if __name__ == '__main__':

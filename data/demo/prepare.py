@@ -36,20 +36,22 @@ from vocabulary import QWEN2_PATTERN
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SEED = 1
-N_DIALOGUE = 4000         # to train on; how many the other splits have:
-N_HELD_OUT = {'val': 40, 'test': 100}
+N_DIALOGUE = 4000         # to train on
+N_HELD_OUT = {'val': 40, 'test': 100}       # dialogues in the other splits
 N_UTTERANCE = 4000        # one-sided, to train on in the alignment stage alone
 N_CLIP = 1600             # that the codec is fitted on
 N_CODES = 512
 REACTION = 3              # frames of silence after which the assistant knows that the user has ended: 120 ms
-# part of the recipe: espeak-ng repeats itself, its noises aside, in the same order in a fresh process
+# fixed, whatever the machine: what espeak-ng says (its noises aside) is the same only if a fresh process says
+# the same texts in the same order
 N_WORKER = 2
 FRAME = 640               # samples
 MAX_FRAME = 230           # 9.2 s: 23 chunks, 506 tokens of duplex3
 
 CAPITALS = {
     'France': 'Paris', 'Germany': 'Berlin', 'Portugal': 'Lisbon', 'Russia': 'Moscow', 'Egypt': 'Cairo',
-    'Japan': 'Tokyo', 'Canada': 'Ottawa', 'Peru': 'Lima', }
+    'Japan': 'Tokyo', 'Canada': 'Ottawa', 'Peru': 'Lima',
+}
 NUMBERS = 'zero one two three four five six'.split()
 SMALL_TALK = {
     'Hello there.': 'Hello, nice to meet you.',
@@ -59,14 +61,18 @@ SMALL_TALK = {
     'Tell me a joke.': 'I only know boring ones.',
     'Thank you very much.': 'You are welcome.',
 }
-TOPICS = [  # question -> answer; a dialogue takes each question from one of the three by chance
-    {question.format(country): f'The capital of {country} is {city}.' for country, city in CAPITALS.items()
-     for question in ('What is the capital of {}?', 'Tell me the capital of {}.')},
-    {f'What is {NUMBERS[one]} plus {NUMBERS[other]}?': f'{NUMBERS[one].capitalize()} plus {NUMBERS[other]} '
-                                                       f'is {NUMBERS[one + other]}.'
-     for one in range(1, 4) for other in range(1, 4)},
-    SMALL_TALK]
-TOPIC_SHARE = [0.5, 0.3, 0.2]
+GEOGRAPHY = {
+    question.format(country): f'The capital of {country} is {city}.'
+    for country, city in CAPITALS.items()
+    for question in ('What is the capital of {}?', 'Tell me the capital of {}.')
+}
+SUMS = {
+    f'What is {NUMBERS[a]} plus {NUMBERS[b]}?':
+        f'{NUMBERS[a].capitalize()} plus {NUMBERS[b]} is {NUMBERS[a + b]}.'
+    for a in range(1, 4) for b in range(1, 4)
+}
+TOPICS = [GEOGRAPHY, SUMS, SMALL_TALK]      # question -> answer
+TOPIC_SHARE = [0.5, 0.3, 0.2]               # of each question in a dialogue
 ANSWERS = {question: answer for topic in TOPICS for question, answer in topic.items()}
 QUESTIONS = list(ANSWERS)
 
@@ -76,8 +82,8 @@ def pick_question(rng):
     return topic[rng.integers(len(topic))]
 
 
-# espeak-ng's variants of its voice. Several are near copies of each other (steph2, steph3): held out together
-# or not at all.
+# espeak-ng's variants of its voice. Several are near copies of each other (steph2, steph3): these are held
+# out together, or not at all
 ASSISTANT, ASSISTANT_RATE = 'f1', 200
 TEST_VOICES = ('Alicia Andy Gene Gene2 Mike mike2 belinda david edward edward2 f2 f5 linda m3 m7 pablo '
                'steph steph2 steph3 zac').split()
@@ -89,8 +95,8 @@ def with_noise(wave, rng, snr_db, level):
     """level: the mean square of the speech."""
     noise = noises()[rng.integers(8)]
     if len(wave) >= len(noise):
-        raise ValueError(f'{len(wave) / SAMPLE_RATE:.0f} s of speech, {len(noise) / SAMPLE_RATE:.0f} s is '
-                         'the longest there is noise for')
+        n_sec, longest_sec = len(wave) / SAMPLE_RATE, len(noise) / SAMPLE_RATE
+        raise ValueError(f'{n_sec:.0f} s of speech, {longest_sec:.0f} s is the longest there is noise for')
     at = rng.integers(len(noise) - len(wave))
     return add_noise(wave, noise[at:at + len(wave)], snr_db, level)
 
@@ -101,18 +107,18 @@ def word_list(words, first_frame, end_frame):
 
 
 def codec_clips(espeak, rng, n_clip):
-    """-> waves, their phonemes as integers (a 40 ms each, 0 is silence), whether it is the assistant who
-    speaks"""
+    """-> waves; for each the phonemes as integers, one every 40 ms, 0 is silence; for each whether it is the
+    assistant who speaks"""
     sentences = QUESTIONS + sorted(set(ANSWERS.values()))
-    jobs = [
-        (TRAIN_VOICES[i % len(TRAIN_VOICES)], sentences[rng.integers(len(sentences))]) for i in range(n_clip)]
+    jobs = [(TRAIN_VOICES[i % len(TRAIN_VOICES)], sentences[rng.integers(len(sentences))])
+            for i in range(n_clip)]
     jobs += [(ASSISTANT, text) for text in sentences]
     number = {'_': 0, '_:': 0}
     waves, labels = [], []
     for voice, text in tqdm(jobs, desc='codec clips', unit='clip', mininterval=1):
         mine = voice == ASSISTANT
-        speech, _, phonemes = espeak.say(text, voice,
-                                         **({'rate': ASSISTANT_RATE} if mine else Espeak.style(rng)))
+        style = {'rate': ASSISTANT_RATE} if mine else Espeak.style(rng)
+        speech, _, phonemes = espeak.say(text, voice, **style)
         before, after = rng.integers(SAMPLE_RATE // 20, SAMPLE_RATE // 2, 2)
         wave = np.pad(speech, (before, after))
         if not mine:
@@ -122,7 +128,7 @@ def codec_clips(espeak, rng, n_clip):
         middle = np.arange(-(-len(wave) // FRAME)) * FRAME + FRAME // 2
         waves.append(wave)
         labels.append(label[np.searchsorted(start, middle, side='right') - 1])
-    for _ in range(20):  # nobody speaks
+    for _ in range(20):     # nobody speaks
         waves.append(with_noise(np.zeros(SAMPLE_RATE, dtype=np.float32), rng, 0, 1e-4))
         labels.append(np.zeros(25, dtype=np.int64))
     return waves, labels, np.array([voice == ASSISTANT for voice, _ in jobs] + [False] * 20)
@@ -139,21 +145,22 @@ def render_answers(espeak, codec):
 
 
 def make_dialogue(espeak, codec, answers, silence, rng, voice, vary_size):
-    """One user, as many questions as fit: two as a rule; or one somewhere in a long silence, in which nobody
-    may speak."""
+    """One user, who asks as many questions as fit, usually two. Some dialogues are quiet: one question
+    somewhere in a long silence, in which nobody may speak."""
     is_quiet = rng.random() < 0.07
     start_sec = rng.uniform(0.1, 3.5) if is_quiet else max(0.1, rng.normal(0.35, 0.1))
-    speech, start = [], int(start_sec * SAMPLE_RATE)  # where each question begins, in samples
-    # the answer that the next question does not wait for
-    turns, barge_in = [], 1 if rng.random() < 0.2 else None
+    speech, turns = [], []
+    start = int(start_sec * SAMPLE_RATE)                # of the next question, in samples
+    barge_in = 1 if rng.random() < 0.2 else None        # number of the answer that the user interrupts
     style = Espeak.style(rng, vary_size)
     assistant = np.full(MAX_FRAME, silence, dtype=np.uint16)
     n_frame = 0
     while True:
         question = pick_question(rng)
         wave, words, _ = espeak.say(question, voice, **style)
-        if rng.random() < 0.1:  # hesitates before a word
-            cut, pause = words[rng.integers(1, len(words))][1], int(rng.uniform(0.2, 0.5) * SAMPLE_RATE)
+        if rng.random() < 0.1:      # hesitates before a word
+            cut = words[rng.integers(1, len(words))][1]
+            pause = int(rng.uniform(0.2, 0.5) * SAMPLE_RATE)
             wave = np.concatenate([wave[:cut], np.zeros(pause, dtype=np.float32), wave[cut:]])
             words = [(text, at + pause * (at >= cut)) for text, at in words]
         answer = ANSWERS[question]
@@ -162,20 +169,19 @@ def make_dialogue(espeak, codec, answers, silence, rng, voice, vary_size):
         answer_start, answer_end = end + REACTION, end + REACTION + len(codes)
         if answer_end + 5 > MAX_FRAME or (is_quiet and turns):
             break
-        if turns and turns[-1]['end'] > first:  # the user has barged in, the assistant notices
+        if turns and turns[-1]['end'] > first:      # the user has barged in, the assistant notices
             said = turns[-1]
             stop = min(said['end'], first + int(rng.uniform(0.2, 0.4) * 25))
-            said['words'] = [
-                word | {'end': min(word['end'], stop)} for word in said['words'] if word['start'] < stop]
+            said['words'] = [word | {'end': min(word['end'], stop)}
+                             for word in said['words'] if word['start'] < stop]
             said['text'] = ' '.join(word['text'] for word in said['words'])
             said['end'] = stop
             assistant[stop:] = silence
         speech.append((start, wave))
-        turns.append(
-            dict(role='user', start=first, end=end, text=question, words=word_list(words, first, end)))
-        turns.append(
-            dict(role='assistant', start=answer_start, end=answer_end, text=answer,
-                 words=word_list(answer_words, answer_start, answer_end)))
+        turns.append(dict(role='user', start=first, end=end, text=question,
+                          words=word_list(words, first, end)))
+        turns.append(dict(role='assistant', start=answer_start, end=answer_end, text=answer,
+                          words=word_list(answer_words, answer_start, answer_end)))
         assistant[answer_start:answer_end] = codes
         n_frame = answer_end
         if len(speech) == barge_in:
@@ -256,18 +262,17 @@ def round_trip(espeak, codec):
 
 
 def prepare(out, n_train_dialogue, n_utterance, n_clip):
-    """Fits the codec and the BPE, then writes the three splits, and last of all prepared.json, which says
-    so."""
+    """Fits the codec and the BPE and writes the three splits. prepared.json comes last: it is there only if
+    all the rest is."""
     what = json.dumps([n_train_dialogue, n_utterance, n_clip])
     what += ''.join(map(inspect.getsource, (sys.modules[__name__], sys.modules[Espeak.__module__], MelCodec)))
     recipe, marker = hashlib.sha256(what.encode()).hexdigest()[:16], os.path.join(out, 'prepared.json')
     if min(n_train_dialogue, n_clip) < N_CODES // 10 or n_utterance < 0:
-        raise ValueError(f'--n_dialogue and --n_clip have to be {N_CODES // 10} at least, --n_utterance not '
-                         'below 0')
-    if os.path.exists(marker) and all(
-            os.path.exists(os.path.join(out, f'{split}.arrow')) for split in ('train', *N_HELD_OUT)):
-        if read_json(marker)['recipe'] == recipe:
-            return print(f'{out} is prepared already')
+        raise ValueError(f'--n_dialogue and --n_clip have to be {N_CODES // 10} at least, '
+                         '--n_utterance not below 0')
+    paths = [marker, *(os.path.join(out, f'{split}.arrow') for split in ('train', *N_HELD_OUT))]
+    if all(map(os.path.exists, paths)) and read_json(marker)['recipe'] == recipe:
+        return print(f'{out} is prepared already')
     os.makedirs(out, exist_ok=True)
     if os.path.exists(marker):
         os.remove(marker)
@@ -281,14 +286,13 @@ def prepare(out, n_train_dialogue, n_utterance, n_clip):
     n_dialogue = {'train': n_train_dialogue, **N_HELD_OUT}
     context = multiprocessing.get_context('spawn')
     results = context.Queue()
-    workers = [
-        context.Process(target=work, args=(i, out, n_dialogue, n_utterance, results), daemon=True)
-        for i in range(N_WORKER)]
+    workers = [context.Process(target=work, args=(i, out, n_dialogue, n_utterance, results), daemon=True)
+               for i in range(N_WORKER)]
     for worker in workers:
         worker.start()
     found = {split: {} for split in n_dialogue}
-    for _ in tqdm(range(sum(n_dialogue.values()) + n_utterance), desc='dialogues', unit='record',
-                  mininterval=1):
+    n_record = sum(n_dialogue.values()) + n_utterance
+    for _ in tqdm(range(n_record), desc='dialogues', unit='record', mininterval=1):
         while True:
             try:
                 split, i, record = results.get(timeout=5)
@@ -316,8 +320,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', default=HERE, help='folder to write into')
     parser.add_argument('--n_dialogue', type=int, default=N_DIALOGUE, help='dialogues to train on')
-    parser.add_argument('--n_utterance', type=int, default=N_UTTERANCE, help='one-sided utterances to train '
-                                                                             'on')
+    parser.add_argument('--n_utterance', type=int, default=N_UTTERANCE,
+                        help='one-sided utterances to train on')
     parser.add_argument('--n_clip', type=int, default=N_CLIP, help='clips that the codec is fitted on')
     parser.add_argument('--say', help='instead: read this aloud into a wav')
     parser.add_argument('--wav', default='question.wav')
@@ -332,8 +336,8 @@ def main():
     speech = Espeak().say(args.say, args.voice, args.rate, args.pitch)[0]
     wave = np.pad(speech, SAMPLE_RATE // 2)
     wave = with_noise(wave, np.random.default_rng(SEED), args.snr_db, np.mean(speech ** 2))
-    write_audio(args.wav, soxr.resample(0.5 * wave / np.abs(wave).max(), SAMPLE_RATE, args.sample_rate),
-                args.sample_rate)
+    wave = soxr.resample(0.5 * wave / np.abs(wave).max(), SAMPLE_RATE, args.sample_rate)
+    write_audio(args.wav, wave, args.sample_rate)
 
 
 if __name__ == '__main__':

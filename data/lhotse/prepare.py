@@ -1,6 +1,6 @@
 """
-Lhotse cuts become dialogues, or one-sided utterances. Each supervision is a turn. What a cut becomes depends
-on it:
+Lhotse cuts become dialogues, or one-sided utterances. Each supervision is a turn.
+What a cut becomes depends on it:
 
     a cut                                               user              assistant      roles of turns by
     with target_audio (NeMo speechlm2's duplex cuts)    recording         target_audio   supervision.speaker
@@ -49,8 +49,8 @@ def import_lhotse():
 # the cuts, without their audio
 
 def list_items(path, supervisions=None):
-    """id -> (where, cut as JSON, the Shar tars that hold its audio). JSON, as a million cuts have to fit in
-    memory."""
+    """id -> (where, cut as JSON, the Shar tars that hold its audio). As JSON a cut takes the least memory,
+    and there may be a million."""
     if supervisions:
         return by_id(list_pair(path, supervisions))
     if not os.path.isdir(path):
@@ -62,12 +62,13 @@ def list_items(path, supervisions=None):
 
 
 def list_cuts(path):
-    for where, cut, _ in read_json(path) if path.endswith(('.json', '.json.gz')) else read_rows(path):
+    read = read_json if path.endswith(('.json', '.json.gz')) else read_rows
+    for where, cut, _ in read(path):
         yield str((cut or {}).get('id', where)), (where, json.dumps(cut), {})
 
 
 def read_json(path):
-    """As read_rows, of a JSON list."""
+    """The same as read_rows, for a file that holds one JSON list."""
     try:
         with gzip.open(path) if path.endswith('.gz') else open(path, 'rb') as file:
             cuts = json.load(file)
@@ -82,8 +83,9 @@ def read_json(path):
 def list_pair(recordings, supervisions):
     lhotse = import_lhotse()
     try:
-        cuts = lhotse.CutSet.from_manifests(recordings=lhotse.RecordingSet.from_file(recordings),
-                                            supervisions=lhotse.SupervisionSet.from_file(supervisions))
+        cuts = lhotse.CutSet.from_manifests(
+            recordings=lhotse.RecordingSet.from_file(recordings),
+            supervisions=lhotse.SupervisionSet.from_file(supervisions))
         for cut in cuts:
             yield cut.recording.id, (f'recording {cut.recording.id}', json.dumps(cut.to_dict()), {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
@@ -92,18 +94,16 @@ def list_pair(recordings, supervisions):
 
 
 def list_shard(folder, cuts):
-    """A field lies in a tar, or in JSON rows where only its manifest was stored."""
+    """The cuts of a shard. A recording is in a tar; if only its manifest was stored, that is in JSON rows."""
     number = os.path.basename(cuts).split('.')[1]
-    tars = {field: os.path.join(folder, f'{field}.{number}.tar') for field in AUDIO}
-    tars = {field: path for field, path in tars.items() if os.path.isfile(path)}
-    rows = {
-        field: glob.glob(os.path.join(glob.escape(folder), f'{field}.{number}.jsonl*')) for field in AUDIO}
-    stored = {
-        field: {row['cut_id']: row.get(field)
-                for _, row, _ in read_rows(paths[0])
-                if row}
-        for field, paths in rows.items()
-        if paths}
+    tars, stored = {}, {}       # field -> path of its tar; field -> {cut id: its manifest}
+    for field in AUDIO:
+        path = os.path.join(folder, f'{field}.{number}.tar')
+        if os.path.isfile(path):
+            tars[field] = path
+        paths = glob.glob(os.path.join(glob.escape(folder), f'{field}.{number}.jsonl*'))
+        if paths:
+            stored[field] = {row['cut_id']: row.get(field) for _, row, _ in read_rows(paths[0]) if row}
     for where, cut, _ in read_rows(cuts):
         cut_id = str((cut or {}).get('id', where))
         for field in tars.keys() | stored.keys():
@@ -123,13 +123,14 @@ def read_recording(item, codec, args):
     cut = json.loads(cut)
     if cut is None:
         raise ValueError(f'{where}, is no JSON object')
-    cut, turns = parse(
-        cut, where, args.audio_dir
-        or (args.manifest if tars else os.path.dirname(os.path.abspath(args.manifest))))
+    beside = args.manifest if tars else os.path.dirname(os.path.abspath(args.manifest))
+    cut, turns = parse(cut, where, args.audio_dir or beside)
     recordings = {}
     for field in AUDIO:
-        recording = from_tar(tars[field], str(cut.id), where) if field in tars else \
-            cut.recording if field == 'recording' else (cut.custom or {}).get(field)
+        if field in tars:
+            recording = from_tar(tars[field], str(cut.id), where)
+        else:
+            recording = cut.recording if field == 'recording' else (cut.custom or {}).get(field)
         if recording is not None:
             recordings[field] = recording
     if 'recording' not in recordings:
@@ -140,41 +141,38 @@ def read_recording(item, codec, args):
     waves, by_channel = {}, {}
     if 'target_audio' in recordings:
         target = recordings['target_audio']
-        waves = dict(user=heard[0], assistant=load(target, target.channel_ids, cut, codec.sample_rate,
-                                                   where)[0])
+        answers = load(target, target.channel_ids, cut, codec.sample_rate, where)
+        waves = dict(user=heard[0], assistant=answers[0])
         if len(heard) + target.num_channels > 2:
             raise ValueError(f'{where}, has {len(heard)} channels and {target.num_channels} more in '
                              'target_audio; each is to be one speaker')
     elif len(channels) == 2 and args.user_channel in channels:
-        by_channel = {
-            channel: 'user' if channel == args.user_channel else 'assistant' for channel in channels}
+        by_channel = {channel: 'user' if channel == args.user_channel else 'assistant'
+                      for channel in channels}
         waves = dict(zip(by_channel.values(), heard))
     elif len(channels) > 1 or args.user_channel is not None:
-        raise ValueError(f'{where}, has the channels {channels}: --user_channel says which of two is the '
-                         'user\'s, and is for two only')
+        raise ValueError(f'{where}, has the channels {channels}: '
+                         "--user_channel says which of two is the user's, and is for two only")
     else:
         waves[args.role] = heard[0]
     for turn, supervision in zip(turns, cut.supervisions):
         turn['role'] = role_of(supervision, waves, by_channel, args, where)
-    # of one side alone there is nothing to learn without text
-    turns = [turn for turn in turns if turn['text'] or len(waves) == 2]
+    if len(waves) < 2:      # from one side alone nothing is learned without its text
+        turns = [turn for turn in turns if turn['text']]
     if not turns:
         raise ValueError(f'{where}, has no supervision{"" if len(waves) == 2 else " with a text"}')
     return tokenise.Recording(waves.get('user'), waves.get('assistant'), turns)
 
 
 def parse(cut, where, audio_dir):
-    """JSON -> a Cut of Lhotse whose sources are files that exist, and its turns, as yet without their
-    roles."""
+    """JSON -> a Cut of Lhotse whose sources are files that exist, and its turns, still without roles."""
     import_lhotse()
     from lhotse.serialization import deserialize_item
     if 'sources' in cut:
         raise ValueError(f'{where}, is a recording, no cut: what is said in it, --supervisions=FILE says')
     custom = cut.get('custom') or {}
-    kept = {
-        key: cut[key]
-        for key in ('id', 'start', 'duration', 'channel', 'recording', 'supervisions')
-        if key in cut}
+    keys = ('id', 'start', 'duration', 'channel', 'recording', 'supervisions')
+    kept = {key: cut[key] for key in keys if key in cut}
     kept['custom'] = {key: custom[key] for key in ('target_audio',) if key in custom}
     kept['type'] = cut.get('type', 'MonoCut')
     if kept['type'] not in ('MonoCut', 'MultiCut'):
@@ -192,8 +190,8 @@ def parse(cut, where, audio_dir):
             supervision.setdefault('recording_id', kept['id'])
             supervision.pop('custom', None)
         cut = deserialize_item(kept)
-        check_numbers(cut.start, cut.duration,
-                      *(cut.channel if isinstance(cut.channel, list) else [cut.channel]))
+        channels = cut.channel if isinstance(cut.channel, list) else [cut.channel]
+        check_numbers(cut.start, cut.duration, *channels)
         return cut, [turn_of(supervision) for supervision in cut.supervisions]
     except (KeyError, TypeError, AttributeError, AssertionError) as error:
         raise ValueError(f'{where}, is no cut of Lhotse ({type(error).__name__}: {error})')
@@ -205,26 +203,24 @@ def check_numbers(*values):
 
 
 def check_sources(recording, where, audio_dir):
-    """A source of type "command" is a line that Lhotse would give to the shell: only files are read, by the
-    time it sees them."""
+    """Makes sure that only files are read. A source of type "command" has a line for the shell, which Lhotse
+    would run; it is refused before Lhotse sees it."""
     if recording.get('transforms'):
         raise ValueError(f'{where}, has a recording to be changed when it is read '
-                         f'({recording["transforms"]}): '
-                         'write it out with CutSet.save_audios first')
+                         f'({recording["transforms"]}): write it out with CutSet.save_audios first')
     for source in recording['sources']:
         if source['type'] == 'shar':
             raise ValueError(f'{where}, has its audio in the tars of a Shar folder: give that folder')
         if source['type'] != 'file':
             raise ValueError(f'{where}, has audio of type {source["type"]!r} ({source["source"]!r:.80}): '
-                             'only files are read, '
-                             'no commands are run and nothing is downloaded')
+                             'only files are read, no commands are run and nothing is downloaded')
         source['source'] = find_audio(source['source'], audio_dir)
 
 
 @functools.lru_cache(32)
 def tar_index(path):
-    """cut id -> {'.flac': (offset, size), '.json': …}. Lhotse's own reader has to start where a shard starts;
-    here any cut may be next."""
+    """cut id -> {'.flac': (offset, size), '.json': …}. Lhotse's own reader reads a shard from its beginning;
+    with this index any cut may be next."""
     try:
         with tarfile.open(path, 'r:') as tar:
             try:
@@ -246,13 +242,16 @@ def from_tar(path, cut_id, where):
     from lhotse.shar.utils import fill_shar_placeholder
     entry = tar_index(path).get(cut_id, {})
     if len(entry) != 2 or '.json' not in entry:
-        raise ValueError(f'{where}: {os.path.basename(path)} has {" and ".join(entry) or "nothing"} for cut '
-                         f'{cut_id}: its audio was left out (.nodata), '
-                         'or the tar is cut off')
+        there = ' and '.join(entry) or 'nothing'
+        raise ValueError(f'{where}: {os.path.basename(path)} has {there} for cut {cut_id}: '
+                         'its audio was left out (.nodata), or the tar is cut off')
     extension, = entry.keys() - {'.json'}
+    pieces = []
     with open(path, 'rb') as file:
-        audio, manifest = (
-            (file.seek(offset), file.read(size))[1] for offset, size in (entry[extension], entry['.json']))
+        for offset, size in (entry[extension], entry['.json']):
+            file.seek(offset)
+            pieces.append(file.read(size))
+    audio, manifest = pieces
     try:
         recording = deserialize_item(json.loads(manifest))
         check_numbers(recording.duration)
@@ -264,17 +263,18 @@ def from_tar(path, cut_id, where):
 
 
 def load(recording, channels, cut, sample_rate, where):
-    """The cut's part of a recording, those channels of it."""
-    # target_audio may be shorter: how much, --max_mismatch_sec says
+    """-> the waves of these channels of a recording, in the cut's part of it."""
+    # target_audio may be shorter than the cut; --max_mismatch_sec says by how much
     end_sec = min(cut.start + cut.duration, recording.duration)
     waves = {}
     for source in recording.sources:
-        file = io.BytesIO(source.source) if source.type == 'memory' else source.source
-        found = read_piece(file, where if source.type == 'memory' else file, sample_rate, cut.start, end_sec,
-                           recording.duration)
+        file, name = source.source, source.source
+        if source.type == 'memory':
+            file, name = io.BytesIO(source.source), where
+        found = read_piece(file, name, sample_rate, cut.start, end_sec, recording.duration)
         if len(found) != len(source.channels):
-            raise ValueError(f'{where}: {source.source if source.type == "file" else "its audio"} has '
-                             f'{len(found)} channels, not {source.channels}')
+            owner = source.source if source.type == 'file' else 'its audio'
+            raise ValueError(f'{where}: {owner} has {len(found)} channels, not {source.channels}')
         waves |= dict(zip(source.channels, found))
     if not set(channels) <= waves.keys():
         raise ValueError(f'{where}, wants channels {channels} of a recording that has {sorted(waves)}')
@@ -290,8 +290,8 @@ def role_of(supervision, waves, by_channel, args, where):
             raise ValueError(f'{where}, has a turn of {supervision.speaker!r}, who is not in its audio: '
                              'there is no target_audio')
         return role
-    channels = [supervision.channel] if isinstance(supervision.channel, int) else list(supervision.channel or
-                                                                                       ())
+    channels = supervision.channel
+    channels = [channels] if isinstance(channels, int) else list(channels or ())
     if len(channels) == 1 and channels[0] in by_channel:
         return by_channel[channels[0]]
     if by_speaker is None:
@@ -301,36 +301,32 @@ def role_of(supervision, waves, by_channel, args, where):
 
 
 def turn_of(supervision):
-    words = (supervision.alignment or {}).get('word', ())
+    aligned = (supervision.alignment or {}).get('word', ())
     check_numbers(supervision.start, supervision.duration,
-                  *(number for word in words for number in (word.start, word.duration)))
-    return dict(
-        start_sec=supervision.start,
-        end_sec=supervision.end,
-    # <|3|>: time stamps of NeMo's
-        text=' '.join(re.sub(r'<\|\d+\|>', '', supervision.text or '').split()),
-        words=[
-            dict(text=str(word.symbol), start_sec=word.start, end_sec=word.end)
-            for word in words
-            if word.symbol])
+                  *(number for word in aligned for number in (word.start, word.duration)))
+    text = re.sub(r'<\|\d+\|>', '', supervision.text or '')     # <|3|>: time stamps of NeMo's
+    words = [dict(text=str(word.symbol), start_sec=word.start, end_sec=word.end)
+             for word in aligned if word.symbol]
+    return dict(start_sec=supervision.start, end_sec=supervision.end,
+                text=' '.join(text.split()), words=words)
 
 
 def main():
     def names(text):
         return text.split(',')
+
     parser = tokenise.arguments(__doc__)
     parser.add_argument('manifest', help='cuts, recordings, or a Shar folder')
     parser.add_argument('--supervisions', help='where the manifest is of recordings')
-    parser.add_argument('--audio_dir', help='where its paths start, or any part of them (the folder of the '
-                                            'manifest)')
+    parser.add_argument('--audio_dir',
+                        help='where its paths start, or any part of them (the folder of the manifest)')
     parser.add_argument('--user_speakers', type=names, default='user,User', help='(user,User)')
     parser.add_argument('--assistant_speakers', type=names, default='agent,Agent,assistant,Assistant',
                         help='(agent,Agent,assistant,Assistant)')
-    parser.add_argument('--user_channel', type=int, help='of recordings with two channels; the assistant has '
-                                                         'the other')
-    parser.add_argument('--role', choices=('user', 'assistant'), default='user', help='who speaks where '
-                                                                                      'there is one channel '
-                                                                                      '(user)')
+    parser.add_argument('--user_channel', type=int,
+                        help='of recordings with two channels; the assistant has the other')
+    parser.add_argument('--role', choices=('user', 'assistant'), default='user',
+                        help='who speaks where there is one channel (user)')
     args = parser.parse_args()
     import_lhotse()
     settings = ('manifest', 'supervisions', 'audio_dir', 'user_speakers', 'assistant_speakers',

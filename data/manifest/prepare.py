@@ -1,6 +1,6 @@
 """
-Audio with its text, a row each, becomes one-sided utterances, from which the alignment stage (ASR, TTS)
-learns.
+Audio with its text, a row each, becomes one-sided utterances,
+from which the alignment stage (ASR, TTS) learns.
 
     {"audio": "a/1.wav", "text": "Hello there."}                BLSP and most others; "transcript", too
     {"key": "u1", "wav": "a/1.wav", "txt": "Hello there."}      wenet's data.list
@@ -28,17 +28,16 @@ def pick(row, names):
 
 def list_items(path):
     """id -> (where, row). Rows without an id are called after their place, as are those that are no rows."""
-    return by_id(
-        (str(pick(row or {}, FIELDS['id']) or where), (where, row)) for where, row, _ in read_rows(path))
+    return by_id((str(pick(row or {}, FIELDS['id']) or where), (where, row))
+                 for where, row, _ in read_rows(path))
 
 
 def read_recording(item, codec, args):
     where, row = item
     if row is None:
         raise ValueError(f'{where}, is no JSON object')
-    names = dict(
-        FIELDS,
-        **{kind: (name, ) for kind, name in (('audio', args.audio_field), ('text', args.text_field)) if name})
+    chosen = dict(audio=args.audio_field, text=args.text_field)
+    names = FIELDS | {kind: (name,) for kind, name in chosen.items() if name}
     audio, text = (pick(row, names[kind]) for kind in ('audio', 'text'))
     for kind, value in dict(audio=audio, text=text).items():
         if not isinstance(value, str) or not value.strip():
@@ -68,16 +67,15 @@ def piece(row, where):
 def main():
     parser = tokenise.arguments(__doc__)
     parser.add_argument('manifest', help='JSON rows, .gz or not')
-    parser.add_argument('--audio_dir', help='where its paths start, or any part of them (the folder of the '
-                                            'manifest)')
+    parser.add_argument('--audio_dir',
+                        help='where its paths start, or any part of them (the folder of the manifest)')
     parser.add_argument('--role', choices=('user', 'assistant'), default='user', help='who speaks (user)')
     parser.add_argument('--channel', type=int, help='of the files, from 0; needed where they have several')
     parser.add_argument('--audio_field', help=f'name of the field ({" or ".join(FIELDS["audio"])})')
     parser.add_argument('--text_field', help=f'name of the field ({" or ".join(FIELDS["text"])})')
     args = parser.parse_args()
-    recipe = {
-        key: getattr(args, key)
-        for key in ('manifest', 'audio_dir', 'role', 'channel', 'audio_field', 'text_field')}
+    settings = ('manifest', 'audio_dir', 'role', 'channel', 'audio_field', 'text_field')
+    recipe = {key: getattr(args, key) for key in settings}
     tokenise.run(list_items(args.manifest), partial(read_recording, args=args), args, recipe)
 
 

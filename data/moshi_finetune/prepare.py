@@ -42,8 +42,8 @@ def read_recording(item, codec, args):
     if len(waves) != 2:
         raise ValueError(f'{path} has {len(waves)} channels, not one for the user and one for the assistant')
     words = read_words(os.path.splitext(path)[0] + '.json', args.assistant_speakers)
-    return tokenise.Recording(waves[args.user_channel], waves[1 - args.user_channel],
-                              turns_of(words, args.gap_sec))
+    user, assistant = waves[args.user_channel], waves[1 - args.user_channel]
+    return tokenise.Recording(user, assistant, turns_of(words, args.gap_sec))
 
 
 def read_words(path, assistant_speakers):
@@ -55,9 +55,8 @@ def read_words(path, assistant_speakers):
         for text, (start_sec, end_sec), speaker in content['alignments']:
             if not math.isfinite(start_sec + end_sec) or not isinstance(text, str):
                 raise ValueError(f'{path} has the word {text!r} from {start_sec} s to {end_sec} s')
-            words['assistant' if speaker in
-                  assistant_speakers else 'user'].append(dict(text=text, start_sec=start_sec,
-                                                              end_sec=end_sec))
+            role = 'assistant' if speaker in assistant_speakers else 'user'
+            words[role].append(dict(text=text, start_sec=start_sec, end_sec=end_sec))
     except json.JSONDecodeError as error:
         raise ValueError(f'{path} is no JSON ({error})')
     except (KeyError, TypeError) as error:
@@ -68,15 +67,15 @@ def read_words(path, assistant_speakers):
 def main():
     parser = tokenise.arguments(__doc__)
     parser.add_argument('manifest', help='the data.jsonl')
-    parser.add_argument('--user_channel', type=int, choices=(0, 1), default=1, help='the assistant has the '
-                                                                                    'other (1: right)')
+    parser.add_argument('--user_channel', type=int, choices=(0, 1), default=1,
+                        help='the assistant has the other (1: right)')
     parser.add_argument('--assistant_speakers', default='SPEAKER_MAIN', type=lambda names: names.split(','),
                         help='all others are the user (SPEAKER_MAIN)')
-    parser.add_argument('--gap_sec', type=float, default=0.6, help='a longer pause between words ends a turn '
-                                                                   '(0.6)')
+    parser.add_argument('--gap_sec', type=float, default=0.6,
+                        help='a longer pause between words ends a turn (0.6)')
     args = parser.parse_args()
-    recipe = {
-        key: getattr(args, key) for key in ('manifest', 'user_channel', 'assistant_speakers', 'gap_sec')}
+    settings = ('manifest', 'user_channel', 'assistant_speakers', 'gap_sec')
+    recipe = {key: getattr(args, key) for key in settings}
     tokenise.run(list_items(args.manifest), partial(read_recording, args=args), args, recipe)
 
 

@@ -43,8 +43,7 @@ def test_folders_of_others_and_of_before(tmp_path):
 
 
 def test_evaluate_measures_the_loss_that_was_trained(small_run, tmp_path):
-    """half_duplex without the user's text as a target: evaluate.py counts the tokens that training
-    counted."""
+    """half_duplex without the user's text as a target: evaluate.py counts the tokens training counted."""
     data, base = small_run
     run, on_cpu = str(tmp_path / 'run'), dict(device='cpu', dtype='float32')
     metrics = train.main(train.Config(
@@ -52,8 +51,8 @@ def test_evaluate_measures_the_loss_that_was_trained(small_run, tmp_path):
         block_size=256, batch_size=4, batch_tokens=1024, eval_interval=2, warmup_steps=1, tensorboard=False,
         n_listen=0, **on_cpu))
     assert [layout.learn_user_text for layout in load_checkpoint(run).info.layouts] == [True, False]
-    measured = evaluate.main(evaluate.Config(checkpoint=run, data=str(data), split='val',
-                                             out=str(tmp_path / 'out'), **on_cpu))
+    measured = evaluate.main(evaluate.Config(
+        checkpoint=run, data=str(data), split='val', out=str(tmp_path / 'out'), **on_cpu))
     assert measured['loss']['half_duplex']['loss'] == pytest.approx(metrics['val_loss'], rel=1e-6)
 
 

@@ -30,10 +30,10 @@ def test_round_trip(small_codec):
 def test_a_code_for_each_40_ms_begun(small_codec, n_sample):
     for wave in (np.zeros(n_sample, np.float32), hum(200, 2)[:n_sample]):
         codes = small_codec.encode(wave)
-        assert codes.dtype == np.uint16 and len(codes) == -(-n_sample // 640) and (
-            codes < small_codec.n_codes).all()
-        assert len(small_codec.decode(codes)) == len(codes) * 640 and np.isfinite(
-            small_codec.decode(codes)).all()
+        assert codes.dtype == np.uint16 and len(codes) == -(-n_sample // 640)
+        assert (codes < small_codec.n_codes).all()
+        back = small_codec.decode(codes)
+        assert len(back) == len(codes) * 640 and np.isfinite(back).all()
 
 
 def test_codes_do_not_depend_on_gain(small_codec):
@@ -42,9 +42,8 @@ def test_codes_do_not_depend_on_gain(small_codec):
 
 
 def test_silence_is_known(small_codec):
-    codes = small_codec.encode(
-        np.concatenate([1e-3 * np.random.default_rng(9).standard_normal(16000),
-                        hum(220, 1.0)]).astype(np.float32))
+    noise = 1e-3 * np.random.default_rng(9).standard_normal(16000)
+    codes = small_codec.encode(np.concatenate([noise, hum(220, 1.0)]).astype(np.float32))
     silent = np.isin(codes, small_codec.silence_codes)
     assert silent[:22].mean() > 0.9 and silent[30:45].mean() < 0.1
     assert np.isin(small_codec.encode(np.zeros(16000, np.float32)), small_codec.silence_codes).all()
@@ -54,8 +53,8 @@ def test_saved_and_loaded(small_codec, tmp_path):
     small_codec.save(tmp_path / 'codec')
     for folder in (tmp_path, tmp_path / 'codec'):       # a data folder or checkpoint, or the codec's own
         again = load_codec(str(folder))
-        assert again.describe() == small_codec.describe() and (again.encode(hum(180, 1))
-                                                               == small_codec.encode(hum(180, 1))).all()
+        assert again.describe() == small_codec.describe()
+        assert (again.encode(hum(180, 1)) == small_codec.encode(hum(180, 1))).all()
     settings = json.loads((tmp_path / 'codec' / 'codec.json').read_text())
     (tmp_path / 'codec' / 'codec.json').write_text(json.dumps(dict(settings, fingerprint='0' * 16)))
     with pytest.raises(ValueError, match='codec.safetensors'):
@@ -69,8 +68,8 @@ def test_any_rate_and_channel(tmp_path, rate):
     wave = np.stack([hum(200, 0.5, rate), np.zeros(rate // 2, np.float32)], 1)
     path = str(tmp_path / 'a.wav')
     write_audio(path, wave, rate)
-    assert len(read_audio(path, 16000, 0)) == pytest.approx(8000,
-                                                            abs=2) and not read_audio(path, 16000, 1).any()
+    assert len(read_audio(path, 16000, 0)) == pytest.approx(8000, abs=2)
+    assert not read_audio(path, 16000, 1).any()
     assert not (tmp_path / 'a.wav.part').exists()
 
 
@@ -82,8 +81,8 @@ def bad_audio(folder):
         'no.wav': (b'this is no wav', 'is not audio that can be read'),
         'empty.wav': (b'', 'is not audio that can be read'),
         'nan.wav': (nan, 'sample 4000, at 0.250 s, is nan'),
-        'six.wav': (np.zeros((800, 6), np.float32), "has 6 channels: say which is the user's, 0 to 5, with "
-                                                    "--user_channel"),
+        'six.wav': (np.zeros((800, 6), np.float32),
+                    "has 6 channels: say which is the user's, 0 to 5, with --user_channel"),
         'zero.wav': (np.zeros(0, np.float32), 'has no samples'),
         'missing.wav': (None, 'no file'),
     }
@@ -99,8 +98,8 @@ def test_bad_audio(tmp_path, name):
         soundfile.write(path, content, 16000, subtype='FLOAT')
     with pytest.raises(ValueError) as error:
         read_audio(str(path), 16000)
-    assert str(error.value).startswith(
-        (str(path), 'no file')) and message in str(error.value) and '\n' not in str(error.value)
+    said = str(error.value)
+    assert said.startswith((str(path), 'no file')) and message in said and '\n' not in said
 
 
 def test_channel_out_of_range(tmp_path):
@@ -118,5 +117,5 @@ def test_command_line(tmp_path, small_codec, run):
     assert soundfile.info(tmp_path / 'b.wav').frames == 16000
     bad = run('codec', 'decode', '-', f'--codec={tmp_path}', f'--out={tmp_path}/c.wav', input='[1, 99]',
               fails=True)
-    assert bad.stderr == '-: code 99 at frame 1 is out of range, the codec has 0 to 31\n' and not (
-        tmp_path / 'c.wav').exists()
+    assert bad.stderr == '-: code 99 at frame 1 is out of range, the codec has 0 to 31\n'
+    assert not (tmp_path / 'c.wav').exists()

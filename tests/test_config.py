@@ -22,20 +22,21 @@ class Config:
 
 def test_files_then_command_line(tmp_path):
     path = tmp_path / 'a.py'
-    path.write_text('import math\n_rows = 2\nbatch_size = _rows * 8     # 16\nlearning_rate = 1\nchunk = '
-                    'None\n')
-    cfg = config.load(Config,
-                      [str(path), '--learning_rate=1e-4', '--compile=true', '--out_dir=a=b', '--chunk=5'])
-    assert cfg == Config(1e-4, 16, True, 'a=b', 5)
+    path.write_text('import math\n_rows = 2\nbatch_size = _rows * 8     # 16\n'
+                    'learning_rate = 1\nchunk = None\n')
+    arguments = ['--learning_rate=1e-4', '--compile=true', '--out_dir=a=b', '--chunk=5']
+    assert config.load(Config, [str(path), *arguments]) == Config(1e-4, 16, True, 'a=b', 5)
 
 
-@pytest.mark.parametrize('argument, expected', [('--learning_rate=1', dict(learning_rate=1.0)),
-                                                ('--batch_size=1e3', dict(batch_size=1000)),
-                                                ('--compile=false', dict(compile=False)),
-                                                ('--compile=True', dict(compile=True)),
-                                                ('--chunk=None', dict(chunk=None)),
-                                                ('--chunk=none', dict(chunk=None)),
-                                                ('--out_dir=2024', dict(out_dir='2024')), ])
+@pytest.mark.parametrize('argument, expected', [
+    ('--learning_rate=1', dict(learning_rate=1.0)),
+    ('--batch_size=1e3', dict(batch_size=1000)),
+    ('--compile=false', dict(compile=False)),
+    ('--compile=True', dict(compile=True)),
+    ('--chunk=None', dict(chunk=None)),
+    ('--chunk=none', dict(chunk=None)),
+    ('--out_dir=2024', dict(out_dir='2024')),
+])
 def test_values(argument, expected):
     assert config.load(Config, [argument]) == Config(**expected)
 
@@ -58,14 +59,14 @@ def test_refused(argument, message):
 
 def test_unknown_name_in_a_file(tmp_path):
     (tmp_path / 'a.py').write_text('batch_sise = 4\n')
-    with pytest.raises(SystemExit, match="a.py: batch_sise = 4: no setting 'batch_sise'; did you mean "
-                                         "'batch_size'"):
+    message = "a.py: batch_sise = 4: no setting 'batch_sise'; did you mean 'batch_size'"
+    with pytest.raises(SystemExit, match=message):
         config.load(Config, [str(tmp_path / 'a.py')])
 
 
 def test_saved_settings_run_again(tmp_path):
-    cfg = config.load(train.Config,
-                      ['--stages=asr+tts:3, duplex3:4', '--learning_rate=3e-4', '--init_from=x'])
+    arguments = ['--stages=asr+tts:3, duplex3:4', '--learning_rate=3e-4', '--init_from=x']
+    cfg = config.load(train.Config, arguments)
     config.save(cfg, tmp_path / 'config.py')
     assert config.load(train.Config, [str(tmp_path / 'config.py')]) == cfg
 

@@ -1,5 +1,7 @@
-"""Corpora in: what lies in a corpus's files comes out as dialogues, what cannot be read is left out with a
-reason, and nothing in a manifest is run."""
+"""
+Corpora in: what lies in a corpus's files comes out as dialogues, what cannot be read is left out with a
+reason, and nothing in a manifest is run.
+"""
 import copy
 import gzip
 import json
@@ -43,21 +45,20 @@ def prepare(monkeypatch, tmp_path, codec_folder):
         module.main()
         records = []
         for split in ('train', 'val', 'test'):
-            data, stored = Dialogues(str(
-                out), split), pa.ipc.open_file(str(out / f'{split}.arrow')).read_all()['turns'].to_pylist()
-            # data gives turns without words
+            data = Dialogues(str(out), split)       # which gives turns without words
+            stored = pa.ipc.open_file(str(out / f'{split}.arrow')).read_all()['turns'].to_pylist()
             records += [dict(data[i], words=[turn['words'] for turn in stored[i]]) for i in range(len(data))]
         with open(out / 'skipped.jsonl', encoding='utf-8') as file:
             skipped = [json.loads(line) for line in file]
-        return {record['id']: record for record in records
-                }, {entry['id']: entry['reason'] for entry in skipped}
+        by_id = {record['id']: record for record in records}
+        return by_id, {entry['id']: entry['reason'] for entry in skipped}
     return prepare
 
 
 def write_rows(path, rows):
-    text = ''.join(
-        (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + '\n' for row in rows)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == '.gz' else text.encode())
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    content = ''.join(line + '\n' for line in lines).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == '.gz' else content)
     return path
 
 
@@ -71,41 +72,53 @@ def turns(record):
     return [(turn['role'], turn['start'], turn['end'], turn['text']) for turn in record['turns']]
 
 
+def check_reasons(skipped, reasons):
+    """Just these were skipped, each for a reason that says what is expected."""
+    assert skipped.keys() == reasons.keys(), skipped
+    assert all(reason in skipped[id] for id, reason in reasons.items()), skipped
+
+
 # ------------------------------------------------------------------------------------------------------------
 # manifest
 
 def test_rows_of_all_names_become_utterances_and_bad_ones_are_named(tmp_path, prepare, small_codec):
-    """1 s at 16 kHz is 25 frames. A piece of a file is that piece alone: it is encoded as if it were a
-    file."""
+    """1 s at 16 kHz is 25 frames. A piece of a file is that piece alone: encoded as if it were a file."""
     wave, = write_wav(tmp_path / 'wavs/a.wav', hum(140, 1.0))
     write_wav(tmp_path / 'wavs/two.wav', hum(140, 1.0), hum(220, 1.0))
     (tmp_path / 'wavs/broken.wav').write_bytes(b'RIFF, or so it seems')
-    path = write_rows(tmp_path / 'rows.jsonl.gz', [{'audio': 'wavs/a.wav', 'text': 'one'}, {
-        'key': 'k', 'wav': '/gone/wavs/a.wav', 'txt': '二'}, {
-            'id': 7, 'audio_filepath': 'wavs/a.wav', 'offset': 0.2, 'duration': 0.4, 'text': 'a piece'
-        }, '{"audio": ', {'audio': 'wavs/a.wav'}, {
-            'id': 'late', 'audio': 'wavs/a.wav', 'offset': 3, 'text': 'x'}, {
-                'id': 'long', 'audio': 'wavs/a.wav', 'duration': 9, 'text': 'x'}, {
-                    'id': 'two', 'audio': 'wavs/two.wav', 'text': 'x'}, {
-                        'id': 'broken', 'audio': 'wavs/broken.wav', 'text': 'x'}, {
-                            'id': 'url', 'audio': 'http://host/a.wav', 'text': 'x'}, {
-                                'id': 'none', 'audio': 'wavs/b.wav', 'text': 'x'}])
+    path = write_rows(tmp_path / 'rows.jsonl.gz', [
+        {'audio': 'wavs/a.wav', 'text': 'one'},
+        {'key': 'k', 'wav': '/gone/wavs/a.wav', 'txt': '二'},
+        {'id': 7, 'audio_filepath': 'wavs/a.wav', 'offset': 0.2, 'duration': 0.4, 'text': 'a piece'},
+        '{"audio": ',
+        {'audio': 'wavs/a.wav'},
+        {'id': 'late', 'audio': 'wavs/a.wav', 'offset': 3, 'text': 'x'},
+        {'id': 'long', 'audio': 'wavs/a.wav', 'duration': 9, 'text': 'x'},
+        {'id': 'two', 'audio': 'wavs/two.wav', 'text': 'x'},
+        {'id': 'broken', 'audio': 'wavs/broken.wav', 'text': 'x'},
+        {'id': 'url', 'audio': 'http://host/a.wav', 'text': 'x'},
+        {'id': 'none', 'audio': 'wavs/b.wav', 'text': 'x'},
+    ])
     records, skipped = prepare(manifest, path)
     assert {id: turns(record) for id, record in records.items()} == {
-        'rows.jsonl.gz, row 1': [('user', 0, 25, 'one')], 'k': [('user', 0, 25, '二')],
+        'rows.jsonl.gz, row 1': [('user', 0, 25, 'one')],
+        'k': [('user', 0, 25, '二')],
         '7': [('user', 0, 10, 'a piece')]}
     assert (records['k']['user'] == small_codec.encode(wave)).all() and len(records['k']['assistant']) == 0
     assert (records['7']['user'] == small_codec.encode(wave[3200:9600])).all()
-    reasons = {
-        'rows.jsonl.gz, row 4': 'no JSON object', 'rows.jsonl.gz, row 5': 'has text None',
-        'late': 'is 1.00 s long; there is nothing from 3', 'long': '1.00 s long, but 9.00 s by its manifest',
-        'two': '2 channels', 'broken': 'not audio', 'url': 'no path', 'none': 'no file'}
-    assert skipped.keys() == reasons.keys() and all(
-        reason in skipped[id] for id, reason in reasons.items()), skipped
+    check_reasons(skipped, {
+        'rows.jsonl.gz, row 4': 'no JSON object',
+        'rows.jsonl.gz, row 5': 'has text None',
+        'late': 'is 1.00 s long; there is nothing from 3',
+        'long': '1.00 s long, but 9.00 s by its manifest',
+        'two': '2 channels',
+        'broken': 'not audio',
+        'url': 'no path',
+        'none': 'no file'})
 
     records, skipped = prepare(manifest, path, '--role=assistant', '--channel=0')
-    assert {'two', 'k'} < records.keys() and turns(records['two']) == [
-        ('assistant', 0, 25, 'x')] and len(records['two']['user']) == 0
+    assert {'two', 'k'} < records.keys()
+    assert turns(records['two']) == [('assistant', 0, 25, 'x')] and len(records['two']['user']) == 0
 
 
 def test_two_rows_of_one_id_are_refused(tmp_path):
@@ -115,8 +128,7 @@ def test_two_rows_of_one_id_are_refused(tmp_path):
 
 @real
 def test_data_list_of_wenet(prepare):
-    """The paths begin with test/resources/dataset, which is nowhere; their end is in the folder of the
-    list."""
+    """The paths begin with test/resources/dataset, which is nowhere; their end is in the list's folder."""
     records, skipped = prepare(manifest, REAL / 'speech/data.list')
     texts = [turn['text'][:6] for record in records.values() for turn in record['turns']]
     assert not skipped and sorted(texts) == ['IT WAS', '广州市房地产']
@@ -136,23 +148,23 @@ def test_moshi_words_become_turns_at_pauses(tmp_path, prepare, small_codec):
              ['Hi!', [1.2, 1.5], 'SPEAKER_01']]
     for name, content in ('a', {'alignments': words}), ('b', {'alignments': []}), ('c', {'words': []}):
         (tmp_path / f'stereo/{name}.json').write_text(json.dumps(content))
-    path = write_rows(tmp_path / 'data.jsonl',
-                      [{'path': f'stereo/{name}.wav', 'duration': n_sec}
-                       for name, n_sec in (('a', 3.0), ('b', 2.0), ('c', 1.0), ('d', 1.0))] + ['?'])
+    rows = [{'path': f'stereo/{name}.wav', 'duration': n_sec}
+            for name, n_sec in (('a', 3.0), ('b', 2.0), ('c', 1.0), ('d', 1.0))]
+    path = write_rows(tmp_path / 'data.jsonl', [*rows, '?'])
     records, skipped = prepare(moshi, path)
     record, = records.values()
-    assert turns(record) == [('assistant', 5, 25, 'Hello there.'), ('user', 30, 38, 'Hi!'),
-                             ('assistant', 50, 60, '好的。')]
+    assert turns(record) == [
+        ('assistant', 5, 25, 'Hello there.'), ('user', 30, 38, 'Hi!'), ('assistant', 50, 60, '好的。')]
     assert record['words'][0] == [dict(text='Hello', start=5, end=15), dict(text='there.', start=17, end=25)]
-    assert (record['user'] == small_codec.encode(user)).all() and (record['assistant']
-                                                                   == small_codec.encode(assistant)).all()
-    assert '1.00 s long, but 2.00 s by its manifest' in skipped['stereo/b'] and 'no alignments' in skipped[
-        'stereo/c']
+    assert (record['user'] == small_codec.encode(user)).all()
+    assert (record['assistant'] == small_codec.encode(assistant)).all()
+    assert '1.00 s long, but 2.00 s by its manifest' in skipped['stereo/b']
+    assert 'no alignments' in skipped['stereo/c']
     assert 'd.json' in skipped['stereo/d'] and 'row 5' in skipped['data.jsonl, row 5']
 
     records, _ = prepare(moshi, path, '--user_channel=0', '--assistant_speakers=SPEAKER_01', '--gap_sec=5')
-    assert turns(records['stereo/a']) == [('user', 5, 60, 'Hello there. 好的。'),
-                                          ('assistant', 30, 38, 'Hi!')]
+    assert turns(records['stereo/a']) == [
+        ('user', 5, 60, 'Hello there. 好的。'), ('assistant', 30, 38, 'Hi!')]
     assert (records['stereo/a']['user'] == small_codec.encode(assistant)).all()
 
 
@@ -170,28 +182,28 @@ def recording(path, n_sec, channels=(0,), rate=16000, kind='file'):
 def cut(id, user, assistant=None, n_sec=2.0, said=SAID, channel=0, kind='MonoCut', **more):
     supervisions = [
         dict(id=f'{id}-{i}', recording_id=id, start=start, duration=n, channel=where[0] if where else 0,
-             text=text, speaker=speaker) for i, (speaker, start, n, text, *where) in enumerate(said)]
+             text=text, speaker=speaker)
+        for i, (speaker, start, n, text, *where) in enumerate(said)]
     custom = dict(custom=dict(target_audio=assistant)) if assistant else {}
     return dict(id=id, start=0, duration=n_sec, channel=channel, supervisions=supervisions, recording=user,
                 type=kind, **custom, **more)
 
 
 def nemo_docs(cut):
-    """As NeMo's documentation prints a cut: path for sources, no type, supervisions without channel and
-    recording_id."""
-    def plain(recording):
-        return {
-            **{key: value for key, value in recording.items() if key != 'sources'}, 'path': recording[
-                'sources'][0]['source']}
+    """
+    As NeMo's documentation prints a cut: path for sources, no type, supervisions without channel and
+    recording_id.
+    """
+    def without(row, *names):
+        return {key: value for key, value in row.items() if key not in names}
 
-    supervisions = [{key: value
-                     for key, value in said.items()
-                     if key not in ('channel', 'recording_id')}
-                    for said in cut['supervisions']]
-    return {
-        **{key: value for key, value in cut.items() if key != 'type'}, 'supervisions': supervisions,
-        'recording': plain(cut['recording']),
-        'custom': {'target_audio': plain(cut['custom']['target_audio'])}}
+    def plain(recording):
+        return dict(without(recording, 'sources'), path=recording['sources'][0]['source'])
+
+    return dict(
+        without(cut, 'type'), recording=plain(cut['recording']),
+        supervisions=[without(said, 'channel', 'recording_id') for said in cut['supervisions']],
+        custom=dict(target_audio=plain(cut['custom']['target_audio'])))
 
 
 @pytest.fixture
@@ -217,26 +229,28 @@ def test_both_forms_of_nemo_cuts_are_the_same_dialogue(tmp_path, prepare, duplex
 
     whole['supervisions'][1]['speaker'] = 'Bob'
     path = write_rows(tmp_path / 'bob.jsonl', [whole, cut('d', user, assistant)])
-    assert prepare(lhotse_cuts, path)[1] == {'c': "bob.jsonl, row 1, has a turn of speaker 'Bob'; "
-                                                  "--user_speakers and --assistant_speakers say who that is"}
+    reason = ("bob.jsonl, row 1, has a turn of speaker 'Bob'; --user_speakers and --assistant_speakers say "
+              "who that is")
+    assert prepare(lhotse_cuts, path)[1] == {'c': reason}
     assert prepare(lhotse_cuts, path, '--assistant_speakers=Bob,agent')[0].keys() == {'c', 'd'}
 
 
 def test_truncated_cut_is_a_window_of_both_files(tmp_path, prepare, duplex, small_codec):
-    """From 0.4 s to 1.4 s: the first turn began 0.2 s before, the second ends 0.4 s after. Lhotse does the
-    truncation."""
+    """
+    From 0.4 s to 1.4 s: the first turn began 0.2 s before, the second ends 0.4 s after. Lhotse does the
+    truncation.
+    """
     from lhotse import CutSet
     from lhotse.serialization import deserialize_item
     user, assistant, wave = duplex
-    cuts = CutSet.from_cuts([
-        deserialize_item(copy.deepcopy(cut('c', user, assistant))).truncate(offset=0.4, duration=1.0,
-                                                                            preserve_id=True)])
-    cuts.to_file(tmp_path / 'cuts.jsonl')
+    whole = deserialize_item(copy.deepcopy(cut('c', user, assistant)))
+    window = whole.truncate(offset=0.4, duration=1.0, preserve_id=True)
+    CutSet.from_cuts([window]).to_file(tmp_path / 'cuts.jsonl')
     assert json.loads((tmp_path / 'cuts.jsonl').read_text())['supervisions'][0]['start'] == -0.2
     records, _ = prepare(lhotse_cuts, tmp_path / 'cuts.jsonl')
     assert turns(records['c']) == [('user', 0, 15, 'Hi there'), ('assistant', 20, 25, 'Hello.')]
-    assert (records['c']['user'] == small_codec.encode(wave[6400:22400])).all() and len(
-        records['c']['assistant']) == 25
+    assert (records['c']['user'] == small_codec.encode(wave[6400:22400])).all()
+    assert len(records['c']['assistant']) == 25
 
 
 def test_channels_of_a_stereo_recording_are_never_guessed(tmp_path, prepare, duplex, small_codec):
@@ -249,15 +263,14 @@ def test_channels_of_a_stereo_recording_are_never_guessed(tmp_path, prepare, dup
     for user, expected in (0, ['user', 'assistant']), (1, ['assistant', 'user']):
         records, skipped = prepare(lhotse_cuts, path, f'--user_channel={user}')
         assert skipped.keys() == {'m'} and [turn['role'] for turn in records['s']['turns']] == expected
-        assert (records['s']['user'] == small_codec.encode(
-            wave[:, user])).all() and (records['s']['assistant'] == small_codec.encode(wave[:,
-                                                                                            1 - user])).all()
+        assert (records['s']['user'] == small_codec.encode(wave[:, user])).all()
+        assert (records['s']['assistant'] == small_codec.encode(wave[:, 1 - user])).all()
 
 
 def test_utterances_and_what_is_skipped(tmp_path, prepare, duplex):
     user = duplex[0]
-    spoken = cut('u', user, said=[('7169', 0.2, 0.8, 'Hi you'), ('2404', 1.2, 0.4, 'Yes'),
-                                  ('2404', 1.7, 0.1, None)])
+    spoken = cut('u', user, said=[
+        ('7169', 0.2, 0.8, 'Hi you'), ('2404', 1.2, 0.4, 'Yes'), ('2404', 1.7, 0.1, None)])
     bad = [
         cut('silent', user, said=[]),
         cut('agent', user),
@@ -267,16 +280,25 @@ def test_utterances_and_what_is_skipped(tmp_path, prepare, duplex):
         cut('changed', dict(user, transforms=[{'name': 'Speed'}])),
         cut('odd', user) | {'duration': None},
         cut('nan', user, said=[('x', float('nan'), 1.0, 'x')]),
-        cut('shar', recording('', 2.0, kind='shar')), {'id': 'empty'},
+        cut('shar', recording('', 2.0, kind='shar')),
+        {'id': 'empty'},
         cut('mono', recording('wavs/both.wav', 2.0))]
-    records, skipped = prepare(lhotse_cuts, write_rows(tmp_path / 'cuts.jsonl', [spoken, *bad, 'x']),
-                               '--role=assistant')
-    assert turns(records.pop('u')) == [('assistant', 5, 25, 'Hi you'),
-                                       ('assistant', 30, 40, 'Yes')] and not records
-    reasons = dict(silent='no supervision with a text', agent="turn of 'user', who is not in its "
-                   "audio", gone='no file', short='2.00 s long, '
-                   'but 5.00 s', mixed='MixedCut', changed='Speed', odd='TypeError', nan='not all finite',
-                   shar='give that folder', empty='TypeError', mono='has 2 channels, not [0]')
+    path = write_rows(tmp_path / 'cuts.jsonl', [spoken, *bad, 'x'])
+    records, skipped = prepare(lhotse_cuts, path, '--role=assistant')
+    assert turns(records.pop('u')) == [('assistant', 5, 25, 'Hi you'), ('assistant', 30, 40, 'Yes')]
+    assert not records
+    reasons = dict(
+        silent='no supervision with a text',
+        agent="turn of 'user', who is not in its audio",
+        gone='no file',
+        short='2.00 s long, but 5.00 s',
+        mixed='MixedCut',
+        changed='Speed',
+        odd='TypeError',
+        nan='not all finite',
+        shar='give that folder',
+        empty='TypeError',
+        mono='has 2 channels, not [0]')
     assert {id: skipped.get(id) for id, reason in reasons.items() if reason not in skipped.get(id, '')} == {}
     assert len(skipped) == len(reasons) + 1       # and the x
 
@@ -299,8 +321,10 @@ def test_recordings_and_supervisions(tmp_path, prepare, duplex):
 
 
 def test_shar_written_by_lhotse_is_the_same_data(tmp_path, prepare, duplex, monkeypatch):
-    """Flac keeps 16 bits as they are. The last cut has no target_audio: .nodata in its tar. Then tars are
-    damaged."""
+    """
+    Flac keeps 16 bits as they are. The last cut has no target_audio: .nodata in its tar. Then the tars are
+    damaged.
+    """
     from lhotse import CutSet
     from lhotse.serialization import deserialize_item
     user, assistant, _ = duplex
@@ -312,19 +336,20 @@ def test_shar_written_by_lhotse_is_the_same_data(tmp_path, prepare, duplex, monk
     written.to_shar(str(tmp_path / 'shar'), fields={'recording': 'flac', 'target_audio': 'flac'},
                     shard_size=2)
     records, skipped = prepare(lhotse_cuts, tmp_path / 'shar')
-    assert records.keys() == {'a', 'b.1', 'c'} and skipped.keys() == {
-        'd'} and 'target_audio.000001.tar has .nodata' in skipped['d']
+    assert records.keys() == {'a', 'b.1', 'c'} and skipped.keys() == {'d'}
+    assert 'target_audio.000001.tar has .nodata' in skipped['d']
     for id, record in records.items():
-        assert turns(record) == turns(plain[id]) and (record['user'] == plain[id]['user']).all() and (
-            record['assistant'] == plain[id]['assistant']).mean() > 0.9
+        assert turns(record) == turns(plain[id])
+        assert (record['user'] == plain[id]['user']).all()
+        assert (record['assistant'] == plain[id]['assistant']).mean() > 0.9
 
     tar = tmp_path / 'shar/recording.000000.tar'
     tar.write_bytes(tar.read_bytes()[:-len(tar.read_bytes()) // 2])
     (tmp_path / 'shar/recording.000001.tar').write_bytes(b'no tar')
     lhotse_cuts.tar_index.cache_clear()
     records, skipped = prepare(lhotse_cuts, tmp_path / 'shar')
-    assert records.keys() == {'a'
-                              } and 'has .flac for cut b.1' in skipped['b.1'] and 'is no tar' in skipped['c']
+    assert records.keys() == {'a'}
+    assert 'has .flac for cut b.1' in skipped['b.1'] and 'is no tar' in skipped['c']
 
 
 @pytest.mark.parametrize('where', ['recording', 'target_audio', 'shar', 'pair', 'url'])
@@ -332,27 +357,26 @@ def test_no_command_of_a_manifest_is_run(where, tmp_path, prepare, duplex):
     """Lhotse would give a source of type "command" to the shell. This one would leave a file."""
     user, assistant, _ = duplex
     trap = recording(f'touch {tmp_path}/was_run; cat {tmp_path}/wavs/user.wav', 2.0, kind='command')
+    by_url = recording('http://127.0.0.1:9/a.wav', 2.0, kind='url')
     bad = dict(recording=cut('bad', trap, assistant), target_audio=cut('bad', user, trap),
-               shar=cut('bad', user, assistant),
-               url=cut('bad', recording('http://127.0.0.1:9/a.wav', 2.0, kind='url'), assistant)).get(where)
+               shar=cut('bad', user, assistant), url=cut('bad', by_url, assistant)).get(where)
     path, settings = tmp_path / 'cuts.jsonl', []
     write_rows(path, [bad, cut('good', user, assistant)])
     if where == 'shar':     # a field without its audio is stored as rows
         path = tmp_path / 'shar'
         path.mkdir()
         write_rows(path / 'cuts.000000.jsonl.gz', [bad, cut('good', user, assistant)])
-        write_rows(path / 'recording.000000.jsonl.gz',
-                   [dict(cut_id='bad', recording=trap),
-                    dict(cut_id='good', recording=dict(user))])
+        write_rows(path / 'recording.000000.jsonl.gz', [
+            dict(cut_id='bad', recording=trap), dict(cut_id='good', recording=dict(user))])
         settings = [f'--audio_dir={tmp_path}']
     if where == 'pair':
         path = write_rows(tmp_path / 'recordings.jsonl', [dict(trap, id='bad'), dict(user, id='good')])
-        said = [
-            dict(id=id, recording_id=id, start=0, duration=1.0, channel=0, text='Hi.')
-            for id in ('bad', 'good')]
+        said = [dict(id=id, recording_id=id, start=0, duration=1.0, channel=0, text='Hi.')
+                for id in ('bad', 'good')]
         settings = [f'--supervisions={write_rows(tmp_path / "supervisions.jsonl", said)}']
     records, skipped = prepare(lhotse_cuts, path, *settings)
-    assert records.keys() == {'good'} and f"type '{'url' if where == 'url' else 'command'}'" in skipped['bad']
+    kind = 'url' if where == 'url' else 'command'
+    assert records.keys() == {'good'} and f"type '{kind}'" in skipped['bad']
     assert not (tmp_path / 'was_run').exists()
 
 
@@ -369,13 +393,12 @@ def test_fixtures_of_lhotse(prepare, tmp_path):
     folder = REAL / 'lhotse'
     # paths from test/fixtures/ami on; two speakers, one channel
     records, skipped = prepare(lhotse_cuts, folder / 'ami/cuts.json')
-    assert not skipped and [turns(record) for record in records.values()] == [[
-        ('user', 36, 71, "I'M ABIGAIL "
-         "CLAFLIN"), ('user', 84, 109, 'YOU CAN CALL ME ABBIE')]]
+    assert not skipped and [turns(record) for record in records.values()] == [
+        [('user', 36, 71, "I'M ABIGAIL CLAFLIN"), ('user', 84, 109, 'YOU CAN CALL ME ABBIE')]]
     records, skipped = prepare(lhotse_cuts, folder / 'ljspeech/cuts.json', f'--audio_dir={folder}',
                                '--role=assistant')
-    assert not skipped and {turn['text'] for record in records.values() for turn in record['turns']} == {
-        'IN EIGHTEEN THIRTEEN', 'EIGHT THE PRESS YARD'}
+    texts = {turn['text'] for record in records.values() for turn in record['turns']}
+    assert not skipped and texts == {'IN EIGHTEEN THIRTEEN', 'EIGHT THE PRESS YARD'}
     assert sorted(len(record['assistant']) for record in records.values()) == [39, 40]      # 1.54 and 1.60 s
     libri = folder / 'mini_librispeech/lhotse'
     with pytest.raises(ValueError, match="none of the 38 .*'command' .'sox "):
@@ -393,22 +416,24 @@ def test_stereo_fixture_of_lhotse(prepare, tmp_path):
     whole = cut('s', recording(REAL / 'lhotse/stereo.wav', n_sec, (0, 1), rate=8000), said=said,
                 channel=[0, 1], kind='MultiCut', n_sec=n_sec)
     records, _ = prepare(lhotse_cuts, write_rows(tmp_path / 'cuts.jsonl', [whole]), '--user_channel=1')
-    assert turns(records['s']) == [
-        ('assistant', 2, 10, 'left'),
-        ('user', 12, 20, 'right')] and len(records['s']['user']) == np.ceil(n_sec * 25)
+    assert turns(records['s']) == [('assistant', 2, 10, 'left'), ('user', 12, 20, 'right')]
+    assert len(records['s']['user']) == np.ceil(n_sec * 25)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # codes
 
 def slam_row(index, number, tokens, **more):
-    return dict(split_name='x', index=index, round=number, source_text='USER: before ASSISTANT: so <USER>: '
-                f'question {number}', target_text=f'answer {number}', target_token=tokens, **more)
+    asked = f'USER: before ASSISTANT: so <USER>: question {number}'
+    return dict(split_name='x', index=index, round=number, source_text=asked,
+                target_text=f'answer {number}', target_token=tokens, **more)
 
 
 def test_rounds_become_a_dialogue_where_the_user_can_be_heard(tmp_path, prepare, small_codec, capsys):
-    """25 Hz: round 1 is 25 frames of question and 5 of answer, 12 frames pass (0.5 s), round 2 is 20 and 3.
-    Rows may be in any order."""
+    """
+    25 Hz: round 1 is 25 frames of question and 5 of answer, 12 frames pass (0.5 s), round 2 is 20 and 3.
+    Rows may be in any order.
+    """
     one, = write_wav(tmp_path / 'wavs/one.wav', hum(140, 1.0))
     write_wav(tmp_path / 'wavs/two.wav', hum(180, 0.8))
     path = write_rows(tmp_path / 'rows.jsonl', [
@@ -417,29 +442,27 @@ def test_rounds_become_a_dialogue_where_the_user_can_be_heard(tmp_path, prepare,
         slam_row(2, 1, [9, 9], source_token=[4, 4, 4]),
         slam_row(3, 1, [1, 32]),
         slam_row(4, 2, [1], source_token=[4]),
-        slam_row(5, 1, 'no list'), '{',
+        slam_row(5, 1, 'no list'),
+        '{',
         slam_row(6, 1, [3, 3], source_wav='wavs/gone.wav'),
         slam_row(6, 2, [1], source_wav='wavs/one.wav')])
     records, skipped = prepare(codes, path)
     assert '3 dialogues of two channels from 4 rows; 5 rows are one-sided' in capsys.readouterr().out
-    first = records['x-1']
+    first, second, alone = records['x-1'], records['x-2'], records['rows.jsonl, row 8']
     assert turns(first) == [('user', 0, 25, 'question 1'), ('assistant', 25, 30, 'answer 1'),
                             ('user', 42, 62, 'question 2'), ('assistant', 62, 65, 'answer 2')]
-    assert first['assistant'][25:30].tolist() == [1, 2, 3, 4, 5] and first['assistant'][62:65].tolist() == [
-        6, 7, 8] and len(first['user']) == 65
-    assert np.isin(first['assistant'][30:62],
-                   small_codec.silence_codes).all() and (first['user'][:20]
-                                                         == small_codec.encode(one)[:20]).mean() > 0.5
-    assert turns(records['x-2']) == [
-        ('user', 0, 3, 'question 1'),
-        ('assistant', 3, 5, 'answer 1')] and records['x-2']['user'][:3].tolist() == [4, 4, 4]
-    assert turns(records['rows.jsonl, row 8']) == [
-        ('assistant', 0, 2, 'answer 1')] and len(records['rows.jsonl, row 8']['user']) == 0
-    reasons = {
-        'rows.jsonl, row 4': 'code 32 at frame 1 of target_token; codec mel has 0 to 31', 'x-4': 'rounds [2]',
-        'rows.jsonl, row 6': 'no list of codes', 'rows.jsonl, row 7': 'no JSON object'}
-    assert skipped.keys() == reasons.keys() and all(
-        reason in skipped[id] for id, reason in reasons.items()), skipped
+    assert first['assistant'][25:30].tolist() == [1, 2, 3, 4, 5]
+    assert first['assistant'][62:65].tolist() == [6, 7, 8] and len(first['user']) == 65
+    assert np.isin(first['assistant'][30:62], small_codec.silence_codes).all()
+    assert (first['user'][:20] == small_codec.encode(one)[:20]).mean() > 0.5
+    assert turns(second) == [('user', 0, 3, 'question 1'), ('assistant', 3, 5, 'answer 1')]
+    assert second['user'][:3].tolist() == [4, 4, 4]
+    assert turns(alone) == [('assistant', 0, 2, 'answer 1')] and len(alone['user']) == 0
+    check_reasons(skipped, {
+        'rows.jsonl, row 4': 'code 32 at frame 1 of target_token; codec mel has 0 to 31',
+        'x-4': 'rounds [2]',
+        'rows.jsonl, row 6': 'no list of codes',
+        'rows.jsonl, row 7': 'no JSON object'})
     # a round whose user cannot be heard makes the others of its dialogue one-sided
     assert len(records) == 4
     assert len(prepare(codes, path, '--one_sided')[0]) == 6       # all but those skipped for their codes
@@ -451,9 +474,11 @@ def test_rounds_become_a_dialogue_where_the_user_can_be_heard(tmp_path, prepare,
 
 @real
 def test_real_rows_become_dialogues_flatten_and_come_back(tmp_path, prepare):
-    """Ten rows of SLAM-Omni, seven dialogues. Their user's audio is not here: first they are one-sided, then
+    """
+    Ten rows of SLAM-Omni, seven dialogues. Their user's audio is not here: first they are one-sided, then
     the user gets codes of a real answer for a voice, so that the layouts of two channels have something to
-    lay."""
+    lay.
+    """
     S3Codec.create(variant='v1_50hz', silence_codes=[230, 440, 491]).save(tmp_path / 's3')
     source = REAL / 'speech_tokens/slam_omni_en.jsonl'
     rows = [json.loads(line) for line in open(source, encoding='utf-8')]
@@ -470,22 +495,18 @@ def test_real_rows_become_dialogues_flatten_and_come_back(tmp_path, prepare):
     spoken = [dict(row, source_token=rows[i - 1]['target_token'][:200]) for i, row in enumerate(rows)]
     records, skipped = prepare(codes, write_rows(tmp_path / 'spoken.jsonl', spoken), codec=tmp_path / 's3')
     assert not skipped and len(records) == 7 and len(records['identity-2']['turns']) == 6
-    assert records['identity-2']['turns'][2][
-        'text'] == "Wow, that's a lot of water! No wonder we call it the blue planet."
+    said = "Wow, that's a lot of water! No wonder we call it the blue planet."
+    assert records['identity-2']['turns'][2]['text'] == said
     for record in records.values():
         for name, chunk in ('half_duplex', None), ('duplex3', 20), ('duplex2', 20):
             layout = get_layout(name, speech_chunk=chunk)
             flat, = flatten(record, layout, vocab)
             back = unflatten(flat.ids, layout, vocab, silence_code=230)
-            pairs = list(
-                zip(
-                    *([turn
-                       for turn in each['turns']
-                       if turn['role'] == 'assistant']
-                      for each in (record, back)), strict=True))
+            answers, again_answers = ([turn for turn in each['turns'] if turn['role'] == 'assistant']
+                                      for each in (record, back))
             # Qwen2's 5 tokens a second are enough for all that is said
-            assert len(pairs) == len(record['turns']) // 2 and flat.n_dropped == 0
-            for turn, again in pairs:
+            assert len(answers) == len(record['turns']) // 2 and flat.n_dropped == 0
+            for turn, again in zip(answers, again_answers, strict=True):
                 assert np.array_equal(record['assistant'][turn['start']:turn['end']],
                                       back['assistant'][again['start']:again['end']])
                 assert name == 'duplex2' or turn['text'] == again['text']

@@ -1,5 +1,7 @@
-"""The demo from end to end, small: espeak, codec, dialogues, training, a wav that was never heard, its
-answer."""
+"""
+The demo from end to end, small: espeak, codec, dialogues, training, a wav that was never heard, and its
+answer.
+"""
 import json
 import pathlib
 
@@ -34,13 +36,14 @@ def test_prepare(prepared, run):
 
 
 def test_prepared_twice_is_the_same(prepared, tmp_path, run):
-    """The same questions of the same voices at the same times. Not the same bits: espeak-ng's noises differ
-    now and then."""
+    """
+    The same questions of the same voices at the same times. Not the same bits: espeak-ng's noises differ now
+    and then.
+    """
     from data.dialogues import Dialogues
     run(*PREPARE, f'--out={tmp_path}')
-    assert (tmp_path
-            / 'tokenizer/tokenizer.json').read_bytes() == (prepared
-                                                           / 'tokenizer/tokenizer.json').read_bytes()
+    one, other = ((folder / 'tokenizer/tokenizer.json').read_bytes() for folder in (tmp_path, prepared))
+    assert one == other
     for split in ('train', 'test'):
         first, second = Dialogues(str(prepared), split), Dialogues(str(tmp_path), split)
         assert len(first) == len(second)
@@ -57,13 +60,12 @@ def test_test_voices_are_not_heard_in_training(prepared):
     for split in ('train', 'val', 'test'):
         dialogues = Dialogues(str(prepared), split)
         voices[split] = {dialogues[i]['id'].split('-')[2] for i in range(len(dialogues))}
-    assert not voices['train'] & voices['test'] and not voices['train'] & voices['val'] and len(
-        voices['test']) >= 20
+    assert not voices['train'] & voices['test'] and not voices['train'] & voices['val']
+    assert len(voices['test']) >= 20
 
 
 def test_train_sample_evaluate(prepared, tmp_path, run):
-    """The demo's own config, for a few steps; then a question in another voice, at 44.1 kHz, through every
-    command."""
+    """The demo's own config, for a few steps; then a question in another voice through every command."""
     cfg = config.load(train.Config, [
         str(ROOT / 'config/demo.py'), f'--data={prepared}', f'--out_dir={tmp_path}/run',
         '--stages=asr.user+tts.assistant:6, duplex3:6', '--eval_interval=6', '--batch_size=4',
@@ -74,30 +76,27 @@ def test_train_sample_evaluate(prepared, tmp_path, run):
         '--voice=linda', '--rate=150')
     assert soundfile.info(tmp_path / 'question.wav').samplerate == 44100
     assert 1.5 < len(read_audio(str(tmp_path / 'question.wav'), 16000)) / 16000 < 4
-    dialogue, = sample.main(
-        config.load(sample.Config, [
-            f'--checkpoint={tmp_path}/run', f'--user={tmp_path}/question.wav', '--silence_bias=-100',
-            '--reply_sec=1']))
+    dialogue, = sample.main(config.load(sample.Config, [
+        f'--checkpoint={tmp_path}/run', f'--user={tmp_path}/question.wav', '--silence_bias=-100',
+        '--reply_sec=1']))
     user = [turn for turn in dialogue['turns'] if turn['role'] == 'user']
     assert user and 0.3 < user[0]['start'] / 25 < 0.7       # half a second of noise comes first
-    measured = evaluate.main(
-        config.load(evaluate.Config,
-                    [f'--checkpoint={tmp_path}/run', f'--data={prepared}', '--n_dialogue=8']))
+    measured = evaluate.main(config.load(evaluate.Config, [
+        f'--checkpoint={tmp_path}/run', f'--data={prepared}', '--n_dialogue=8']))
     assert measured['n_turn'] >= 8 and measured['train_steps'] == 12
 
 
-@pytest.mark.parametrize('name, stages', [('demo_half_duplex', 'half_duplex:3'),
-                                          ('demo_duplex2', 'duplex2:3')])
+@pytest.mark.parametrize('name, stages', [
+    ('demo_half_duplex', 'half_duplex:3'), ('demo_duplex2', 'duplex2:3')])
 def test_the_other_stages_run(prepared, tmp_path, name, stages):
     first = config.load(train.Config, [
         str(ROOT / 'config/demo.py'), f'--data={prepared}', f'--out_dir={tmp_path}/a', '--stages=duplex3:2',
         '--tensorboard=false'])
     train.main(first)
-    metrics = train.main(
-        config.load(train.Config, [
-            str(ROOT / f'config/{name}.py'), f'--data={prepared}', f'--out_dir={tmp_path}/b',
-            f'--init_from={tmp_path}/a', f'--stages={stages}', '--tensorboard=false']))
-    assert metrics['step'] == 3
+    second = config.load(train.Config, [
+        str(ROOT / f'config/{name}.py'), f'--data={prepared}', f'--out_dir={tmp_path}/b',
+        f'--init_from={tmp_path}/a', f'--stages={stages}', '--tensorboard=false'])
+    assert train.main(second)['step'] == 3
 
 
 def test_unknown_voice(tmp_path, run):

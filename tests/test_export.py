@@ -1,5 +1,7 @@
-"""A checkpoint with the real Qwen2 BPE opens in transformers 5 and 4.57: logits and ids are equal, and each
-id has a name."""
+"""
+A checkpoint with the real Qwen2 BPE opens in transformers 5 and 4.57: logits and ids are equal, and each id
+has a name.
+"""
 import json
 import os
 import shutil

@@ -28,21 +28,22 @@ def dialogue(n_frame, *turns, id='d'):
 
 
 EXAMPLES = {
-    # the user asks for 5 frames, the answer starts with the very next one; the last chunk is filled up with
-    # silence
+    # the user asks for 5 frames, the answer starts with the very next one;
+    # the last chunk is filled up with silence
     'turn_taking': dialogue(14, turn('user', 0, 5, 'hi?'), turn('assistant', 5, 11, 'yes')),
-    # the user speaks into the answer at frame 7; the assistant stops at 10, in chunk 2: of 8 letters 3 chunks
-    # x 2 are written
+    # the user speaks into the answer at frame 7; the assistant stops at 10, in chunk 2:
+    # of 8 letters 3 chunks x 2 are written
     'barge_in': dialogue(24, turn('user', 0, 3, 'q'), turn('assistant', 3, 10, 'abcdefgh'),
                          turn('user', 7, 20, 'stop')),
-    # "mhm" ends while the answer goes on: no barge-in, all 12 letters are written, in the silence after the
-    # turn, too
+    # "mhm" ends while the answer goes on: no barge-in, all 12 letters are written,
+    # in the silence after the turn, too
     'backchannel': dialogue(24, turn('assistant', 3, 13, 'abcdefghijkl'), turn('user', 6, 8, 'mhm')),
-    # 12 letters want 6 chunks: the text outlasts its turn by 4, then the next turn, in chunk 5, cuts its last
-    # two letters
+    # 12 letters want 6 chunks: the text outlasts its turn by 4,
+    # then the next turn, in chunk 5, cuts its last two letters
     'overlong_text': dialogue(32, turn('assistant', 1, 6, 'abcdefghijkl'), turn('assistant', 21, 30, 'xy')),
     # nobody takes the floor: all the model is asked for is silence
-    'silence': dialogue(8, turn('user', 2, 5, 'mhm')), }
+    'silence': dialogue(8, turn('user', 2, 5, 'mhm')),
+}
 
 
 @pytest.mark.parametrize('name', EXAMPLES)
@@ -52,8 +53,8 @@ def test_golden(name, regen):
     for layout in (get_layout('duplex3', speech_chunk=4), get_layout('duplex2', speech_chunk=4),
                    get_layout('half_duplex'), get_layout('asr'), get_layout('tts')):
         for document in flatten(EXAMPLES[name], layout, VOCAB):
-            drawn.append(f'{layout.name}, {document.n_dropped} text tokens '
-                         f'dropped\n{draw(document, layout, VOCAB)}\n')
+            title = f'{layout.name}, {document.n_dropped} text tokens dropped'
+            drawn.append(f'{title}\n{draw(document, layout, VOCAB)}\n')
     path = GOLDEN / f'{name}.txt'
     if regen:
         path.write_text('\n'.join(drawn), encoding='utf-8')
@@ -66,8 +67,10 @@ def test_the_pictures_in_the_docstring():
 
 
 def test_shown_against_time():
-    """8 chunks of 3 frames at 25 Hz; without its colours the barge-in reads as: the answer from frame 3, both
-    speaking (▓) from 7 to 10."""
+    """
+    8 chunks of 3 frames at 25 Hz; without its colours the barge-in reads as: the answer from frame 3, both
+    speaking (▓) from 7 to 10.
+    """
     shown = show(EXAMPLES['barge_in'], get_layout('duplex3', speech_chunk=3), VOCAB, rate_hz=25.0)
     lines = re.sub('\033\\[\\d*m', '', shown).splitlines()
     assert lines[0] == 'd  8 chunks of 3 frames, 64 tokens, 40 learned, 2 text tokens dropped'
@@ -87,9 +90,9 @@ def test_duplex3_by_hand():
     document, = flatten(dialogue(11, turn('assistant', 5, 9, 'me')), layout, VOCAB)
     s, t, c = VOCAB.control['<|silent_speech|>'], VOCAB.control['<|silent_text|>'], VOCAB.code_start
     assert document.ids.tolist() == [
-        c, c + 1, c + 2, c + 3, t, t, s, s, s, s, c + 4, c + 5, c + 6, c + 7,
-        ord('m'),
-        ord('e'), s, c + 37, c + 38, c + 39, c + 8, c + 9, c + 10, s, t, t, c + 40, s, s, s]
+        c, c + 1, c + 2, c + 3, t, t, s, s, s, s,
+        c + 4, c + 5, c + 6, c + 7, ord('m'), ord('e'), s, c + 37, c + 38, c + 39,
+        c + 8, c + 9, c + 10, s, t, t, c + 40, s, s, s]
     assert document.learned.tolist() == ([False] * 4 + [True] * 6) * 3
 
 
@@ -100,9 +103,8 @@ def dialogues(draw):
     turns = []
     for role in ('user', 'assistant'):
         cuts = draw(st.lists(st.integers(0, n_frame), unique=True, max_size=6).map(sorted))
-        turns += [
-            turn(role, start, end, draw(st.text('abé字 ', max_size=12)))
-            for start, end in zip(cuts[::2], cuts[1::2])]
+        turns += [turn(role, start, end, draw(st.text('abé字 ', max_size=12)))
+                  for start, end in zip(cuts[::2], cuts[1::2])]
     codes = st.lists(st.integers(0, VOCAB.n_codes - 1), min_size=n_frame, max_size=n_frame)
     return dict(id='x', user=draw(codes), assistant=draw(codes), turns=turns)
 
@@ -141,8 +143,8 @@ def test_turns_come_back(d, name):
     got = [(t['text'], b[t['role']][t['start']:t['end']]) for b in backs for t in b['turns']]
     assert got == [(t['text'], d[t['role']][t['start']:t['end']]) for t in turns]
     for document, b in zip(documents, backs):
-        assert np.concatenate([again.ids for again in flatten(b, layout, VOCAB)
-                               ]).tolist() == document.ids.tolist()
+        again = [each.ids for each in flatten(b, layout, VOCAB)]
+        assert np.concatenate(again).tolist() == document.ids.tolist()
     if name == 'half_duplex':
         assert [t['role'] for b in backs for t in b['turns']] == [t['role'] for t in turns]
 
@@ -159,7 +161,7 @@ def test_touching_turns_come_back_where_their_texts_do_not_touch():
     layout = get_layout('duplex3', speech_chunk=4)
     document, = flatten(d, layout, VOCAB)
     back = unflatten(document.ids, layout, VOCAB)
-    # at the chunk border
+    # 12, for 14: the border of a chunk
     assert [(t['start'], t['end'], t['text']) for t in back['turns']] == [(2, 12, 'a'), (12, 22, 'bc')]
     assert flatten(back, layout, VOCAB)[0].ids.tolist() == document.ids.tolist()
 
@@ -180,11 +182,9 @@ def test_text_a_model_writes_one_chunk_early_is_that_of_the_speech_to_come():
 def test_the_present_does_not_depend_on_the_future(d, speech_chunk, frame):
     """Codes after a frame do not change any token of a chunk that ends before it."""
     layout = get_layout('duplex3', speech_chunk)
-    changed = dict(
-        d, **{
-            role: [c if f < frame else (c + 1) % VOCAB.n_codes
-                   for f, c in enumerate(d[role])]
-            for role in ('user', 'assistant')})
+    changed = dict(d)
+    for role in ('user', 'assistant'):
+        changed[role] = [c if f < frame else (c + 1) % VOCAB.n_codes for f, c in enumerate(d[role])]
     n_past = frame // speech_chunk * layout.period
     before, after = flatten(d, layout, VOCAB)[0], flatten(changed, layout, VOCAB)[0]
     assert before.ids[:n_past].tolist() == after.ids[:n_past].tolist()
@@ -205,8 +205,10 @@ def test_text_is_never_cut_inside_a_character():
 
 
 def test_a_cut_text_reads_back_as_itself():
-    """Two spaces are one token at the end of a text, and two before a word, as Qwen2 cuts them: they go
-    together."""
+    """
+    Two spaces are one token at the end of a text, and two before a word, as Qwen2 cuts them: they go
+    together.
+    """
     class Spaces(Letters):
         def encode(self, text):
             stripped = text.rstrip(' ')
@@ -248,12 +250,15 @@ def test_options():
     (dict(user=[0.5, 1, 1]), 'the user channel is not a list of whole numbers'),
     (dict(turns=[turn('user', 0, 4, '')]), 'user turn 0 to 4 does not lie in its channel of 3 frames'),
     (dict(turns=[turn('user', 2, 2, '')]), 'user turn 2 to 2 does not lie'),
-    (dict(turns=[turn('user', 0, 2, ''), turn('user', 1, 3, '')]), 'user turns overlap, one starts at frame '
-     '1 before the last ended at 2'), (dict(turns=[turn('robot', 0, 2, '')]), "a turn has role 'robot'"),
+    (dict(turns=[turn('user', 0, 2, ''), turn('user', 1, 3, '')]),
+     'user turns overlap, one starts at frame 1 before the last ended at 2'),
+    (dict(turns=[turn('robot', 0, 2, '')]), "a turn has role 'robot'"),
     (dict(turns=[dict(role='user', start=0, end=2)]), 'a turn has text None'),
     (dict(turns=[turn('user', 0.0, 2, '')]), 'a turn has start 0.0'),
-    (dict(turns=[1]), 'turns is not a list of objects'), (dict(turns=None), 'turns is not a list'),
-    (dict(user=[[1], [1, 2]]), 'a list of lists'), ])
+    (dict(turns=[1]), 'turns is not a list of objects'),
+    (dict(turns=None), 'turns is not a list'),
+    (dict(user=[[1], [1, 2]]), 'a list of lists'),
+])
 def test_refused(change, message):
     d = dict(dialogue(3), **change)
     with pytest.raises(ValueError) as error:
@@ -262,14 +267,14 @@ def test_refused(change, message):
 
 
 def test_refused_layouts():
-    for call, message in ((lambda: get_layout('duplex4'),
-                           "did you mean 'duplex3'"), (lambda: get_layout('duplex3', 0), 'speech_chunk is 0'),
-                          (lambda: flatten(dict(dialogue(3), assistant=[]), get_layout('duplex3'), VOCAB),
-                           'one channel only'), (lambda: unflatten([1] * 23, get_layout('duplex3'), VOCAB),
-                                                 '23 ids are no whole '
-                                                 'number of chunks of '
-                                                 '22'), (lambda: unflatten([1], get_layout('asr'), VOCAB),
-                                                         'where a turn has to start')):
+    duplex3, one_sided = get_layout('duplex3'), dict(dialogue(3), assistant=[])
+    for call, message in (
+        (lambda: get_layout('duplex4'), "did you mean 'duplex3'"),
+        (lambda: get_layout('duplex3', 0), 'speech_chunk is 0'),
+        (lambda: flatten(one_sided, duplex3, VOCAB), 'one channel only'),
+        (lambda: unflatten([1] * 23, duplex3, VOCAB), '23 ids are no whole number of chunks of 22'),
+        (lambda: unflatten([1], get_layout('asr'), VOCAB), 'where a turn has to start'),
+    ):
         with pytest.raises(ValueError) as error:
             call()
         assert message in str(error.value)
@@ -281,10 +286,10 @@ def test_every_layout_is_drawn():
 
 def test_command_line(tmp_path, small_tokenizer, run):
     """Through the shell and back: dialogues, ids, the same dialogues."""
-    rows = [
-        dict(
-            EXAMPLES[name], id=name, turns=[t for t in EXAMPLES[name]['turns'] if t['role'] == 'assistant']
-            or [turn('assistant', 0, 8, 'ok')]) for name in ('turn_taking', 'silence')]
+    rows = []
+    for name in ('turn_taking', 'silence'):
+        answers = [t for t in EXAMPLES[name]['turns'] if t['role'] == 'assistant']
+        rows.append(dict(EXAMPLES[name], id=name, turns=answers or [turn('assistant', 0, 8, 'ok')]))
     (tmp_path / 'in.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n')
     arguments = ['--layout=duplex3', f'--tokenizer={small_tokenizer}', '--n_codes=64']
     out = run('flatten.py', *arguments, tmp_path / 'in.jsonl').stdout
@@ -293,16 +298,14 @@ def test_command_line(tmp_path, small_tokenizer, run):
     assert all(len(line['ids']) == len(line['learned']) == 44 or len(line['ids']) == 22 for line in lines)
     assert set(lines[0]['learned']) == {0, 1}
     (tmp_path / 'ids.jsonl').write_text(out)
-    back = [
-        json.loads(line)
-        for line in run('flatten.py', *arguments, '--inverse', tmp_path / 'ids.jsonl').stdout.splitlines()]
-    for row, got in zip(rows, back, strict=True):
+    out = run('flatten.py', *arguments, '--inverse', tmp_path / 'ids.jsonl').stdout
+    for row, got in zip(rows, map(json.loads, out.splitlines()), strict=True):
         assert got['turns'] == row['turns'] and got['user'] == row['user']
 
 
 @pytest.mark.parametrize('line, message', [
-    ('{"id": "a", "user": [1], "assistant": [1], "turns": [{"role": "user", "start": 0, "end": 2, "text": '
-     '""}]}', ':2: dialogue \'a\': user turn 0 to 2'),
+    ('{"id": "a", "user": [1], "assistant": [1], '
+     '"turns": [{"role": "user", "start": 0, "end": 2, "text": ""}]}', ":2: dialogue 'a': user turn 0 to 2"),
     ('{"id": "a", "user": [1]}', ":2: dialogue 'a' has no field 'assistant'"),
     ('not json', ':2: not JSON'),
     ('[1]', ':2: not a JSON object'),

@@ -1,5 +1,7 @@
-"""Training at full size: Qwen2-0.5B with 156,032 rows takes optimiser steps on a CPU, from a Hugging Face
-folder."""
+"""
+Training at full size: Qwen2-0.5B with 156,032 rows takes optimiser steps on a CPU, from a folder as Hugging
+Face has it.
+"""
 import json
 import resource
 import shutil
@@ -58,7 +60,7 @@ def test_full_size(tmp_path, small_tokenizer, capsys):
     out = capsys.readouterr().out
     assert '497.7 M parameters, 156032 ids' in out
     assert len(losses) == 5 and all(a > b for a, b in zip(losses, losses[1:])), losses
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     with capsys.disabled():
-        print(f'\nfull size: losses {losses}, at most '
-              f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB')
+        print(f'\nfull size: losses {losses}, at most {most:.1f} GiB')
     shutil.rmtree(tmp_path)

@@ -24,9 +24,10 @@ def no_proxy(monkeypatch):
 
 
 def completion(content, usage=True):
-    return json.dumps(
-        dict(choices=[dict(message=dict(role='assistant', content=content))],
-             **(dict(usage=dict(prompt_tokens=100, completion_tokens=10)) if usage else {}))).encode()
+    answer = dict(choices=[dict(message=dict(role='assistant', content=content))])
+    if usage:
+        answer['usage'] = dict(prompt_tokens=100, completion_tokens=10)
+    return json.dumps(answer).encode()
 
 
 def send(handler, body, status=200, headers=None, length=None):
@@ -51,9 +52,8 @@ def serve(behave):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
             prompt, _, asked = body['messages'][0]['content'].partition('\n\n{\n')
-            requests.append(
-                dict(body, path=self.path, key=self.headers['Authorization'], prompt=prompt,
-                     asked=json.loads('{' + asked)))
+            requests.append(dict(body, path=self.path, key=self.headers['Authorization'], prompt=prompt,
+                                 asked=json.loads('{' + asked)))
             try:
                 behave(self, requests[-1]['asked'], len(requests))
             except OSError:
@@ -74,22 +74,23 @@ def serve(behave):
 
 
 def make_items(n):
-    return [
-        dict(id=f'd{i}', question=f'q{i % 10 + 1}', answer=f'answer {i} 你好',
-             history=[dict(role='user', text='hi')]) for i in range(n)]
+    history = [dict(role='user', text='hi')]
+    return [dict(id=f'd{i}', question=f'q{i % 10 + 1}', answer=f'answer {i} 你好', history=history)
+            for i in range(n)]
 
 
 def ask(tmp_path, url, items, **settings):
-    settings = dict(
-        dict(key=KEY, cache_path=str(tmp_path / 'cache.jsonl'), timeout_sec=2, pause_sec=0.001,
-             log=lambda _: None), **settings)
-    return judge.score(items, url, 'model', **settings)
+    default = dict(key=KEY, cache_path=str(tmp_path / 'cache.jsonl'), timeout_sec=2, pause_sec=0.001,
+                   log=lambda _: None)
+    return judge.score(items, url, 'model', **dict(default, **settings))
 
 
 def test_scores_in_order(tmp_path):
-    """The earlier an answer was asked for the later it comes. 10 answers of 100 tokens in, 10 out, at 2 and 8
-    USD a million: (1000 * 2 + 100 * 8) / 1e6 = 0.0028 USD; the mean of 1 to 10 is 5.5. Two dialogues with the
-    same words are asked once."""
+    """
+    The earlier an answer was asked for the later it comes. 10 answers of 100 tokens in, 10 out, at 2 and 8
+    USD a million: (1000 * 2 + 100 * 8) / 1e6 = 0.0028 USD; the mean of 1 to 10 and 4 again is 59 / 11 = 5.36.
+    Two dialogues with the same words are asked once.
+    """
     def behave(handler, asked, n):
         time.sleep(0.01 * (10 - n))
         good(handler, asked, n)
@@ -102,10 +103,10 @@ def test_scores_in_order(tmp_path):
     assert rows[3] == dict(id='d3', score=4, why='好 answer 3 你好') and rows[10] == dict(rows[3], id='again')
     assert len(requests) == 10
     one = requests[0]
-    assert (one['path'], one['key'], one['model'], one['temperature']) == ('/v1/chat/completions',
-                                                                           f'Bearer {KEY}', 'model', 0)
-    assert '{"score": n, "why": "..."}' in one['prompt'] and set(one['asked']) == {
-        'history', 'question', 'answer'}
+    assert (one['path'], one['key']) == ('/v1/chat/completions', f'Bearer {KEY}')
+    assert (one['model'], one['temperature']) == ('model', 0)
+    assert '{"score": n, "why": "..."}' in one['prompt']
+    assert set(one['asked']) == {'history', 'question', 'answer'}
     assert said[-1] == 'judge 11/11 | mean 5.36 | without a score 0 | 1,000 tokens in, 100 out, 0.0028 USD'
 
 
@@ -144,34 +145,47 @@ def slow_body(handler):
     trickle(handler, b' ')
 
 
+def with_score(text):
+    return lambda h: send(h, completion(f'{{"score": {text}, "why": "x"}}'))
+
+
 RIGHT = completion('{"score": 7, "why": "x"}')
 FAULTS = dict(
     rate_limit=lambda h: send(h, b'slow down', 429, {'Retry-After': 0}),
-    error_500=lambda h: send(h, b'oops', 500), error_503=lambda h: send(h, b'', 503), stalls=stall,
+    error_500=lambda h: send(h, b'oops', 500),
+    error_503=lambda h: send(h, b'', 503),
+    stalls=stall,
     trickles_headers=lambda h: (h.wfile.write(b'HTTP/1.0 200 OK\r\nX: '), trickle(h, b'x')),
-    trickles_body=slow_body, hangs_up=lambda h: h.connection.close(), hangs_up_midway=hang_up,
+    trickles_body=slow_body,
+    hangs_up=lambda h: h.connection.close(),
+    hangs_up_midway=hang_up,
     no_http=lambda h: h.wfile.write(b'SSH-2.0-OpenSSH\r\n\r\n'),
     body_shorter_than_said=lambda h: send(h, RIGHT[:-20], length=len(RIGHT)),
     body_longer_than_said=lambda h: send(h, RIGHT, length=20),
-    html=lambda h: send(h, b'<html>Log in, please</html>'), no_utf8=lambda h: send(h, b'\xff\xfe\x00'),
-    nested=lambda h: send(h, b'[' * 100000), a_list=lambda h: send(h, b'[]'),
+    html=lambda h: send(h, b'<html>Log in, please</html>'),
+    no_utf8=lambda h: send(h, b'\xff\xfe\x00'),
+    nested=lambda h: send(h, b'[' * 100000),
+    a_list=lambda h: send(h, b'[]'),
     error_in_200=lambda h: send(h, b'{"error": {"message": "busy"}}'),
-    no_choices=lambda h: send(h, b'{"choices": []}'), no_content=lambda h: send(h, completion(None)),
+    no_choices=lambda h: send(h, b'{"choices": []}'),
+    no_content=lambda h: send(h, completion(None)),
     prose=lambda h: send(h, completion('I would give it 8 out of 10.')),
-    no_score=lambda h: send(h, completion('{"why": "good"}')), **{
-        f'score_{text}': lambda h, text=text: send(h, completion(f'{{"score": {text}, "why": "x"}}'))
-        for text in ('"8/10"', '"8"', '11', '0', '-3', 'null', 'true', 'NaN', '[8]', '1e999')
-    }, two_scores=lambda h: send(h, completion('{"score": 3, "why": "x"} or {"score": 8, "why": "y"}')))
+    no_score=lambda h: send(h, completion('{"why": "good"}')),
+    two_scores=lambda h: send(h, completion('{"score": 3, "why": "x"} or {"score": 8, "why": "y"}')),
+    **{f'score_{text}': with_score(text)
+       for text in ('"8/10"', '"8"', '11', '0', '-3', 'null', 'true', 'NaN', '[8]', '1e999')},
+)
 
 
 @pytest.mark.parametrize('is_slow', [False, True])
 def test_asked_again_after_each_fault(tmp_path, is_slow):
-    """Each fault comes once, then the right answer: two requests a question, none of the faults is taken for
-    a score. Slow ones are given up after a timeout of 0.3 s; the others are seen at once, long before one of
-    5."""
-    names, seen = [
-        name for name in FAULTS if (name in ('stalls', 'trickles_headers', 'trickles_body')) == is_slow
-    ], set()
+    """
+    Each fault comes once, then the right answer: two requests a question, none of the faults is taken for a
+    score. Slow ones are given up after a timeout of 0.3 s; the others are seen at once, long before one of
+    5 s.
+    """
+    slow, seen = ('stalls', 'trickles_headers', 'trickles_body'), set()
+    names = [name for name in FAULTS if (name in slow) == is_slow]
 
     def behave(handler, asked, n):
         name = asked['answer']
@@ -186,12 +200,14 @@ def test_asked_again_after_each_fault(tmp_path, is_slow):
     assert len(requests) == 2 * len(names)
 
 
-@pytest.mark.parametrize('fault, reason', [('score_11', '"score": 11'), ('html', 'Log in, please'),
-                                           ('stalls', 'within 0.1 s'), ('trickles_body', 'within 0.1 s'),
-                                           ('error_500', 'said 500: oops')])
+@pytest.mark.parametrize('fault, reason', [
+    ('score_11', '"score": 11'), ('html', 'Log in, please'), ('stalls', 'within 0.1 s'),
+    ('trickles_body', 'within 0.1 s'), ('error_500', 'said 500: oops')])
 def test_a_lasting_fault_is_no_score(tmp_path, fault, reason):
-    """Question 1 never gets a score: after n_try requests it stays without one, says why, and only it is
-    asked by the next run."""
+    """
+    Question 1 never gets a score: after n_try requests it stays without one, says why, and only it is asked
+    by the next run.
+    """
     def behave(handler, asked, n):
         FAULTS[fault](handler) if asked['question'] == 'q1' else good(handler, asked, n)
 
@@ -214,15 +230,14 @@ def test_waits_as_long_as_it_is_asked_to(tmp_path):
         assert ask(tmp_path, url, make_items(1))[0]['score'] == 1
     assert 0.2 <= at[1] - at[0] < 1
     assert 8 < judge.read_retry_after(formatdate(time.time() + 10, usegmt=True)) <= 10
-    assert judge.read_retry_after(formatdate(
-        0,
-        usegmt=True)) == 0 and judge.read_retry_after('soon') is None and judge.read_retry_after(None) is None
+    assert judge.read_retry_after(formatdate(0, usegmt=True)) == 0
+    assert judge.read_retry_after('soon') is None and judge.read_retry_after(None) is None
 
 
 def test_a_day_is_too_long_to_wait(tmp_path):
-    with serve(lambda h, *_: send(h, b'quota', 429, {'Retry-After': 86400})) as (
-            url, requests), pytest.raises(ValueError, match='said 429: quota'):
-        ask(tmp_path, url, make_items(1))
+    with serve(lambda h, *_: send(h, b'quota', 429, {'Retry-After': 86400})) as (url, requests):
+        with pytest.raises(ValueError, match='said 429: quota'):
+            ask(tmp_path, url, make_items(1))
     assert len(requests) == 1
 
 
@@ -234,18 +249,20 @@ def test_refused_once_and_said_clearly(tmp_path, status):
 
     with serve(behave) as (url, requests), pytest.raises(ValueError) as caught:
         ask(tmp_path, url, make_items(1))
-    assert str(caught.value
-               ) == f'the judge cannot be asked: {url}/chat/completions said {status}: no: Bearer (key)'
+    said = f'the judge cannot be asked: {url}/chat/completions said {status}: no: Bearer (key)'
+    assert str(caught.value) == said
     assert [request['path'] for request in requests] == ['/v1/chat/completions']
 
 
 def test_one_refused_answer_does_not_end_it(tmp_path):
     """A filter of contents says 400 to one answer, the others are judged."""
-    with serve(lambda h, asked, n: send(h, b'inappropriate', 400) if asked['question'] == 'q1' else good(
-            h, asked, n)) as (url, requests):
+    def behave(handler, asked, n):
+        send(handler, b'inappropriate', 400) if asked['question'] == 'q1' else good(handler, asked, n)
+
+    with serve(behave) as (url, requests):
         rows = ask(tmp_path, url, make_items(4))
-    assert [row['score'] for row in rows] == [None, 2, 3, 4
-                                              ] and 'inappropriate' in rows[0]['error'] and len(requests) == 4
+    assert [row['score'] for row in rows] == [None, 2, 3, 4]
+    assert 'inappropriate' in rows[0]['error'] and len(requests) == 4
 
 
 def test_nobody_there(tmp_path):
@@ -259,8 +276,10 @@ def test_nobody_there(tmp_path):
 
 def test_a_server_that_dies_ends_the_run(tmp_path):
     """After 20 answers it fails: 8 in a row, and what 2 threads have begun meanwhile, not all of the 1000."""
-    with serve(lambda h, asked, n: good(h, asked, n) if n <= 20 else send(h, b'out of memory', 500)) as (
-            url, requests):
+    def behave(handler, asked, n):
+        good(handler, asked, n) if n <= 20 else send(handler, b'out of memory', 500)
+
+    with serve(behave) as (url, requests):
         with pytest.raises(ValueError, match='said 500: out of memory'):
             ask(tmp_path, url, make_items(1000), n_parallel=2, n_try=1)
     assert len(requests) < 40 and (tmp_path / 'cache.jsonl').read_bytes().count(b'\n') == 20
@@ -270,8 +289,7 @@ def test_the_second_run_asks_nothing(tmp_path):
     with serve(good) as (url, requests):
         first = ask(tmp_path, url, make_items(9))
         assert ask(tmp_path, url, make_items(9)) == first and len(requests) == 9
-        # another history is another question
-        ask(tmp_path, url, [dict(make_items(1)[0], history=[])])
+        ask(tmp_path, url, [dict(make_items(1)[0], history=[])])        # another history: another question
         (tmp_path / 'prompt.txt').write_text('请打分。', encoding='utf-8')
         ask(tmp_path, url, make_items(1), prompt_path=str(tmp_path / 'prompt.txt'))
         assert len(requests) == 11 and requests[-1]['prompt'] == '请打分。'
@@ -297,21 +315,21 @@ def test_half_a_line_is_asked_again(tmp_path):
 
 def write_transcripts(folder, n):
     for i in range(n):
-        rows = [
-            dict(role='user', start_sec=0.4, end_sec=1.0, text=f'q{i + 1}'),
-            dict(role='assistant', start_sec=1.2, end_sec=2.0, text=f'a{i}')]
+        rows = [dict(role='user', start_sec=0.4, end_sec=1.0, text=f'q{i + 1}'),
+                dict(role='assistant', start_sec=1.2, end_sec=2.0, text=f'a{i}')]
         (folder / f't{i}.jsonl').write_text('\n'.join(json.dumps(row) for row in rows))
     return [str(folder / f't{i}.jsonl') for i in range(n)]
 
 
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL])
 def test_killed_and_resumed(tmp_path, how, monkeypatch, capsys):
-    """The server answers three, then stalls. Ctrl-C ends it at once though a request may last a minute; what
-    was judged is kept."""
+    """
+    The server answers three, then stalls. Ctrl-C ends it at once though a request may last a minute; what
+    was judged is kept.
+    """
     with serve(lambda h, asked, n: good(h, asked, n) if n <= 3 or n > 5 else stall(h)) as (url, requests):
-        arguments = [
-            f'--url={url}', '--model=m', '--n_parallel=2', f'--out={tmp_path}/out',
-            *write_transcripts(tmp_path, 6)]
+        arguments = [f'--url={url}', '--model=m', '--n_parallel=2', f'--out={tmp_path}/out',
+                     *write_transcripts(tmp_path, 6)]
         monkeypatch.setenv('OPENAI_API_KEY', KEY)
         process = subprocess.Popen([sys.executable, '-m', 'measures.judge', *arguments], cwd=ROOT,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -336,10 +354,12 @@ def test_killed_and_resumed(tmp_path, how, monkeypatch, capsys):
 
 
 def test_the_key_stays_here(tmp_path):
-    """Not in the cache, even if the judge repeats it; a key with a line break is not printed by the HTTP
-    library."""
-    with serve(lambda h, *_: send(h, completion(json.dumps(dict(score=7, why=f'your key is {KEY}'))))) as (
-            url, _):
+    """
+    Not in the cache, even if the judge repeats it; a key with a line break is not printed by the HTTP
+    library.
+    """
+    leak = completion(json.dumps(dict(score=7, why=f'your key is {KEY}')))
+    with serve(lambda h, *_: send(h, leak)) as (url, _):
         rows = ask(tmp_path, url, make_items(1))
         assert rows[0]['why'] == 'your key is (key)' and KEY not in (tmp_path / 'cache.jsonl').read_text()
         for wrong in (f'{KEY}\nX: y', f'{KEY}…'):
@@ -349,15 +369,14 @@ def test_the_key_stays_here(tmp_path):
         assert ask(tmp_path, url, make_items(3), key=f' {KEY}\n')[2]['score'] == 7
 
 
-@pytest.mark.parametrize('text, score', [('{"score": 8, "why": "x"}', 8),
-                                         ('```json\n{"score": 7.5, "why": "x"}\n```', 7.5),
-                                         ('Here: {"why": '
-                                          '"two\nlines", '
-                                          '"score": 10} '
-                                          'Thanks!', 10),
-                                         ('<think>maybe {"score": 3}</think>{"score": 8}', 8),
-                                         ('{"score": 8, "why": "一"} so {"score": 8}', 8),
-                                         ('{"result": {"score": 6}}', 6)])
+@pytest.mark.parametrize('text, score', [
+    ('{"score": 8, "why": "x"}', 8),
+    ('```json\n{"score": 7.5, "why": "x"}\n```', 7.5),
+    ('Here: {"why": "two\nlines", "score": 10} Thanks!', 10),
+    ('<think>maybe {"score": 3}</think>{"score": 8}', 8),
+    ('{"score": 8, "why": "一"} so {"score": 8}', 8),
+    ('{"result": {"score": 6}}', 6),
+])
 def test_what_stands_around_the_json(text, score):
     assert judge.read_score(text)['score'] == score
 
@@ -370,8 +389,8 @@ def test_a_server_that_does_not_count(tmp_path):
     said = []
     with serve(lambda h, *_: send(h, completion('{"score": 7}', usage=False))) as (url, _):
         ask(tmp_path, url, make_items(1), usd_per_m_in=1.0, log=said.append)
-    assert said == ['judge 1/1 | mean 7.00 | without a score 0 | tokens and cost unknown: the server does '
-                    'not say']
+    costs = 'tokens and cost unknown: the server does not say'
+    assert said == [f'judge 1/1 | mean 7.00 | without a score 0 | {costs}']
 
 
 # frames          0         10        20        30        40
@@ -383,37 +402,32 @@ TURNS = [dict(role='user', start=2, end=8, text='a?'), dict(role='assistant', st
 
 
 def test_conversations_to_items():
-    """The answer to a? came in two turns, to mhm came none; b? was asked after all that had begun before
-    it."""
-    expected = [
-        dict(role='assistant', start=9, end=14, text='E1'),
-        dict(role='assistant', start=30, end=40, text='E2')]
+    """The answer to a? came in two turns, to mhm came none; b? was asked after all that began before it."""
+    expected = [dict(role='assistant', start=9, end=14, text='E1'),
+                dict(role='assistant', start=30, end=40, text='E2')]
     conversation = dict(id='c', turns=TURNS, expected=expected)
+    history = [dict(role='user', text='a?'), dict(role='assistant', text='A1'),
+               dict(role='assistant', text='A2'), dict(role='user', text='mhm')]
     assert judge.to_items([conversation]) == [
         dict(id='c/1', question='a?', answer='A1 A2', history=[]),
-        dict(
-            id='c/3', question='b?', answer='B', history=[
-                dict(role=role, text=text) for role, text in (('user', 'a?'), ('assistant', 'A1'),
-                                                              ('assistant', 'A2'), ('user', 'mhm'))])]
-    assert [
-        (item['question'], item['answer']) for item in judge.to_items([conversation], use_expected=True)] == [
-            ('a?', 'E1'), ('b?', 'E2')]
+        dict(id='c/3', question='b?', answer='B', history=history)]
+    items = judge.to_items([conversation], use_expected=True)
+    assert [(item['question'], item['answer']) for item in items] == [('a?', 'E1'), ('b?', 'E2')]
 
 
-@pytest.mark.parametrize('role, complaint', [('user', r"conversation 'c': what the user says in turn 1 .* "
-                                                      r"transcript"), ('assistant', 'no answer .* '
-                                                                                    'transcript')])
+@pytest.mark.parametrize('role, complaint', [
+    ('user', "conversation 'c': what the user says in turn 1 .* transcript"),
+    ('assistant', 'no answer .* transcript'),
+])
 def test_words_are_needed(role, complaint):
+    turns = [dict(turn, text='' if turn['role'] == role else turn['text']) for turn in TURNS]
     with pytest.raises(ValueError, match=complaint):
-        judge.to_items([
-            dict(id='c',
-                 turns=[dict(turn, text='' if turn['role'] == role else turn['text']) for turn in TURNS])])
+        judge.to_items([dict(id='c', turns=turns)])
 
 
 def test_a_wrong_transcript(tmp_path, monkeypatch):
     (tmp_path / 'x.jsonl').write_text('{"role": "user"}\n')
-    monkeypatch.setattr(sys, 'argv',
-                        ['judge.py', '--url=http://127.0.0.1:9/v1', '--model=m',
-                         str(tmp_path / 'x.jsonl')])
+    monkeypatch.setattr(sys, 'argv', [
+        'judge.py', '--url=http://127.0.0.1:9/v1', '--model=m', str(tmp_path / 'x.jsonl')])
     with pytest.raises(SystemExit, match='x.jsonl, line 1: a line is JSON with role, start_sec and text'):
         judge.main()

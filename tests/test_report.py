@@ -1,5 +1,7 @@
-"""The page says what was found, keeps texts texts, and plays, seeks and is operated as a person would, in
-headless Chromium."""
+"""
+The page says what was found, keeps texts texts, and plays, seeks and is operated as a person would, in
+headless Chromium.
+"""
 import html.parser
 import io
 import json
@@ -28,8 +30,8 @@ def talk(id='one', n_sec=8, turns=((0, 'user', 1, 3, 'What is two?'), (1, 'assis
         c['turns'].append(dict(role=role, start=a, end=b, text=text))
         c['speaks'][role][a:b] = True
         t = np.arange((b - a) * 640) / SAMPLE_RATE
-        c['wave'][a * 640:b * 640,
-                  channel] += 0.3 * np.sin(2 * np.pi * 300 * t) * np.sin(2 * np.pi * 3 * t)**2
+        sound = 0.3 * np.sin(2 * np.pi * 300 * t) * np.sin(2 * np.pi * 3 * t)**2
+        c['wave'][a * 640:b * 640, channel] += sound
     return dict(c, **more)
 
 
@@ -37,10 +39,9 @@ def turn(start, end, **more):
     """As turns.assess has it; the assistant speaks from response on."""
     response = more.get('response')
     speaks = np.arange(MAX_K) >= (MAX_K if response is None else response)
-    return dict(
-        dict(kind='question', start=start, end=end, response=None, expects=True, false_start=None,
-             yielded=None, unprompted=None, speaks_from_end=speaks, speaks_from_start=np.zeros(MAX_K, bool)),
-        **more)
+    default = dict(kind='question', response=None, expects=True, false_start=None, yielded=None,
+                   unprompted=None, speaks_from_end=speaks, speaks_from_start=np.zeros(MAX_K, bool))
+    return dict(default, start=start, end=end, **more)
 
 
 class Reader(html.parser.HTMLParser):
@@ -73,13 +74,13 @@ def test_one_file_that_asks_for_nothing(tmp_path):
     page = (tmp_path / 'report.html').read_text(encoding='utf-8')
     assert not re.search(r'https?:|//\w+\.|@import|url\(', page) and '{{' not in page
     assert {attrs.get('src') or attrs.get('href') for _, attrs in reader.tags} == {None, 'data:,'}
-    assert ('html', {'lang': 'en'
-                     }) in reader.tags and '97\u00a0%' in reader.text and '68\u00a0%' in reader.text
+    assert ('html', {'lang': 'en'}) in reader.tags
+    assert '97\u00a0%' in reader.text and '68\u00a0%' in reader.text
     one, two = json.loads(reader.scripts['dialogues'])
-    assert (one['id'], one['spans'], one['both'],
-            one['marks']) == ('one', {'user': [[25, 75]], 'assistant': [[80, 125]]}, [], [])
-    assert len(one['loud']['user']) == 200 and {'mp3-0', 'mp3-1'} < set(
-        reader.scripts) and two['mp3'] == 'mp3-1'
+    assert (one['id'], one['both'], one['marks']) == ('one', [], [])
+    assert one['spans'] == {'user': [[25, 75]], 'assistant': [[80, 125]]}
+    assert len(one['loud']['user']) == 200
+    assert {'mp3-0', 'mp3-1'} < set(reader.scripts) and two['mp3'] == 'mp3-1'
 
 
 def test_a_text_stays_a_text(tmp_path):
@@ -87,17 +88,20 @@ def test_a_text_stays_a_text(tmp_path):
     c['turns'][0]['words'] = [dict(text=NASTY, start=25, end=30)]
     reader = written(tmp_path, NASTY, [c], figures=[(NASTY, NASTY, NASTY)],
                      curves={NASTY: [(0, 1.0), (1, 2.0)]}, note=NASTY)
-    assert 'img' not in {tag for tag, _ in reader.tags
-                         } and not any(name.startswith('on') for _, attrs in reader.tags for name in attrs)
+    assert 'img' not in {tag for tag, _ in reader.tags}
+    assert not any(name.startswith('on') for _, attrs in reader.tags for name in attrs)
     assert sum(tag == 'script' for tag, _ in reader.tags) == 2
     page, = json.loads(reader.scripts['dialogues'])
-    assert page['id'] == page['turns'][0]['text'] == page['turns'][0]['words'][0][
-        'text'] == NASTY and reader.text.count(NASTY) >= 5
+    said, = page['turns']
+    assert page['id'] == said['text'] == said['words'][0]['text'] == NASTY
+    assert reader.text.count(NASTY) >= 5
 
 
 def test_marks():
-    """At 25 Hz a frame is 40 ms: 3 frames after the end are 120 ms; a start 5 frames before it is 200 ms
-    early; 38 are 1,520, above the 1,500 that count."""
+    """
+    At 25 Hz a frame is 40 ms: 3 frames after the end are 120 ms; a start 5 frames before it is 200 ms early;
+    38 are 1,520, above the 1,500 that count.
+    """
     found = [
         turn(10, 20, response=3),
         turn(30, 40, response=-5, false_start=32),
@@ -110,20 +114,24 @@ def test_marks():
         turn(200, 205, kind='backchannel', expects=False, yielded=90)]
     assert [mark[:4] for mark in report.marks(found, RATE_HZ)] == [
         ('answer', 20, 23, '120 ms'),
-        ('false start', 32, 32, '▼ false start'), ('answer', 35, 40, '200 ms early'),
-        ('late answer', 60, 98, '1,520 ms, late'), ('unprompted', 110, 110, '▼ spoke again'),
+        ('false start', 32, 32, '▼ false start'),
+        ('answer', 35, 40, '200 ms early'),
+        ('late answer', 60, 98, '1,520 ms, late'),
+        ('unprompted', 110, 110, '▼ spoke again'),
         ('no answer', 130, 130, '✕ no answer'),
-        ('interruption', 140, 144, 'interrupts, yields after 160 ms'), ('answer', 150, 150, '0 ms'),
+        ('interruption', 140, 144, 'interrupts, yields after 160 ms'),
+        ('answer', 150, 150, '0 ms'),
         ('interruption', 160, 160, 'interrupts, never yields'),
-        ('backchannel', 180, 180, '○ backchannel'), ('backchannel', 190, 190, '○ backchannel, silent after '
-                                                                              '400 ms'),
+        ('backchannel', 180, 180, '○ backchannel'),
+        ('backchannel', 190, 190, '○ backchannel, silent after 400 ms'),
         ('backchannel', 200, 200, '○ backchannel')]
 
 
 def test_plots_say_their_figures(tmp_path):
-    """Responses after 0, 3 and 10 frames are in by the 1st, 4th and 11th; the fourth never comes. Their
-    median is 3 frames. Of two interruptions one yields after 6 frames, by the 7th. The last losses are 0.5
-    and 0.25."""
+    """
+    Responses after 0, 3 and 10 frames are in by the 1st, 4th and 11th; the fourth never comes. Their median
+    is 3 frames. Of two interruptions one yields after 6 frames, by the 7th. The last losses are 0.5 and 0.25.
+    """
     found = [
         turn(10, 20, response=0),
         turn(30, 40, response=3, kind='interruption', yielded=6),
@@ -136,18 +144,20 @@ def test_plots_say_their_figures(tmp_path):
     assert 'Median 120 ms. 1 of 4 answers came later than 1.6 s, or not at all.' in times
     assert '4 turns. By frame 1: 25 %, 5: 50 %, 10: 50 %, 25: 75 %.' in takes
     assert '2 turns. By frame 1: 0 %, 5: 0 %, 10: 50 %, 25: 50 %.' in yields
-    assert 'train text 0.5, val text 0.25' in loss and set(says) <= {
-        attrs.get('aria-label') for _, attrs in reader.tags}
+    assert 'train text 0.5, val text 0.25' in loss
+    assert set(says) <= {attrs.get('aria-label') for _, attrs in reader.tags}
 
 
 def test_ticks():
-    assert report.ticks(1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1]) and report.ticks(1560) == [
-        0, 500, 1000, 1500]
+    assert report.ticks(1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert report.ticks(1560) == [0, 500, 1000, 1500]
 
 
 def test_sound_stays_small_and_in_time(tmp_path):
-    """Half a minute, in which the two take turns to hum over a little noise: a hundred of them are below 20
-    MB, and each hum begins where it did, to 5 ms."""
+    """
+    Half a minute, in which the two take turns to hum over a little noise: a hundred of them are below 20 MB,
+    and each hum begins where it did, to 5 ms.
+    """
     soundfile = pytest.importorskip('soundfile')
     from tests.conftest import hum
     for rate, n_sec in ((16000, 30), (24000, 4), (8000, 4), (44100, 4)):
@@ -155,15 +165,13 @@ def test_sound_stays_small_and_in_time(tmp_path):
         for at in range(1, n_sec - 1, 2):
             wave[at * rate:(at + 1) * rate, at // 2 % 2] += hum(150, 1.0, rate)
         sound, sample_rate = report.mp3(wave, rate)
-        assert sample_rate == min(
-            rate,
-            16000) and len(sound) * 30 / n_sec * 100 < 20e6, f'{len(sound)} bytes of {n_sec} s at {rate} Hz'
+        assert sample_rate == min(rate, 16000)
+        assert len(sound) * 30 / n_sec * 100 < 20e6, f'{len(sound)} bytes of {n_sec} s at {rate} Hz'
         back, _ = soundfile.read(io.BytesIO(report.base64.b64decode(sound)), dtype='float32')
         step = rate / sample_rate
         m = min(len(back), int(len(wave) / step))
-        one, other = (np.fft.rfft(x, 2 * m)
-                      for x in (back[:m, 0], np.interp(np.arange(m) * step, np.arange(len(wave)), wave[:,
-                                                                                                       0])))
+        expected = np.interp(np.arange(m) * step, np.arange(len(wave)), wave[:, 0])
+        one, other = (np.fft.rfft(x, 2 * m) for x in (back[:m, 0], expected))
         lag = (int(np.argmax(np.fft.irfft(one * other.conj()))) + m) % (2 * m) - m
         assert abs(lag) <= 0.005 * sample_rate, f'{1e3 * lag / sample_rate:.1f} ms late at {rate} Hz'
 
@@ -197,16 +205,17 @@ def browser():
 
 @pytest.fixture(scope='module')
 def hundred(tmp_path_factory):
-    """One dialogue with all there can be, one long one, 98 more. All but the first have the long one's sound,
-    to be encoded once."""
+    """
+    One dialogue with all there can be, one long one, 98 more. All but the first have the long one's sound,
+    to be encoded once.
+    """
     path = tmp_path_factory.mktemp('report') / 'report.html'
-    first = talk(
-        'first', turns=[(0, 'user', 1, 3, NASTY), (1, 'assistant', 2.4, 5, 'Two.'),
-                        (0, 'user', 4, 6, 'No, three?'), (1, 'assistant', 7, 8, 'Three.')])
+    first = talk('first', turns=[
+        (0, 'user', 1, 3, NASTY), (1, 'assistant', 2.4, 5, 'Two.'), (0, 'user', 4, 6, 'No, three?'),
+        (1, 'assistant', 7, 8, 'Three.')])
     first.update(expected=[dict(role='assistant', start=75, end=110, text='It is two.')])
     first['turns'][2]['words'] = [
-        dict(text='No,', start=100, end=110),
-        dict(text='three?', start=111, end=150)]
+        dict(text='No,', start=100, end=110), dict(text='three?', start=111, end=150)]
     turns = [(i % 2, report.ROLES[i % 2], i + .1, i + 1, f'number {i}') for i in range(30)]
     conversations = [first, *(talk(f'long {i}', 30, turns) for i in range(99))]
     once = report.mp3(conversations[1]['wave'], SAMPLE_RATE)
@@ -220,22 +229,28 @@ def hundred(tmp_path_factory):
 
 @pytest.fixture
 def opened(browser, hundred):
-    """opened(option=…) -> the page in its own window. At the end it must have asked for nothing and
-    complained of nothing."""
+    """
+    opened(option=…) -> the page in its own window. At the end it must have asked for nothing and complained
+    of nothing.
+    """
     contexts, troubles = [], []
+
+    def on_console(message):
+        if message.type in ('error', 'warning'):
+            troubles.append(message.text)
+
+    def on_request(request):
+        if request.url.split(':')[0] not in ('file', 'data', 'blob'):
+            troubles.append(request.url)
 
     def opened(**options):
         context = browser.new_context(**options)
         contexts.append(context)
         page = context.new_page()
-        page.on(
-            'console', lambda message: troubles.append(message.text)
-            if message.type in ('error', 'warning') else None)
+        page.on('console', on_console)
         page.on('pageerror', lambda error: troubles.append(str(error)))
         page.on('requestfailed', lambda request: troubles.append(f'failed: {request.url}'))
-        page.on(
-            'request', lambda request: None
-            if request.url.split(':')[0] in ('file', 'data', 'blob') else troubles.append(request.url))
+        page.on('request', on_request)
         page.goto(hundred.as_uri())
         page.wait_for_function('[...players.values()][0].audio.readyState >= 2')
         return page
@@ -252,13 +267,13 @@ AUDIO = '[...players.values()].at(-1).audio.'
 def test_it_opens_at_once(opened, hundred):
     page = opened()
     sec = page.evaluate('performance.getEntriesByType("navigation")[0].loadEventEnd / 1000')
-    assert 0 < sec < 3 and hundred.stat(
-    ).st_size < 20e6, f'{sec:.1f} s, {hundred.stat().st_size / 1e6:.1f} MB'
-    assert page.title() == 'A hundred' and page.locator('details').count() == 100 and page.locator(
-        'img').count() == 0
+    n_byte = hundred.stat().st_size
+    assert 0 < sec < 3 and n_byte < 20e6, f'{sec:.1f} s, {n_byte / 1e6:.1f} MB'
+    assert page.title() == 'A hundred'
+    assert page.locator('details').count() == 100 and page.locator('img').count() == 0
     first = page.locator('details').first
-    assert first.locator('.turn').count() == 5 and first.locator('.both').count() == 2 and first.locator(
-        '.word').all_inner_texts() == ['No,', 'three?']
+    assert first.locator('.turn').count() == 5 and first.locator('.both').count() == 2
+    assert first.locator('.word').all_inner_texts() == ['No,', 'three?']
     marks = ' '.join(first.locator('.mark').all_inner_texts())
     assert '▼ false start' in marks and 'interrupts, yields after 1,000 ms' in marks and '1,000 ms' in marks
     lines = first.locator('.lines li').all_inner_texts()
@@ -267,25 +282,27 @@ def test_it_opens_at_once(opened, hundred):
 
 @pytest.mark.slow
 def test_play_seek_and_keys(opened):
-    """The lanes are as wide as the dialogue is long: a click at 3/4 of 8 s is at 6.0 s. The second turn
-    starts at frame 60, 2.4 s."""
+    """
+    The lanes are as wide as the dialogue is long: a click at 3/4 of 8 s is at 6.0 s. The second turn starts
+    at frame 60, 2.4 s.
+    """
     page = opened()
     lanes, head = page.locator('.time').first, page.locator('.head').first
     page.locator('.play').first.click()
     page.wait_for_function(AUDIO + 'currentTime > 0.3')
-    assert page.locator('.play').first.inner_text() == '❚❚ Pause' and float(
-        head.evaluate('head => parseFloat(head.style.left)')) > 3
+    assert page.locator('.play').first.inner_text() == '❚❚ Pause'
+    assert float(head.evaluate('head => parseFloat(head.style.left)')) > 3
     page.locator('.play').first.click()
     box = lanes.bounding_box()
     lanes.click(position=dict(x=0.75 * box['width'], y=60))
     assert page.evaluate(AUDIO + 'currentTime') == pytest.approx(6.0, abs=0.1)
     assert head.bounding_box()['x'] + 1 == pytest.approx(box['x'] + 0.75 * box['width'], abs=2)
     page.locator('.lines button', has_text='Two.').first.click()
-    assert page.evaluate(AUDIO + 'currentTime') == pytest.approx(
-        2.4, abs=0.01) and lanes.evaluate('lanes => lanes === document.activeElement')
+    assert page.evaluate(AUDIO + 'currentTime') == pytest.approx(2.4, abs=0.01)
+    assert lanes.evaluate('lanes => lanes === document.activeElement')
     page.keyboard.press('ArrowRight')
-    assert page.evaluate(AUDIO + 'currentTime') == pytest.approx(
-        3.4, abs=0.01) and lanes.get_attribute('aria-valuetext') == '3.4 of 8.0 seconds'
+    assert page.evaluate(AUDIO + 'currentTime') == pytest.approx(3.4, abs=0.01)
+    assert lanes.get_attribute('aria-valuetext') == '3.4 of 8.0 seconds'
     page.keyboard.press('ArrowLeft')
     page.keyboard.press(' ')
     page.wait_for_function(AUDIO + 'currentTime > 2.5')
@@ -308,8 +325,7 @@ def test_play_seek_and_keys(opened):
 
 @pytest.mark.slow
 def test_one_plays_at_a_time_and_in_time(opened):
-    """In the first dialogue's left channel a hum starts at 1 s, in its right at 2.4 s: they are heard then,
-    to 30 ms."""
+    """In the first dialogue a hum starts at 1 s in the left channel, at 2.4 s in the right: so, to 30 ms."""
     page = opened()
     page.locator('summary').nth(1).click()
     page.wait_for_function('players.size === 2 && [...players.values()].every(player => '

@@ -1,5 +1,4 @@
-"""The recipes in runs/: the big one's commands are all understood by the programs they start, the small one
-runs."""
+"""The recipes in runs/: the big one's commands are understood by what they start, the small one runs."""
 import json
 import os
 import shutil
@@ -65,8 +64,8 @@ def test_every_command_of_the_big_recipe_parses(tmp_path, monkeypatch):
     assert [cfg.stages for cfg in stages] == lengths
 
 
-@pytest.mark.parametrize('name, block_size', [('align', 1024), ('half_duplex', 8192), ('duplex3', 8192),
-                                              ('duplex2', 8192)])
+@pytest.mark.parametrize('name, block_size', [
+    ('align', 1024), ('half_duplex', 8192), ('duplex3', 8192), ('duplex2', 8192)])
 def test_the_configs_are_the_papers(name, block_size):
     """On eight GPUs; 100 M tokens a step."""
     cfg = config.load(train.Config, [str(ROOT / f'config/{name}.py')])

@@ -1,5 +1,4 @@
-"""CosyVoice's tokens by real ONNX files of random weights, and a program that stands in for CosyVoice
-itself."""
+"""CosyVoice's tokens by real ONNX files of random weights, and a program that stands in for CosyVoice."""
 import functools
 import hashlib
 import json
@@ -23,6 +22,14 @@ from codec.worker import Worker
 from data.dialogues import save_dialogues
 
 CLASSES = {'v1': 'S3Tokenizer', 'v2': 'S3TokenizerV2', 'v3': 'S3TokenizerV3'}
+# what the published files call weight and bias of the two convolutions
+CONVS = {
+    'v1_50hz': ('onnx::Conv_1519', 'onnx::Conv_1520', 'onnx::Conv_1521', 'onnx::Conv_1522'),
+    'v1_25hz': ('encoders.conv1.weight', 'encoders.conv1.bias',
+                'encoders.conv2.weight', 'encoders.conv2.bias'),
+    'v2_25hz': ('onnx::Conv_2216', 'onnx::Conv_2217', 'onnx::Conv_2218', 'onnx::Conv_2219'),
+    'v3_25hz': ('conv1.weight', 'conv1.bias', 'conv2.weight', 'conv2.bias'),
+}
 
 
 @pytest.fixture(scope='module')
@@ -46,15 +53,16 @@ def small(s3tokenizer):
 
 @pytest.fixture(scope='module')
 def codecs(small, tmp_path_factory):
-    """variant: a codec of random weights; in a folder and by a name that would mislead
-    s3tokenizer.load_model"""
+    """variant: a codec of random weights; its folder and name would mislead s3tokenizer.load_model"""
     folder = tmp_path_factory.mktemp('v2')
     return {variant: make(small, folder / variant, variant) for variant in VARIANTS}
 
 
 def write_onnx(s3tokenizer, variant, path, seed=0, leave_out=''):
-    """Random weights of one of the four encoders, in nodes and initialisers named as in the published files.
-    -> their SHA-256"""
+    """
+    Random weights of one of the four encoders, in nodes and initialisers named as in the published files.
+    -> their SHA-256
+    """
     import onnx
     from onnx import helper, numpy_helper
     torch.manual_seed(seed)
@@ -67,39 +75,31 @@ def write_onnx(s3tokenizer, variant, path, seed=0, leave_out=''):
         hidden = torch.nn.functional.normalize(hidden[0], dim=-1)
         rows = hidden[torch.randint(len(hidden), (4096,))]
         state['quantizer._codebook.embed'] = rows + 0.3 * hidden.std(0) * torch.randn_like(rows)
-    special = {
-        'v1_50hz': ('onnx::Conv_1519', 'onnx::Conv_1520', 'onnx::Conv_1521', 'onnx::Conv_1522'),
-        'v1_25hz': ('encoders.conv1.weight', 'encoders.conv1.bias', 'encoders.conv2.weight',
-                    'encoders.conv2.bias'), 'v2_25hz': ('onnx::Conv_2216', 'onnx::Conv_2217',
-                                                        'onnx::Conv_2218', 'onnx::Conv_2219'),
-        'v3_25hz': ('conv1.weight', 'conv1.bias', 'conv2.weight', 'conv2.bias')}[variant]
-    nodes, arrays = [], {}
+    names, nodes, arrays = CONVS[variant], [], {}
 
     def add(op, name, *inputs, **attributes):
         nodes.append(helper.make_node(op, ['x', *(key for key, _ in inputs)], ['y'], name=name, **attributes))
         for key, value in inputs:
-            arrays[key] = value.numpy(
-            ) if value.ndim != 2 or key == 'encoders.positional_embedding' else value.T.contiguous().numpy()
+            is_matrix = value.ndim == 2 and key != 'encoders.positional_embedding'
+            arrays[key] = (value.T.contiguous() if is_matrix else value).numpy()
 
     for i, conv in enumerate((model.encoder.conv1, model.encoder.conv2)):
         weight, bias = (state.pop(f'encoder.conv{i + 1}.{kind}') for kind in ('weight', 'bias'))
-        add('Conv', f'/conv{i + 1}/Conv', (special[2 * i], weight), (special[2 * i + 1], bias),
+        add('Conv', f'/conv{i + 1}/Conv', (names[2 * i], weight), (names[2 * i + 1], bias),
             strides=list(conv.stride))
     for key, value in state.items():
         if leave_out and leave_out in key:
             continue
-        path_of = '/' + '/'.join(
-            key.removeprefix('encoder.').rsplit('.', 1)[0].replace('blocks.', 'blocks#').split('.')).replace(
-                '#', '.')
-        path_of = path_of.replace('/mlp/', '/mlp/mlp.')
-        kind = key.rsplit('.', 1)[1]
+        module, kind = key.rsplit('.', 1)
+        path_of = '/' + module.removeprefix('encoder.').replace('.', '/')
+        path_of = path_of.replace('blocks/', 'blocks.').replace('/mlp/', '/mlp/mlp.')
+        matmul = 'MatMul' if kind == 'weight' else 'Add'
         if key == 'encoder.positional_embedding':
             add('Add', '/Add', ('encoders.positional_embedding', value))
         elif key == 'quantizer._codebook.embed':
             add('Pow', '/quantizer/rq/model/layers.0/_codebook/Pow_1', ('embed', value))
         elif 'project_down' in key:
-            add('MatMul' if kind == 'weight' else 'Add',
-                '/quantizer/project_in/' + kind.replace('weight', 'MatMul'),
+            add(matmul, '/quantizer/project_in/' + kind.replace('weight', 'MatMul'),
                 ('onnx::MatMul_2536' if kind == 'weight' else 'quantizer.project_in.bias', value))
         elif 'fsmn' in key:
             add('Conv', path_of + '/Conv', (key.removeprefix('encoder.'), value), strides=[1])
@@ -111,12 +111,9 @@ def write_onnx(s3tokenizer, variant, path, seed=0, leave_out=''):
             add('Mul' if kind == 'weight' else 'Add', path_of + ('/Mul' if kind == 'weight' else '/Add_1'),
                 (key, value))
         else:
-            add('MatMul' if kind == 'weight' else 'Add', path_of +
-                ('/MatMul' if kind == 'weight' else '/Add'), (key, value))
-    onnx.save(
-        helper.make_model(
-            helper.make_graph(nodes, 'g', [], [],
-                              [numpy_helper.from_array(a, key) for key, a in arrays.items()])), str(path))
+            add(matmul, f'{path_of}/{matmul}', (key, value))
+    weights = [numpy_helper.from_array(array, key) for key, array in arrays.items()]
+    onnx.save(helper.make_model(helper.make_graph(nodes, 'g', [], [], weights)), str(path))
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -124,9 +121,10 @@ def write_onnx(s3tokenizer, variant, path, seed=0, leave_out=''):
 def sounds():
     """12 s of hums of changing pitch, and noise between them."""
     rng = np.random.default_rng(0)
-    return np.concatenate([
-        part for i in range(12)
-        for part in (hum(rng.uniform(80, 300), 0.7, seed=i), 0.02 * rng.standard_normal(4800))])
+    parts = []
+    for i in range(12):
+        parts += [hum(rng.uniform(80, 300), 0.7, seed=i), 0.02 * rng.standard_normal(4800)]
+    return np.concatenate(parts)
 
 
 def speech(n_sec, seed=0):
@@ -148,18 +146,20 @@ def test_every_variant(small, codecs, variant):
     for key, value in fresh.state_dict().items():
         assert key == 'quantizer._codebook.embed' or torch.equal(codec.model.state_dict()[key], value), key
     n_samples = (0, 1, 200, 319, 320, 321, 640, 641, 16000, 16001)
-    for n_sample, codes in zip(n_samples,
-                               codec.encode_many([speech(2)[:n_sample] for n_sample in n_samples])):
-        assert codes.dtype == np.uint16 and len(codes) == math.ceil(
-            n_sample * codec.rate_hz / 16000) and (codes < codec.n_codes).all()
+    encoded = codec.encode_many([speech(2)[:n_sample] for n_sample in n_samples])
+    for n_sample, codes in zip(n_samples, encoded):
+        assert codes.dtype == np.uint16 and (codes < codec.n_codes).all()
+        assert len(codes) == math.ceil(n_sample * codec.rate_hz / 16000)
     assert len(set(codec.encode(speech(10)).tolist())) > 20
 
 
-@pytest.mark.parametrize('variant, rate_hz, n_sec', [('v1_25hz', 25, 65), ('v1_50hz', 50, 34),
-                                                     ('v3_25hz', 25, 34)])
+@pytest.mark.parametrize('variant, rate_hz, n_sec', [
+    ('v1_25hz', 25, 65), ('v1_50hz', 50, 34), ('v3_25hz', 25, 34)])
 def test_long_audio(codecs, variant, rate_hz, n_sec):
-    """65 s are 1,625 codes at 25 Hz, those that s3tokenizer's own windows give; which lose some of 54 s,
-    where ours do not."""
+    """
+    65 s are 1,625 codes at 25 Hz, those that s3tokenizer's own windows give; which lose some of 54 s, where
+    ours do not.
+    """
     codec, waves = codecs[variant], [speech(n_sec), speech(54)]
     ours = codec.encode_many(waves)
     assert [len(codes) for codes in ours] == [n_sec * rate_hz, 54 * rate_hz]
@@ -167,16 +167,17 @@ def test_long_audio(codecs, variant, rate_hz, n_sec):
     for wave in waves:
         mel = import_s3tokenizer().log_mel_spectrogram(torch.as_tensor(wave))
         theirs.append(codec.model.quantize(mel[None], torch.tensor([mel.shape[1]]))[0][0].numpy())
-    assert len(theirs[0]) == len(ours[0]) and (ours[0] == theirs[0]).mean() > 0.999 and len(theirs[1]) < len(
-        ours[1])
+    assert len(theirs[0]) == len(ours[0]) and (ours[0] == theirs[0]).mean() > 0.999
+    assert len(theirs[1]) < len(ours[1])
 
 
 def check_batch(codec, waves):
     """Codes may differ where float noise decides; no more than 1 in 500."""
     for wave, together in zip(waves, codec.encode_many(waves)):
         alone = codec.encode(wave)
-        assert len(alone) == len(together) == math.ceil(len(wave) * codec.rate_hz / 16000) and (
-            alone != together).sum() <= 0.002 * len(alone), codec.variant
+        n_code = math.ceil(len(wave) * codec.rate_hz / 16000)
+        assert len(alone) == len(together) == n_code, codec.variant
+        assert (alone != together).sum() <= 0.002 * len(alone), codec.variant
 
 
 def test_the_batch_changes_nothing(codecs):
@@ -193,8 +194,10 @@ def test_longer_audio(codecs):
 
 
 def test_25_hz_weights_by_path(small, codecs):
-    """The trap is there (s3tokenizer.load_model takes any path for that of the 50 Hz encoder) and not fallen
-    into."""
+    """
+    The trap is there (s3tokenizer.load_model takes any path for that of the 50 Hz encoder), and is not
+    fallen into.
+    """
     codec, wave = codecs['v1_25hz'], speech(4.2)
     mel = small.log_mel_spectrogram(torch.as_tensor(wave))
     trap = small.S3Tokenizer(codec.checkpoint)
@@ -206,8 +209,10 @@ def test_25_hz_weights_by_path(small, codecs):
 
 
 def test_wrong_rate(small, tmp_path, monkeypatch):
-    """Weights of 25 Hz fit the encoder of 50 Hz: the strides in the file tell; and what is encoded is counted
-    all the same."""
+    """
+    Weights of 25 Hz fit the encoder of 50 Hz: the strides in the file tell; and what is encoded is counted
+    all the same.
+    """
     path = tmp_path / 'a.onnx'
     digest = write_onnx(small, 'v1_25hz', path)
     with pytest.raises(ValueError, match=r'a.onnx makes 25 codes a second, v1_50hz 50$'):
@@ -227,9 +232,9 @@ def test_only_the_very_file(small, tmp_path, monkeypatch):
     codec.save(tmp_path / 'codec')
     whole = path.read_bytes()
     path.write_bytes(whole[:-1000])
+    message = 'speech_tokenizer_v1.onnx is not the file that codec.json was written with'
     for attempt in (load_codec(str(tmp_path)).encode, codec.__class__.load(tmp_path / 'codec').encode):
-        with pytest.raises(ValueError, match='speech_tokenizer_v1.onnx is not the file that codec.json was '
-                                             'written with'):
+        with pytest.raises(ValueError, match=message):
             attempt(speech(1))
     cut = hashlib.sha256(whole[:-1000]).hexdigest()
     with pytest.raises(ValueError, match='speech_tokenizer_v1.onnx is no v1_25hz'):
@@ -244,8 +249,8 @@ def test_only_the_very_file(small, tmp_path, monkeypatch):
         S3Codec.create(str(path), 'v1_50hz')
 
 
-@pytest.mark.parametrize('variant, other', [('v1_25hz', 'v2_25hz'), ('v2_25hz', 'v1_25hz'),
-                                            ('v3_25hz', 'v1_25hz'), ('v3_25hz', 'v2_25hz')])
+@pytest.mark.parametrize('variant, other', [
+    ('v1_25hz', 'v2_25hz'), ('v2_25hz', 'v1_25hz'), ('v3_25hz', 'v1_25hz'), ('v3_25hz', 'v2_25hz')])
 def test_another_architecture(small, tmp_path, variant, other):
     """v3 is loaded by s3tokenizer with strict=False: it would run with what it was initialised with."""
     path = tmp_path / 'a.onnx'
@@ -256,8 +261,11 @@ def test_another_architecture(small, tmp_path, variant, other):
 
 
 def test_missing_weights(small, tmp_path):
-    for variant, part in (('v1_25hz', 'blocks.0.attn.query.weight'),
-                          ('v3_25hz', 'blocks.0.attn.query.weight'), ('v3_25hz', 'blocks.0.mlp.2.bias')):
+    for variant, part in (
+        ('v1_25hz', 'blocks.0.attn.query.weight'),
+        ('v3_25hz', 'blocks.0.attn.query.weight'),
+        ('v3_25hz', 'blocks.0.mlp.2.bias'),
+    ):
         with pytest.raises(ValueError, match=f'is no {variant}'):
             make(small, tmp_path, variant, leave_out=part)
     make(small, tmp_path, 'v3_25hz', leave_out='attn_ln.bias')         # which is 0, then
@@ -269,16 +277,15 @@ def test_digests(s3tokenizer):
 
 
 def test_silence(codecs):
-    """What digital silence mostly is comes first, then what else quiet rooms are; what others found is
-    added."""
-    # whose positions are relative: random weights of v1 never say the same thing twice
+    """What digital silence mostly is comes first, then what quiet rooms are; what others found is added."""
+    # v2's positions are relative: random weights of v1 never say the same thing twice
     codec = codecs['v2_25hz']
-    silence, room = np.zeros(64000, np.float32), (
-        10**(-65 / 20) * np.random.default_rng(5).standard_normal(64000)).astype(np.float32)
+    silence = np.zeros(64000, np.float32)
+    room = (10**(-65 / 20) * np.random.default_rng(5).standard_normal(64000)).astype(np.float32)
     known = codec.silence_codes.tolist()
     assert len(set(known)) == len(known) and known[-1] == 4218 and codec.encode(silence)[50] in known
-    assert np.isin(codec.encode(room), known).mean() > 0.8 and np.isin(codec.encode(speech(8)),
-                                                                       known).mean() < 0.3
+    assert np.isin(codec.encode(room), known).mean() > 0.8
+    assert np.isin(codec.encode(speech(8)), known).mean() < 0.3
     buzz = np.where(np.arange(64000) < 8000, np.arange(64000) * 150 / 16000 % 1 - 0.5, 0)
     assert known[0] in np.concatenate([codec.encode(silence + gain * buzz)[30:80] for gain in (0, 0.04, 0.4)])
     assert 2323 in codecs['v3_25hz'].silence_codes
@@ -289,8 +296,8 @@ def test_description_only(tmp_path):
     codec = S3Codec.create(variant='v1_50hz', silence_codes=[230, 440])
     codec.save(tmp_path)
     again = load_codec(str(tmp_path))
-    assert again.describe() == codec.describe() == dict(name='s3', rate_hz=50.0, n_codes=4096,
-                                                        sample_rate=16000, fingerprint='23b5a723ed9143ae')
+    assert again.describe() == codec.describe() == dict(
+        name='s3', rate_hz=50.0, n_codes=4096, sample_rate=16000, fingerprint='23b5a723ed9143ae')
     assert again.silence_codes.tolist() == [230, 440] and again.silence_codes.dtype == np.uint16
     with pytest.raises(ValueError, match='only describes v1_50hz; to encode, it needs the weights'):
         again.encode(speech(1))
@@ -335,10 +342,10 @@ for line in sys.stdin:
         continue
     n_sec = len(request['codes']) / RATE if 'codes' in request else 0.1 * len(request['text'])
     n = int(n_sec * 22050) - 200
+    samples = [int(9000 * math.sin(2 * math.pi * 220 * i / 22050)) for i in range(n)]
     with wave.open(request['out'], 'wb') as f:
         f.setparams((1, 2, 22050, n, 'NONE', ''))
-        f.writeframes(struct.pack(f'<{n}h', *(int(9000 * math.sin(2 * math.pi * 220 * i / 22050)) for i in
-        range(n))))
+        f.writeframes(struct.pack(f'<{n}h', *samples))
     say({'ok': True})
 '''
 
@@ -373,40 +380,42 @@ def test_decode(tmp_path, stand_in, monkeypatch):
 
 
 def test_from_codes_to_a_conversation(tmp_path, small_tokenizer, stand_in, monkeypatch):
-    """SLAM-Omni's case: codes of 50 Hz and no encoder. They are trained on, chunks of 20 frames are 400 ms,
-    and what the model says to a dialogue's user becomes audio by a vocoder that is given later."""
+    """
+    SLAM-Omni's case: codes of 50 Hz and no encoder. They are trained on, chunks of 20 frames are 400 ms, and
+    what the model says to a dialogue's user becomes audio by a vocoder that is given later.
+    """
     monkeypatch.delenv('NANODUPLEX_VOCODER', raising=False)
     codec = S3Codec.create(variant='v1_50hz', silence_codes=[230, 440])
     for split in ('train', 'val', 'test'):
         save_dialogues(str(tmp_path / f'{split}.arrow'), make_dialogues(8), codec.describe())
     codec.save(tmp_path / 'codec')
     shutil.copytree(small_tokenizer, tmp_path / 'tokenizer')
-    train.main(
-        train.Config(data=str(tmp_path), out_dir=str(tmp_path / 'run'), stages='duplex3:2', speech_chunk=20,
-                     n_layer=1, n_head=2, n_kv_head=1, n_embd=32, n_inner=64, block_size=256, batch_size=1,
-                     batch_tokens=256, device='cpu', dtype='float32', tensorboard=False))
+    train.main(train.Config(
+        data=str(tmp_path), out_dir=str(tmp_path / 'run'), stages='duplex3:2', speech_chunk=20, n_layer=1,
+        n_head=2, n_kv_head=1, n_embd=32, n_inner=64, block_size=256, batch_size=1, batch_tokens=256,
+        device='cpu', dtype='float32', tensorboard=False))
     cfg = sample.Config(checkpoint=str(tmp_path / 'run'), data=str(tmp_path), n_dialogue=2, device='cpu')
     with pytest.raises(ValueError, match='nothing is known that turns these codes into audio'):
         sample.main(cfg)
     monkeypatch.setenv('NANODUPLEX_VOCODER', stand_in(50))
     for dialogue in sample.main(cfg):
         wave, rate = soundfile.read(tmp_path / 'run' / 'samples' / f'{dialogue["id"]}.wav')
-        assert rate == 16000 and wave.shape == (len(dialogue['user']) * 320, 2) and np.abs(
-            wave[:, 0]).max() > 0.1
+        assert rate == 16000 and wave.shape == (len(dialogue['user']) * 320, 2)
+        assert np.abs(wave[:, 0]).max() > 0.1
 
 
 def test_worker(tmp_path, stand_in):
     worker = Worker(stand_in(100000))
     out = str(tmp_path / 'a.wav')
-    assert worker.ask(text='Hello.', voice='anna', out=out) == {
-        'ok': True} and soundfile.info(out).duration == pytest.approx(0.6, abs=0.02)
+    assert worker.ask(text='Hello.', voice='anna', out=out) == {'ok': True}
+    assert soundfile.info(out).duration == pytest.approx(0.6, abs=0.02)
     with pytest.raises(ValueError, match='a worker.py": no voice nobody$'):
         worker.ask(text='Hello.', voice='nobody', out=out)
     # more than a pipe holds; and the error was not the end
     assert worker.ask(codes=list(range(100000)), out=out) == {'ok': True}
+    message = 'a worker.py" has ended with code 1; its last lines: .*out of memory$'
     for _ in range(2):
-        with pytest.raises(ValueError, match='a worker.py" has ended with code 1; its last lines: .*out of '
-                                             'memory$'):
+        with pytest.raises(ValueError, match=message):
             worker.ask(text='die', out=out)
 
 
@@ -414,7 +423,8 @@ def test_worker(tmp_path, stand_in):
     ('/no/such/python worker.py', "cannot start '/no/such/python worker.py': .*No such file"),
     ('python "worker.py', 'No closing quotation'),
     ('echo loading model', "said b'loading model.*; nothing but JSON objects may go to its standard output"),
-    ('sh -c "echo no GPU >&2; exit 3"', 'has ended with code 3; its last lines: no GPU$')])
+    ('sh -c "echo no GPU >&2; exit 3"', 'has ended with code 3; its last lines: no GPU$'),
+])
 def test_no_worker(command, message):
     with pytest.raises(ValueError, match=message):
         Worker(command)
@@ -436,10 +446,10 @@ class Frontend:
 
 class Model:
     def tts(self, text=torch.zeros(1, 0), flow_embedding=torch.zeros(0, 192), llm_embedding=None,
-    prompt_text=None,
-            llm_prompt_speech_token=None, flow_prompt_speech_token=torch.zeros(1, 0, dtype=torch.int32),
-            prompt_speech_feat=torch.zeros(1, 0, 80), source_speech_token=torch.zeros(1, 0,
-            dtype=torch.int32), stream=False, speed=1.0, **kwargs):
+            prompt_text=None, llm_prompt_speech_token=None,
+            flow_prompt_speech_token=torch.zeros(1, 0, dtype=torch.int32),
+            prompt_speech_feat=torch.zeros(1, 0, 80),
+            source_speech_token=torch.zeros(1, 0, dtype=torch.int32), stream=False, speed=1.0, **kwargs):
         print('rtf 0.1')
         assert source_speech_token.dtype == torch.int32 and flow_embedding.shape == (1, 192)
         assert prompt_speech_feat.shape[1] in (0, 22050 // 256), prompt_speech_feat.shape
@@ -461,24 +471,27 @@ class CosyVoice:
         for part in tts_text.split('.'):
             yield {'tts_speech': torch.zeros(1, 2205 * len(part))}
     def inference_zero_shot(self, tts_text, prompt_text, prompt_wav, zero_shot_spk_id='', stream=False,
-    speed=1.0, text_frontend=True):
+                            speed=1.0, text_frontend=True):
         assert self.frontend.spk2info[zero_shot_spk_id]['prompt_text'] == 'what was said'
         yield {'tts_speech': torch.zeros(1, 2205 * len(tts_text))}
 
 def AutoModel(**kwargs):
     return CosyVoice(**kwargs)
 '''
+FILE_UTILS = '''
+import soundfile, torch
+def load_wav(wav, target_sr, min_sr=16000):
+    return torch.zeros(1, int(soundfile.info(wav).duration * target_sr))
+'''
 
 
 @pytest.mark.slow
 def test_cosyvoice_worker(tmp_path, monkeypatch):
-    """codec/cosyvoice_worker.py with a package that has CosyVoice's methods and prints as much: both
-    requests, each kind of voice, errors."""
-    for path, text in (('cli/cosyvoice.py', COSYVOICE), ('utils/file_utils.py', """
-import soundfile, torch
-def load_wav(wav, target_sr, min_sr=16000):
-    return torch.zeros(1, int(soundfile.info(wav).duration * target_sr))
-""")):
+    """
+    codec/cosyvoice_worker.py with a package that has CosyVoice's methods and prints as much: both requests,
+    each kind of voice, errors.
+    """
+    for path, text in (('cli/cosyvoice.py', COSYVOICE), ('utils/file_utils.py', FILE_UTILS)):
         path = tmp_path / 'cosyvoice' / path
         path.parent.mkdir(parents=True)
         path.write_text(text)
@@ -492,11 +505,13 @@ def load_wav(wav, target_sr, min_sr=16000):
     worker.ask(codes=list(range(25)), out=out)
     assert (soundfile.read(out)[0] == first).all() and len(first) == 22050
     assert worker.ask(codes=[1, 2], voice='anna', out=out)['n_sample'] == 2 * 882
-    assert worker.ask(text='abc.de', voice='anna', out=out)['n_sample'] == worker.ask(
-        text='abcde', out=out)['n_sample'] == 5 * 2205
-    for request, message in ((dict(codes=[1], voice='nobody', out=out), "no voice 'nobody': it is neither a "
-                              "wav nor one of anna"), (dict(out=out), 'KeyError'),
-                             (dict(codes=[1], out=str(tmp_path / 'no' / 'a.wav')), 'a.wav')):
+    assert worker.ask(text='abc.de', voice='anna', out=out)['n_sample'] == 5 * 2205
+    assert worker.ask(text='abcde', out=out)['n_sample'] == 5 * 2205
+    for request, message in (
+        (dict(codes=[1], voice='nobody', out=out), "no voice 'nobody': it is neither a wav nor one of anna"),
+        (dict(out=out), 'KeyError'),
+        (dict(codes=[1], out=str(tmp_path / 'no' / 'a.wav')), 'a.wav'),
+    ):
         with pytest.raises(ValueError, match=message):
             worker.ask(**request)
     worker.close()
@@ -508,21 +523,20 @@ def test_command_line(small, tmp_path, monkeypatch, capsys):
     from codec.__main__ import main
     path = tmp_path / 'speech_tokenizer_v1.onnx'
     digest = write_onnx(small, 'v1_25hz', path)
-    monkeypatch.setattr(sys, 'argv', [
-        'codec', 's3', f'--checkpoint={path}', '--variant=v1_25hz', f'--sha256={digest}',
-        f'--out={tmp_path}/s3', '--vocoder=x y'])
-    main()
-    assert f'v1_25hz {digest[:16]}, ' in capsys.readouterr().out and os.listdir(tmp_path / 's3') == [
-        'codec.json']
-    assert load_codec(str(tmp_path / 's3')).vocoder == 'x y'
-    monkeypatch.setattr(sys, 'argv', [
-        'codec', 's3', '--variant=v1_50hz', '--silence_codes=230,440', f'--out={tmp_path}/slam'])
-    main()
-    assert load_codec(str(tmp_path / 'slam')).silence_codes.tolist() == [230, 440]
-    monkeypatch.setattr(sys, 'argv', [
-        'codec', 's3', '--variant=v1_50hz', '--silence_codes=230, 440', f'--out={tmp_path}/x'])
-    with pytest.raises(ValueError, match='no list such as'):
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['codec', 's3', *arguments])
         main()
+
+    call(f'--checkpoint={path}', '--variant=v1_25hz', f'--sha256={digest}', f'--out={tmp_path}/s3',
+         '--vocoder=x y')
+    assert f'v1_25hz {digest[:16]}, ' in capsys.readouterr().out
+    assert os.listdir(tmp_path / 's3') == ['codec.json']
+    assert load_codec(str(tmp_path / 's3')).vocoder == 'x y'
+    call('--variant=v1_50hz', '--silence_codes=230,440', f'--out={tmp_path}/slam')
+    assert load_codec(str(tmp_path / 'slam')).silence_codes.tolist() == [230, 440]
+    with pytest.raises(ValueError, match='no list such as'):
+        call('--variant=v1_50hz', '--silence_codes=230, 440', f'--out={tmp_path}/x')
 
 
 @pytest.mark.slow
@@ -537,7 +551,7 @@ def test_real_shape(s3tokenizer, tmp_path, monkeypatch, variant, n_secs):
     codec = S3Codec(variant, digest, [0], str(path), '')
     waves = [speech(n_sec, i) for i, n_sec in enumerate(n_secs)]
     together = codec.encode_many(waves)
-    assert [len(codes) for codes in together
-            ] == [math.ceil(len(wave) * codec.rate_hz / 16000) for wave in waves]
+    n_codes = [math.ceil(len(wave) * codec.rate_hz / 16000) for wave in waves]
+    assert [len(codes) for codes in together] == n_codes
     check_batch(codec, waves[1:])
     assert len(set(together[0].tolist())) > 100

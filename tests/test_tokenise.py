@@ -29,20 +29,19 @@ def prepare(small_codec, tmp_path):
     small_codec.save(tmp_path / 'codec')
 
     def prepare(items, read, *settings, out='out', recipe=None):
-        parser = tokenise.arguments('')
-        tokenise.run(
-            items, read,
-            parser.parse_args([f'--out={tmp_path / out}', f'--codec={tmp_path / "codec"}', *settings]), recipe
-            or {})
+        args = tokenise.arguments('').parse_args([
+            f'--out={tmp_path / out}', f'--codec={tmp_path / "codec"}', *settings])
+        tokenise.run(items, read, args, recipe or {})
         return tmp_path / out
     return prepare
 
 
 def records(folder):
-    return {
-        split: [Dialogues(str(folder), split)[i]
-                for i in range(len(Dialogues(str(folder), split)))]
-        for split in ('train', 'val', 'test')}
+    found = {}
+    for split in ('train', 'val', 'test'):
+        dialogues = Dialogues(str(folder), split)
+        found[split] = [dialogues[i] for i in range(len(dialogues))]
+    return found
 
 
 def read_hum(k, codec):
@@ -51,9 +50,8 @@ def read_hum(k, codec):
         raise ValueError(f'{k} s of audio')
     wave = np.zeros(round((k + 0.5) * 16000), np.float32)
     wave[:round(k * 16000)] = hum(140, k)
-    return Recording(wave, wave[::-1].copy(),
-                     [turn('user', 0, k, ' what \n now '),
-                      turn('assistant', 0.5, k + 0.5)])
+    turns = [turn('user', 0, k, ' what \n now '), turn('assistant', 0.5, k + 0.5)]
+    return Recording(wave, wave[::-1].copy(), turns)
 
 
 ITEMS = {f'u{i}': 0.4 + 0.05 * (i % 7) for i in range(12)}
@@ -72,10 +70,10 @@ def test_a_folder_is_complete(prepare, small_codec, capsys):
         assert row['turns'][0] == dict(role='user', start=0, end=int(np.ceil(ITEMS[id] * 25 - 1e-6)),
                                        text='what now')
         check(row, 32)
-    assert [json.loads(line) for line in (out / 'skipped.jsonl').read_text().splitlines()
-            ] == [dict(id='broken', reason='-1 s of audio')]
-    assert sorted(path.name for path in out.iterdir()
-                  ) == ['codec', 'prepared.json', 'skipped.jsonl', 'test.arrow', 'train.arrow', 'val.arrow']
+    skipped = [json.loads(line) for line in (out / 'skipped.jsonl').read_text().splitlines()]
+    assert skipped == [dict(id='broken', reason='-1 s of audio')]
+    assert sorted(path.name for path in out.iterdir()) == [
+        'codec', 'prepared.json', 'skipped.jsonl', 'test.arrow', 'train.arrow', 'val.arrow']
     assert 'records                        9 train, 1 val, 2 test' in capsys.readouterr().out
     prepare(ITEMS | {'broken': -1}, read_hum, '--part=3', '--test_share=0.2')
     assert 'is prepared already' in capsys.readouterr().out
@@ -100,16 +98,16 @@ def test_killed_and_continued_equals_uninterrupted(prepare, monkeypatch):
 
 def test_other_settings_are_not_mixed_in(prepare):
     prepare(ITEMS, read_hum, recipe=dict(role='user'))
-    for change in (dict(recipe=dict(role='assistant')), dict(settings=['--part=5'],
-                                                             recipe=dict(role='user'))):
-        with pytest.raises(ValueError, match='was made from other material or settings .(role|part).; choose '
-                                             'another --out'):
-            prepare(ITEMS, read_hum, *change.get('settings', ()), recipe=change['recipe'])
+    message = 'was made from other material or settings .{}.; choose another --out'
+    with pytest.raises(ValueError, match=message.format('role')):
+        prepare(ITEMS, read_hum, recipe=dict(role='assistant'))
+    with pytest.raises(ValueError, match=message.format('part')):
+        prepare(ITEMS, read_hum, '--part=5', recipe=dict(role='user'))
 
 
 def test_nothing_to_prepare(prepare):
-    with pytest.raises(ValueError, match='none of the 2 recordings could be read; the first, a: -1 s of '
-                                         'audio'):
+    message = 'none of the 2 recordings could be read; the first, a: -1 s of audio'
+    with pytest.raises(ValueError, match=message):
         prepare(dict(a=-1, b=-2), read_hum)
     with pytest.raises(ValueError, match='no recordings were found'):
         prepare({}, read_hum)
@@ -120,8 +118,12 @@ def test_codes_beside_audio(small_codec):
     """A channel that comes as codes is laid beside one that comes as audio, and filled up with silence."""
     wave, codes = hum(140, 1.0), np.arange(24, dtype=np.uint16)
     fitted = fit(Recording(wave, codes, []), small_codec, 0.1)
-    assert len(fitted.user) == 16000 and fitted.assistant.tolist() == [
-        *range(24), small_codec.silence_codes[0]]
+    assert len(fitted.user) == 16000
+    assert fitted.assistant.tolist() == [*range(24), small_codec.silence_codes[0]]
+
+
+FRAME = np.zeros(640, np.float32)
+TURN_AT_NO_TIME = dict(turn('user', 0, 1), words=[dict(text='a', start_sec=float('nan'), end_sec=1)])
 
 
 @pytest.mark.parametrize('recording, message', [
@@ -130,34 +132,31 @@ def test_codes_beside_audio(small_codec):
     (Recording(np.zeros((5, 2), np.float32), None, []), 'no samples in a row'),
     (Recording(np.full(640, np.nan, np.float32), None, []), 'no numbers'),
     (Recording(np.array([3, 40]), None, []), 'codes 3 to 40, codec mel has 0 to 31'),
-    (Recording(np.zeros(16000, np.float32), np.zeros(20000, np.float32), []), '1.00 s and the assistant\'s '
-     '1.28 s, more than'),
-    (Recording(np.zeros(640, np.float32), None, [turn('user', 0, None)]), 'a time that is no number'),
-    (Recording(np.zeros(640, np.float32), None,
-               [dict(turn('user', 0, 1), words=[dict(text='a', start_sec=float('nan'), end_sec=1)])]),
-     'a time that is no number'),
-    (Recording(np.zeros(640, np.float32), None, [turn('assistant', 0, 1)]), 'a turn of the assistant at 0 s, '
-     'but there is no such channel'), ])
+    (Recording(np.zeros(16000, np.float32), np.zeros(20000, np.float32), []),
+     "1.00 s and the assistant's 1.28 s, more than"),
+    (Recording(FRAME, None, [turn('user', 0, None)]), 'a time that is no number'),
+    (Recording(FRAME, None, [TURN_AT_NO_TIME]), 'a time that is no number'),
+    (Recording(FRAME, None, [turn('assistant', 0, 1)]),
+     'a turn of the assistant at 0 s, but there is no such channel'),
+])
 def test_unfit_recordings(recording, message, small_codec):
     with pytest.raises(ValueError, match=message):
         fit(recording, small_codec, 0.1)
 
 
 def test_turns_on_frames():
-    """At 25 Hz: every frame that a turn touches; 0.12 s is the border of frame 3, in whatever way it is
-    rounded in binary."""
-    turns = [
-        turn('user', -0.5, 0.12),
-        turn('user', 0.1, 0.30),
-        turn('assistant', 0.12, 9.0),
-        turn('user', 0.2, 0.25),
-        turn('assistant', 9.5, 10)]
+    """
+    At 25 Hz: every frame that a turn touches; 0.12 s is the border of frame 3, in whatever way it is rounded
+    in binary.
+    """
+    turns = [turn('user', -0.5, 0.12), turn('user', 0.1, 0.30), turn('assistant', 0.12, 9.0),
+             turn('user', 0.2, 0.25), turn('assistant', 9.5, 10)]
     turns[1]['words'] = [
-        dict(text='a', start_sec=0.1, end_sec=0.2),
-        dict(text='b', start_sec=0.2, end_sec=0.5)]
+        dict(text='a', start_sec=0.1, end_sec=0.2), dict(text='b', start_sec=0.2, end_sec=0.5)]
     framed, n_lost = on_frames(turns, 20, 25.0)
-    assert [(t['role'], t['start'], t['end']) for t in framed] == [('user', 0, 3), ('user', 3, 8),
-                                                                   ('assistant', 3, 20)] and n_lost == 2
+    assert [(t['role'], t['start'], t['end']) for t in framed] == [
+        ('user', 0, 3), ('user', 3, 8), ('assistant', 3, 20)]
+    assert n_lost == 2
     assert [(w['text'], w['start'], w['end']) for w in framed[1]['words']] == [('a', 3, 5), ('b', 5, 8)]
 
 
@@ -183,24 +182,26 @@ def test_the_split_is_by_id():
 
 
 def test_statistics(prepare):
-    """Ten seconds: the user 0 to 4, the assistant 3 to 8 and the user again 9 to 10: 1 s both, 1 s neither,
-    two changes."""
+    """
+    Ten seconds: the user 0 to 4, the assistant 3 to 8 and the user again 9 to 10: 1 s both, 1 s neither, two
+    changes.
+    """
     def read(_, codec):
         wave = np.zeros(160000, np.float32)
         return Recording(wave, wave, [turn('user', 0, 4), turn('assistant', 3, 8), turn('user', 9, 10)])
     out = prepare(dict(a=0, b=0, c=0), read)
     table = json.loads((out / 'prepared.json').read_text())
     assert table['both_speak'] == table['neither_speaks'] == '10.0%' and table['floor_changes_a_minute'] == 12
-    assert table['gap user to assistant'].startswith('median -1.00 s') and table['gap assistant to '
-                                                                                 'user'].startswith(
-                                                                                     'median 1.00 s')
+    assert table['gap user to assistant'].startswith('median -1.00 s')
+    assert table['gap assistant to user'].startswith('median 1.00 s')
 
 
 @pytest.mark.slow
 def test_a_thousand_utterances_with_a_killed_worker_and_a_corrupt_file(small_codec, tmp_path):
-    """Two processes; one is killed in the middle of a part (kill -9, as the system does when memory runs
-    out). The other ends its
-    part too: 999 records, once each, and the file that is no audio is named."""
+    """
+    Two processes; one is killed in the middle of a part (kill -9, as the system does when memory runs out).
+    The other ends its part too: 999 records, once each, and the file that is no audio is named.
+    """
     soundfile = pytest.importorskip('soundfile')
     small_codec.save(tmp_path / 'codec')
     with open(tmp_path / 'corpus.jsonl', 'w') as manifest:
@@ -210,15 +211,13 @@ def test_a_thousand_utterances_with_a_killed_worker_and_a_corrupt_file(small_cod
             manifest.write(json.dumps(dict(key=f'k{i}', wav=str(path), txt=f'number {i}')) + '\n')
     (tmp_path / '0537.wav').write_bytes(b'RIFF no audio')
     command = [
-        sys.executable,
-        str(ROOT / 'data/manifest/prepare.py'),
-        str(tmp_path / 'corpus.jsonl'), f'--out={tmp_path / "out"}', f'--codec={tmp_path / "codec"}',
-        '--part=20', '--role=user']
+        sys.executable, str(ROOT / 'data/manifest/prepare.py'), str(tmp_path / 'corpus.jsonl'),
+        f'--out={tmp_path / "out"}', f'--codec={tmp_path / "codec"}', '--part=20', '--role=user']
 
     def start(rank):
-        return subprocess.Popen(command, env=dict(os.environ, RANK=str(rank), WORLD_SIZE='2',
-                                                  OMP_NUM_THREADS='1'), stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True)
+        env = dict(os.environ, RANK=str(rank), WORLD_SIZE='2', OMP_NUM_THREADS='1')
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
     workers = [start(0), start(1)]
     while len(list((tmp_path / 'out').glob('parts/*.arrow'))) < 10:
         assert workers[0].poll() is None and workers[1].poll() is None

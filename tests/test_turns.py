@@ -22,36 +22,33 @@ def turns_of(role, drawing):
 def converse(user, assistant, reference=None):
     """Drawings -> a conversation, as sample.py and evaluate.py make it: the code of silence is 0."""
     n_frame = max(len(user), len(assistant))
-    channels = {
-        role: [int(c == '#')
-               for c in drawing.ljust(n_frame, '.')]
-        for role, drawing in (('user', user), ('assistant', assistant))}
+    channels = {role: [int(c == '#') for c in drawing.ljust(n_frame, '.')]
+                for role, drawing in (('user', user), ('assistant', assistant))}
     decoded = dict(channels, turns=turns_of('assistant', assistant))
-    return conversation('drawn', 25.0, turns_of('user', user), decoded, [0],
-                        expected=None if reference is None else turns_of('assistant', reference))
+    expected = None if reference is None else turns_of('assistant', reference)
+    return conversation('drawn', 25.0, turns_of('user', user), decoded, [0], expected=expected)
 
 
 def read(example):
     drawings = dict(re.findall(r'^(user|assistant|reference) +([#.-]+)$', example, re.M))
-    figures = dict(pair.split() for line in example.splitlines() if ' | ' in line
-                   for pair in line.split(' | '))
-    return converse(
-        **drawings), {key: None if value == 'n' else float(value) for key, value in figures.items()}
+    pairs = [pair.split() for line in example.splitlines() if ' | ' in line for pair in line.split(' | ')]
+    figures = {key: None if value == 'n' else float(value) for key, value in pairs}
+    return converse(**drawings), figures
 
 
 @pytest.mark.parametrize('name', EXAMPLES)
 def test_worked_example(name):
     drawn, figures = read(EXAMPLES[name])
     found = summarise(assess(drawn), drawn['rate_hz'])
-    assert figures and {key: found[key] for key in figures} == {
-        key: value if value is None else pytest.approx(value) for key, value in figures.items()}
+    expected = {key: value if value is None else pytest.approx(value) for key, value in figures.items()}
+    assert figures and {key: found[key] for key in figures} == expected
 
 
 def test_the_drawing_in_the_docstring():
     """The user's turns begin at 2, 38 and 59; the picture says what becomes of each."""
     user, assistant = (re.search(f'{role} +([.░▓-]+)', measures.turns.__doc__).group(1) for role in ROLES)
-    one, mhm, cut = assess(
-        converse(re.sub('░', '#', user), re.sub('▓', '#', assistant), re.sub('▓', '#', assistant)))
+    user, assistant = user.replace('░', '#'), assistant.replace('▓', '#')
+    one, mhm, cut = assess(converse(user, assistant, assistant))
     assert (one['false_start'], one['pauses'], one['end'], one['response']) == (10, [(9, 16, True)], 20, 2)
     assert (mhm['start'], mhm['kind'], mhm['yielded']) == (38, 'backchannel', 10)
     assert (cut['start'], cut['kind'], cut['yielded']) == (59, 'interruption', 4)
@@ -65,8 +62,10 @@ def moved(turn, n):
        st.integers(0, 12))
 @settings(max_examples=50, deadline=None)
 def test_replies_shifted_by_some_frames_come_later_by_those(lengths, n):
-    """Answers of 15 frames in gaps of 50: n frames later each, the response is n frames longer, and nothing
-    else changes."""
+    """
+    Answers of 15 frames in gaps of 50: n frames later each, the response is n frames longer, and nothing
+    else changes.
+    """
     at, user, answers = 2, [], []
     for n_user, _ in lengths:
         user.append(dict(role='user', start=at, end=at + n_user, text=''))
@@ -78,26 +77,26 @@ def test_replies_shifted_by_some_frames_come_later_by_those(lengths, n):
         codes = np.zeros(at, int)
         for turn in spoken:
             codes[turn['start']:turn['end']] = 1
-        return summarise(
-            assess(
-                conversation('x', 25.0, user, dict(user=np.ones(at, int), assistant=codes, turns=spoken), [0],
-                             expected=answers)), 25.0)
+        decoded = dict(user=np.ones(at, int), assistant=codes, turns=spoken)
+        return summarise(assess(conversation('x', 25.0, user, decoded, [0], expected=answers)), 25.0)
 
     still, later = measure(0), measure(n)
-    assert later['response_ms'] == pytest.approx(still['response_ms']
-                                                 + 40 * n) and later['response_median_ms'] == 40 * n
+    assert later['response_ms'] == pytest.approx(still['response_ms'] + 40 * n)
+    assert later['response_median_ms'] == 40 * n
     assert (later['no_answer_rate'], later['false_start_rate'], later['unprompted_rate']) == (0, 0, 0)
 
 
 def test_shares_of_time_and_channels_swapped():
-    """60 frames: the user speaks 2-20 and 40-50, the other 18-30 and 55-58; both 18-20, neither 0-2, 30-40,
-    50-55, 58-60."""
+    """
+    60 frames: the user speaks 2-20 and 40-50, the other 18-30 and 55-58; both 18-20, neither 0-2, 30-40,
+    50-55, 58-60.
+    """
     one = '..##################....................##########..........'
     other = '..................############.........................###..'
     there, back = who_speaks([converse(one, other)]), who_speaks([converse(other, one)])
     assert there == dict(n_conversation=1, sec=2.4, both_speak=2 / 60, neither_speaks=pytest.approx(19 / 60),
-                         gap_user_to_assistant_ms=pytest.approx(
-                             (-80 + 200) / 2), gap_assistant_to_user_ms=400)
+                         gap_user_to_assistant_ms=pytest.approx((-80 + 200) / 2),
+                         gap_assistant_to_user_ms=400)
     assert back == dict(there, gap_user_to_assistant_ms=there['gap_assistant_to_user_ms'],
                         gap_assistant_to_user_ms=there['gap_user_to_assistant_ms'])
 
@@ -122,7 +121,6 @@ def test_stretches_cover_all_speech_and_no_long_gap(speaks, n_join):
 def test_any_conversation_can_be_measured(user, assistant, reference):
     drawn = converse(user, assistant, reference)
     figures = summarise(assess(drawn), 25.0)
-    assert all(value is None or 0 <= value <= 1
-               for key, value in figures.items()
-               if '_acc_' in key or key.endswith('_rate'))
+    shares = [value for key, value in figures.items() if '_acc_' in key or key.endswith('_rate')]
+    assert all(value is None or 0 <= value <= 1 for value in shares)
     assert set(drawn['speaks']) == set(ROLES)

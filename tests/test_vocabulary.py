@@ -1,7 +1,4 @@
-"""
-The vocabulary on a small BPE trained here, and on the real Qwen2 tokenizer where ../shared/data has it.
-"""
-
+"""The vocabulary on a small BPE trained here, and on the real Qwen2 tokenizer where ../shared/data has it."""
 import json
 import random
 import shutil
@@ -33,10 +30,9 @@ def train(folder, pattern=QWEN2_PATTERN, specials=('<|endoftext|>', '<|im_end|>'
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(
-        TEXTS * 5 + [QWEN2_PATTERN],
-        trainers.BpeTrainer(vocab_size=400, initial_alphabet=byte_level.alphabet(),
-                            special_tokens=list(in_front), show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=byte_level.alphabet(),
+                                  special_tokens=list(in_front), show_progress=False)
+    bpe.train_from_iterator(TEXTS * 5 + [QWEN2_PATTERN], trainer)
     bpe.add_special_tokens(list(specials))
     folder.mkdir(exist_ok=True)
     bpe.save(str(folder / 'tokenizer.json'))
@@ -66,8 +62,7 @@ def test_one_id_space(tmp_path):
 
 
 def test_codes_start_where_the_model_ends(tmp_path):
-    """A model of 512 rows has spare ones for the control tokens; in one of n rows codes follow after
-    these."""
+    """A model of 512 rows has spare ones for the control tokens; in one of n rows codes follow after them."""
     n = train(tmp_path).get_vocab_size(with_added_tokens=False)
     (tmp_path / 'config.json').write_text('{"vocab_size": 512}')
     vocab = Vocabulary.load(tmp_path, n_codes=128)
@@ -208,8 +203,8 @@ def test_special_tokens_in_front_are_refused(tmp_path):
 
 def test_a_folder_without_tokenizer_is_named(tmp_path):
     for folder in (tmp_path, tmp_path / 'nowhere'):
-        with pytest.raises(ValueError, match=f'{folder}: no tokenizer here: .* vocab.json and merges.txt '
-                                             'found'):
+        message = f'{folder}: no tokenizer here: .* vocab.json and merges.txt found'
+        with pytest.raises(ValueError, match=message):
             Vocabulary.load(folder)
     (tmp_path / 'vocab.json').write_text('{}')
     with pytest.raises(ValueError, match='neither tokenizer.json nor merges.txt'):

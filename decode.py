@@ -182,8 +182,8 @@ class Duplex:
             noise = torch.empty(self.n_row, len(head.bias), device=self.device)
             noise.exponential_(generator=self.generator)
         self.cache.advance(ids.shape[1])
-        for x in (ids, self.cache.keys, self.cache.values) if self.compile else ():
-            torch._dynamo.mark_static(x)        # only cache.n_slot changes
+        for x in (ids, *self.cache.keys, *self.cache.values) if self.compile else ():
+            torch._dynamo.mark_static(x, [*range(1, x.dim())])    # only n_row and cache.n_slot change
         if self.device.type != 'cuda':
             return self.next_token(kind, ids, noise)
         shape = kind, ids.shape[1], self.cache.n_slot

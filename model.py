@@ -242,14 +242,16 @@ class KVCache:
     def __init__(self, model, n_row, max_len, bucket=256, dtype=None):
         config, weight = model.config, model.model.norm.weight # dtype None: the model's
         # a slot more than is ever used: torch.compile would compile "all slots" apart from "some of them"
-        shape = (config.n_layer, n_row, config.n_kv_head, max_len + 1, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype or weight.dtype, device=weight.device)
-        self.values = torch.zeros_like(self.keys)
+        shape = (n_row, config.n_kv_head, max_len + 1, config.head_dim)
+        # a tensor a layer: of one tensor for all layers a compiled pass would copy the whole to change a part
+        zeros = partial(torch.zeros, device=weight.device)
+        self.keys, self.values = ([zeros(shape, dtype=dtype or weight.dtype) for _ in range(config.n_layer)]
+                                  for _ in range(2))
         self.max_len, self.bucket = max_len, bucket
         self.len = 0        # positions held
         self.next_pos = 0   # positions ever seen
         # the device's copies: the oldest position held, the first of this pass
-        self.oldest, self.first_new = torch.zeros(2, dtype=torch.int64, device=weight.device)
+        self.oldest, self.first_new = zeros((), dtype=torch.int64), zeros((), dtype=torch.int64)
 
     def advance(self, T):
         """Makes room for T new positions."""
@@ -264,19 +266,20 @@ class KVCache:
 
     def place(self, T):
         """-> pos (T) of the new positions; mask (T, S), 0 where they may see a slot, else -inf."""
-        pos = self.first_new + torch.arange(T, device=self.keys.device)
+        pos = self.first_new + torch.arange(T, device=self.first_new.device)
         self.new_slots = pos % self.max_len
-        slots = torch.arange(self.n_slot, device=self.keys.device)
+        slots = torch.arange(self.n_slot, device=pos.device)
         held = pos[-1] - (pos[-1] - slots) % self.max_len # (S), the latest position in each; below 0: none
         is_visible = (held >= self.oldest) & (held <= pos[:, None])
-        mask = torch.zeros_like(is_visible, dtype=self.keys.dtype)
+        mask = torch.zeros_like(is_visible, dtype=self.keys[0].dtype)
         return pos, mask.masked_fill_(~is_visible, -torch.inf)
 
     def extend(self, layer, k, v):
         """k, v (B, T, K, D) of the new positions -> those of all slots, (B, S, K, D)."""
-        for x, new in ((self.keys[layer], k), (self.values[layer], v)): # (B, K, max_len + 1, D)
-            x.index_copy_(2, self.new_slots, new.transpose(1, 2).to(x.dtype))
-        return (x[layer, :, :, :self.n_slot].transpose(1, 2) for x in (self.keys, self.values))
+        rings = self.keys[layer], self.values[layer] # (B, K, max_len + 1, D) each
+        for ring, new in zip(rings, (k, v)):
+            ring.index_copy_(2, self.new_slots, new.transpose(1, 2).to(ring.dtype))
+        return (ring[:, :, :self.n_slot].transpose(1, 2) for ring in rings)
 
     def drop(self, n):
         """Forgets the n oldest positions."""
@@ -285,7 +288,7 @@ class KVCache:
 
     def keep(self, n_row):
         """Forgets all rows but the first n_row."""
-        self.keys, self.values = self.keys[:, :n_row].clone(), self.values[:, :n_row].clone()
+        self.keys, self.values = ([x[:n_row].clone() for x in rings] for rings in (self.keys, self.values))
 
 # ------------------------------------------------------------------------------------------------------------
 # head and loss: 156,032 logits a row are too many to store for all rows at once, so they come in chunks

@@ -2,6 +2,7 @@
 said."""
 import json
 import shutil
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -191,7 +192,7 @@ def test_int8_says_much_the_same(loaded, users):
     duplex = Duplex(*loaded[:3], 3, dtype=torch.int8)
     assert isinstance(duplex.model.model.layers[0].mlp.down_proj, Int8) and isinstance(
         duplex.heads['text'].linear, Int8)
-    assert duplex.cache.keys.dtype == torch.bfloat16
+    assert duplex.cache.keys[0].dtype == torch.bfloat16
 
 
 def test_int8_needs_its_instructions(loaded, monkeypatch):
@@ -210,6 +211,35 @@ def test_compiled_equals_eager(loaded, users):
         talk(loaded, users, 18, max_context=300, compile=True)[1],
         talk(loaded, users, 18, max_context=300)[1])
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
+
+
+@pytest.mark.slow
+def test_compiled_users_leave(loaded):
+    """40 users of 1 to 40 chunks leave at ten moments. Two graphs serve all: one for several, one for the
+    last."""
+    model, vocab, layout, _, _ = loaded
+    users = [np.random.default_rng(n).integers(0, 32, 10 * n) for n in range(1, 41)]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, _ = converse(model, vocab, layout, users, 0, max_context=110, compile=True)
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2
+    assert compiled == converse(model, vocab, layout, users, 0, max_context=110)[0]
+
+
+@pytest.mark.slow
+def test_compiled_copies_no_cache(loaded, users):
+    """A chunk does not take longer for a cache that could be longer: nothing copies what it does not read."""
+    chunk_sec = []
+    for max_context in (512, 65536):
+        torch._dynamo.reset()
+        duplex = Duplex(*loaded[:3], 3, max_context=max_context, compile=True)
+        passed = []
+        for c in range(6):
+            start = time.perf_counter()
+            duplex.step(users[:, c * 10:c * 10 + 10])
+            passed.append(time.perf_counter() - start)
+        chunk_sec.append(min(passed))
+    assert chunk_sec[1] < 4 * chunk_sec[0], chunk_sec
 
 
 def test_duplex2_speaks_without_text(loaded, users):

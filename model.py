@@ -294,15 +294,15 @@ class KVCache:
 # head and loss: 156,032 logits a row are too many to store for all rows at once, so they come in chunks
 
 def score(logits, targets, weights):
-    """logits (n, V) -> losses (n), fp32. Overwrites logits with the gradient of sum(weights * losses)."""
-    x = logits.float()
+    """logits (n, V) -> losses (n), fp32, and the gradient of sum(weights * losses), as large as logits."""
+    x = logits.to(torch.float32, copy=True)
     lse = x.logsumexp(-1, keepdim=True) # (n, 1)
     losses = lse - x.gather(1, targets[:, None]) # (n, 1)
     # d loss / d logit is the probability, minus 1 at the target; one pass over the logits when compiled
-    logits.copy_(x.sub_(lse).exp_().mul_(weights[:, None]))
+    gradient = x.sub_(lse).exp_().mul_(weights[:, None]).type_as(logits)
     # probability - 1 is expm1(-loss), which stays exact where the loss is small
-    logits.scatter_(1, targets[:, None], (torch.expm1(-losses) * weights[:, None]).type_as(logits))
-    return losses[:, 0]
+    at_target = torch.expm1(-losses) * weights[:, None]
+    return losses[:, 0], gradient.scatter_(1, targets[:, None], at_target.type_as(logits))
 
 def add_product(total, a, b):
     """total (V, C) fp32 += a (n, V).T @ b (n, C), without rounding the sum to bf16."""
@@ -325,13 +325,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             part = slice(i, i + chunk)
             logits = rows[part] @ matrix.T # (n, V)
             if x.is_cuda: # dynamic, as the last chunk's size varies
-                losses[part] = compiled(score, dynamic=True)(logits, targets[part], weights[part])
-            else: # 32 rows, 20 MB in fp32, stay in the cache
-                parts = zip(*(y.split(32) for y in (logits, targets[part], weights[part])), strict=True)
-                losses[part] = torch.cat([score(*y) for y in parts])
-            if with_gradient: # logits are their own gradient now
-                d_rows[part] = logits @ matrix
-                add_product(d_head, logits, rows[part])
+                losses[part], gradient = compiled(score, dynamic=True)(logits, targets[part], weights[part])
+            else: # 32 rows, 20 MB in fp32, stay in the cache; their gradient takes the place of their logits
+                gradient = logits
+                for at in range(0, len(logits), 32):
+                    few = slice(i + at, min(i + at + 32, i + chunk))
+                    losses[few], logits[at:at + 32] = score(logits[at:at + 32], targets[few], weights[few])
+            if with_gradient:
+                d_rows[part] = gradient @ matrix
+                add_product(d_head, gradient, rows[part])
         if with_gradient:
             ctx.gradients, ctx.dtypes = (d_rows, d_head), (x.dtype, head.dtype)
         ctx.mark_non_differentiable(losses)

@@ -20,6 +20,7 @@ import resource
 import shutil
 import sys
 import time
+from bisect import bisect_left
 from copy import copy
 from dataclasses import dataclass, replace
 from glob import glob
@@ -304,11 +305,16 @@ def share_start(model, place):
 
 def find_batch_size(model, cfg, place):
     """The most rows a micro-step that fit into memory, among the numbers that divide the step. Tried on the
-    most expensive rows there are: one document each, all of it learned."""
-    device, best = place.device, 0
+    most expensive rows there are: one document each, all of it learned. A twentieth of the memory stays free,
+    as memory that is given back in other pieces than it is wanted in cannot all be used."""
+    device = place.device
     n_most = cfg.batch_tokens // (cfg.block_size * place.world_size)
     moments = torch.empty(2 * model.n_param(), device=device)       # AdamW will want them
-    for n_row in (n for n in range(1, n_most + 1) if n_most % n == 0):
+    spare = 0 if device.type == 'cpu' else torch.cuda.mem_get_info(device)[1] // 20     # bytes
+    spare = torch.empty(spare, dtype=torch.uint8, device=device)
+
+    def fits(n_row):
+        torch._dynamo.reset()   # flex_attention is compiled for eight shapes; the ninth would run unfused
         idx = torch.zeros(n_row, cfg.block_size, dtype=torch.int64, device=device)
         pos = torch.arange(cfg.block_size, device=device).expand_as(idx)
         learn = torch.arange(idx.numel(), device=device)
@@ -317,17 +323,25 @@ def find_batch_size(model, cfg, place):
             with place.autocast():
                 total, _ = model(idx, pos, idx, learn, idx.flatten(), weights)
             total.backward()
-        except torch.OutOfMemoryError:
-            break
-        best = n_row
-    del moments
+            return True
+        except RuntimeError as error:   # cuBLAS, for one, has a way of its own to say torch.OutOfMemoryError
+            if not re.search('out of memory|ALLOC_FAILED', str(error)):
+                raise
+            return False
+
+    divisors = [n for n in range(1, n_most + 1) if n_most % n == 0]
+    n_fit = bisect_left(divisors, True, key=lambda n_row: not fits(n_row))
+    del moments, spare
+    torch._dynamo.reset()
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
     if place.world_size > 1:
-        least = torch.tensor(best, device=device)
+        least = torch.tensor(n_fit, device=device)
         dist.all_reduce(least, dist.ReduceOp.MIN)
-        best = int(least)
-    if not best:
+        n_fit = int(least)
+    if not n_fit:
         raise ValueError(f'not even one row of block_size={cfg.block_size} fits into the memory of {device}')
-    return best
+    return divisors[n_fit - 1]
 
 
 def plan_stages(cfg, place, vocab, train_data, val_data):

@@ -14,9 +14,12 @@ def pick_device(name):
     """'auto' is a GPU if there is one. Raises ValueError for what this machine does not have."""
     kind = name if name != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
-        return torch.empty(0, device=kind).device
+        device = torch.empty(0, device=kind).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f'device {name!r} cannot be used here: ' + str(error).split('\n')[0])
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)       # CUDA graphs are captured on the current one
+    return device
 
 
 def pick_dtype(name, device):
@@ -56,11 +59,16 @@ class Place(NamedTuple):
 
 
 def join(device_name, dtype_name):
-    """Joins the other processes, if torchrun started several -> Place."""
+    """Joins the other processes, if torchrun started several -> Place. Of several on a machine each takes the
+    GPU of its number. Raises ValueError for a GPU that all of them would take."""
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     device = pick_device(device_name)
     if device.type == 'cuda':
-        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+        if world_size > 1:
+            if ':' in device_name:
+                raise ValueError(f'device {device_name!r}: {world_size} processes cannot share a GPU; with '
+                                 "'cuda' each takes its own (CUDA_VISIBLE_DEVICES chooses among them)")
+            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
     if world_size > 1 and not dist.is_initialized():

@@ -269,15 +269,20 @@ class Loader:
         return {key: type(value)(value / proportion) for key, value in total.items()}
 
     def epoch(self):
-        """Every document once, in file order of windows: this rank's part of the batches. For evaluation."""
+        """Every document once, in file order of windows: this rank's part of the batches. For evaluation.
+        Padded batches have one shape, and all ranks have as many: a last one may be padding altogether."""
         for window in range(self.n_window):
             rows = self.read_window(0, window, shuffle=False)
-            for at in range(self.rank * self.batch_size, len(rows), self.world_size * self.batch_size):
-                yield self.collate([self.lay(row) for row in rows[at:at + self.batch_size]])
+            for first in range(0, len(rows), self.world_size * self.batch_size):
+                at = first + self.rank * self.batch_size
+                mine = rows[at:at + self.batch_size]
+                if mine or self.padded:
+                    yield self.collate([self.lay(row) for row in mine])
 
     def collate(self, rows):
         """Rows of documents (ids, learned, sec) -> Batch. All is laid side by side in flat arrays first."""
-        B, T = len(rows), self.block_size
+        B, T = self.batch_size, self.block_size
+        rows = rows + [[]] * (B - len(rows))        # of padding only: another shape would be compiled anew
         n = B * T if self.padded else sum(len(ids) - 1 for row in rows for ids, _, _ in row)
         idx, pos, doc, following = np.zeros(n, np.int64), *np.empty((3, n), np.int64)
         scored, total_sec, at, number = np.zeros(n, bool), 0., 0, 0

@@ -61,6 +61,19 @@ def test_an_epoch_is_every_document_once(small_data, layout):
     assert sorted(got) == expected(loader, get_layout(layout))
 
 
+@pytest.mark.parametrize('world_size', [1, 3])
+def test_an_epoch_has_one_shape(small_data, world_size):
+    """Also its last batch, as a compiled model takes a minute for another shape. All ranks have as many."""
+    ranks = [list(make_loader(small_data, batch_size=4, rank=rank, world_size=world_size).epoch())
+             for rank in range(world_size)]
+    n_row = make_loader(small_data).counts['rows']
+    assert n_row % 4 and [len(batches) for batches in ranks] == [-(-n_row // (4 * world_size))] * world_size
+    for batches in ranks:
+        assert {batch.idx.shape for batch in batches} == {(4, ranks[0][0].idx.shape[1])}
+    learned = sum(len(batch.learn) for batches in ranks for batch in batches)
+    assert learned == sum(len(batch.learn) for batch in make_loader(small_data, padded=False).epoch())
+
+
 def test_ranks_share_nothing_and_miss_nothing(small_data):
     """Three ranks' epochs together are one epoch; their batches side by side are the batches of one
     process."""

@@ -413,7 +413,7 @@ def test_compiled_blocks_equal_eager_ones(attention):
 @pytest.mark.slow # half a minute of C++
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_compiled_score_equals_the_eager_one(dtype):
-    """Compiled as on a GPU it leaves the logits alone, as writing into them would cost a second copy. The last
+    """Compiled as on a GPU it leaves the logits alone, as writing into them would cost another copy. The last
     chunk has another number of rows, which does not compile it again."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -200,23 +200,31 @@ def test_starts_from_a_hugging_face_folder(toy, small_tokenizer, tmp_path, capsy
 
 def test_auto_batch_takes_the_most_rows_that_fit(toy, monkeypatch):
     """With a memory of 6 rows: of the divisors of 12 rows a step (1 2 3 4 6 12) it is 6; with a memory of
-    none, a sentence."""
+    none, a sentence. Each number of rows is compiled anew, as torch compiles at most eight shapes of a
+    function and runs the ninth as it is: 360 rows a step have 24 divisors."""
     class Memory(torch.nn.Linear):
         def n_param(self):
             return 1
 
         def forward(self, idx, pos, doc, learn, targets, weights):
             assert idx.shape == pos.shape == doc.shape and learn.shape == targets.shape == weights.shape
+            assert not n_compiled       # since dynamo was last reset
+            n_compiled.append(len(idx))
             if len(idx) > self.n_row:
-                raise torch.OutOfMemoryError(f'{self.n_row} rows')
+                raise self.error
             return self.weight.sum() * 0, None
 
-    cfg, place, model = replace(toy, batch_tokens=12 * 128), train.Place(torch.device('cpu'), torch.float32,
-                                                                         0, 1), Memory(1, 1)
-    for model.n_row, best in ((6, 6), (5, 4), (100, 12)):
+    n_compiled, model = [], Memory(1, 1)
+    monkeypatch.setattr(torch._dynamo, 'reset', n_compiled.clear)
+    place, model.error = train.Place(torch.device('cpu')), torch.OutOfMemoryError('CUDA out of memory')
+    for n_most, model.n_row, best in ((12, 6, 6), (12, 5, 4), (12, 100, 12), (360, 125, 120), (360, 1, 1)):
+        cfg = replace(toy, batch_tokens=n_most * 128)
         assert train.find_batch_size(model, cfg, place) == best
-    model.n_row = 0
+    model.n_row, model.error = 0, RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED')
     with pytest.raises(ValueError, match='not even one row of block_size=128 fits'):
+        train.find_batch_size(model, cfg, place)
+    model.error = RuntimeError('another fault')
+    with pytest.raises(RuntimeError, match='another fault'):
         train.find_batch_size(model, cfg, place)
     with pytest.raises(ValueError, match='auto_batch tries how much the memory of a GPU takes, and there is '
                                          'none'):

@@ -13,6 +13,7 @@ Checkpoints: what a run writes, and how it is read back. Nothing in them is pick
 """
 import os
 import shutil
+from contextlib import ExitStack, nullcontext
 from glob import glob
 from typing import NamedTuple
 
@@ -134,6 +135,68 @@ def load_state(folder, model, optimizer):
         optimizer.state[p] = {key: value.to(p.device) for key, value in entries.items()}
     torch.set_rng_state(tensors['rng'])
     return read_json(os.path.join(folder, 'state.json'))
+
+
+def find_state(out_dir, place):
+    """
+    -> the step-… folder to go on from, None where there is none. Called by all processes together.
+
+    Nodes need not share a disk. Then only the first process's node has states, and after a restart the first
+    process may be on another node. So the newest state that any process sees counts. If the first process
+    lacks it, it is sent the whole run, which it continues. Other nodes are sent the state, to
+    OUT_DIR.received, which is to be deleted once it is read.
+    """
+    seen = see_states(out_dir, place)
+    newest = max(step for step, _ in seen)
+    if newest < 0:
+        return None
+    source = [step for step, _ in seen].index(newest)
+    for rank, (step, run_id) in enumerate(seen):
+        if step >= 0 and run_id != seen[source][1]:
+            raise ValueError(f'out_dir={out_dir} holds one run where process {source} runs and another where '
+                             f'process {rank} does: rename the folder that is not to go on')
+    if seen[0][0] < newest:
+        send_folder(out_dir, source, out_dir if place.is_main else None, place)
+        seen = see_states(out_dir, place)       # now also that of others on the first process's node
+    is_lacking = seen[place.rank][0] < newest
+    name = f'step-{newest:06d}'
+    folder = os.path.join(out_dir + '.received' if is_lacking else out_dir, name)
+    if any(step < newest for step, _ in seen):
+        target = folder if is_lacking and place.local_rank == 0 else None
+        send_folder(os.path.join(out_dir, name), source, target, place)
+    return folder
+
+
+def see_states(out_dir, place):
+    """-> [(step of the latest state, run_id)] of all processes; -1 where a process sees none"""
+    folder = last_state(out_dir)
+    state = read_json(os.path.join(folder, 'state.json')) if folder else dict(step=-1)
+    return place.gather((state['step'], state.get('run_id')))
+
+
+def send_folder(folder, source, target, place, n_byte=2 ** 26):
+    """Copies the files of folder on the process source to target on each process that gives one, in pieces of
+    n_byte. Called by all processes together."""
+    is_source = place.rank == source
+    paths = glob(os.path.join(folder, '**'), recursive=True) if is_source else []
+    files = [(os.path.relpath(path, folder), os.path.getsize(path)) for path in paths if os.path.isfile(path)]
+    files = place.gather(files)[source]
+    with whole(target) if target else nullcontext() as part:
+        for name, size in files:
+            piece = torch.empty(n_byte, dtype=torch.uint8)
+            with ExitStack() as stack:
+                if is_source:
+                    read = stack.enter_context(open(os.path.join(folder, name), 'rb'))
+                if target:
+                    os.makedirs(os.path.dirname(os.path.join(part, name)), exist_ok=True)
+                    written = stack.enter_context(open(os.path.join(part, name), 'wb'))
+                for at in range(0, size, n_byte):
+                    n = min(n_byte, size - at)
+                    if is_source:
+                        read.readinto(memoryview(piece.numpy())[:n])
+                    piece = place.broadcast(piece, source)
+                    if target:
+                        written.write(memoryview(piece.numpy())[:n])
 
 
 def publish(folder, out_dir):

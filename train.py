@@ -20,18 +20,22 @@ import resource
 import shutil
 import sys
 import time
+import zlib
 from bisect import bisect_left
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from glob import glob
 from typing import NamedTuple
+from uuid import uuid4
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 import checkpoint
 import config
 from common.device import PEAK_FLOPS, Place, join
+from common.files import remove
 from data.dialogues import Dialogues
 from data.loader import STREAMS, Loader, Mixture, Prefetch
 from flatten import get_layout
@@ -166,7 +170,7 @@ class Run(NamedTuple):
     vocab: Vocabulary
     gradient: torch.Tensor  # fp32 [n_param], of all parameters one after the other
     optimizer: torch.optim.Optimizer
-    state: dict             # step, loader, best, best_step, sec_heard, train_sec: what state.json holds
+    state: dict             # what state.json holds, see main
     n_step: int
     logger: Logger | None   # logger and listener: on the first process only
     listener: Listener | None
@@ -182,8 +186,11 @@ def main(cfg):
     check_settings(cfg, place)
     torch.manual_seed(cfg.seed)
     train_data, val_data = open_data(cfg)
-    resume_from = checkpoint.last_state(cfg.out_dir) if cfg.resume else None
+    # torchrun --max_restarts starts a process again that died: it goes on, whatever the command says
+    is_restart = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+    resume_from = checkpoint.find_state(cfg.out_dir, place) if cfg.resume or is_restart else None
     cfg, model, vocab = build_model(cfg, place, train_data[0], resume_from)
+    check_nodes(cfg, place, train_data + val_data, vocab)
     gradient = share_start(model, place)
     if cfg.auto_batch:      # before compiling, which would take place for every size; compiled it takes less
         cfg = replace(cfg, batch_size=find_batch_size(model, cfg, place), auto_batch=False)
@@ -196,7 +203,8 @@ def main(cfg):
             show_rows(cfg, stages, vocab)
         return {}
     optimizer = make_optimizer(model, cfg)
-    state = dict(step=0, loader=None, best=None, best_step=None, sec_heard=0.0, train_sec=0.0)
+    state = dict(run_id=uuid4().hex, step=0, loader=None, best=None, best_step=None, sec_heard=0.0,
+                 train_sec=0.0)
     if resume_from:
         state = checkpoint.load_state(resume_from, model, optimizer)
     open_out_dir(cfg, place, resume_from, state)
@@ -284,6 +292,18 @@ def build_model(cfg, place, dialogues, resume_from):
     model.config = replace(model.config, block_size=cfg.block_size)     # the context that it will know
     sizes = {name: getattr(model.config, name) for name in names}       # config.py will say them
     return replace(cfg, **sizes), model.to(place.device), vocab
+
+
+def check_nodes(cfg, place, data, vocab):
+    """Raises ValueError, on all processes, where their nodes have other settings, data or text tokens."""
+    facts = asdict(cfg) | {'torch': torch.__version__, 'ids': vocab.size}
+    for dialogues in data:
+        checksum = zlib.crc32(np.concatenate(dialogues.n_frame).tobytes())
+        name = f'{dialogues.folder}, {dialogues.split}'
+        facts[f'{name}: dialogues'], facts[f'{name}: checksum of lengths'] = len(dialogues), checksum
+    text = ' '.join(turn['text'] for turn in data[0][0]['turns'])
+    facts[f'ids of {text!r}'] = vocab.encode(text)
+    place.check_equal(facts)
 
 
 def share_start(model, place):
@@ -388,11 +408,17 @@ def open_out_dir(cfg, place, resume_from, state):
     if not resume_from and not is_used and glob(os.path.join(cfg.out_dir, '*')):
         raise ValueError(f'{cfg.out_dir} holds files that are no run of train.py: choose another --out_dir')
     place.barrier()         # all processes have read what they start from, which may lie in that folder
+    if place.local_rank == 0:
+        remove(cfg.out_dir + '.received')
+    if place.is_main and not resume_from and is_used:
+        print(f'{cfg.out_dir} held another run, moved to {checkpoint.move_aside(cfg.out_dir)}')
+    place.barrier()
+    # a state that is still there lies on a disk of this node, from when the first process of a run was here
+    if not resume_from and place.local_rank == 0 and checkpoint.last_state(cfg.out_dir):
+        checkpoint.move_aside(cfg.out_dir)
     if not place.is_main:
         return
-    if not resume_from and is_used:
-        print(f'{cfg.out_dir} held another run, moved to {checkpoint.move_aside(cfg.out_dir)}')
-    elif resume_from and state['best_step'] == state['step']:
+    if resume_from and state['best_step'] == state['step']:
         checkpoint.publish(resume_from, cfg.out_dir)    # the run may have been killed right before
     os.makedirs(cfg.out_dir, exist_ok=True)
     config.save(cfg, os.path.join(cfg.out_dir, 'config.py'))

@@ -1,6 +1,7 @@
 """Talks to a program that decodes or speaks in a Python environment of its own (cosyvoice_worker.py)."""
 import json
 import os
+import select
 import shlex
 import subprocess
 import tempfile
@@ -16,6 +17,7 @@ class Worker:
         or       {"text": "Hello.", "voice": "anna", "out": "a.wav"}
         it says  {"ok": true}  or  {"error": "no voice anna"}
     """
+    answer_sec = 600        # a program that hangs is ended, lest training wait for it until it is ended, too
 
     def __init__(self, command):
         self.command, self.lock = command, threading.Lock()
@@ -34,6 +36,9 @@ class Worker:
         self.listen()
 
     def listen(self):
+        if not select.select([self.process.stdout], [], [], self.answer_sec)[0]:
+            self.process.kill()
+            raise ValueError(f'{self.command} has not answered for {self.answer_sec} s, and was ended')
         line = self.process.stdout.readline()
         if not line:
             code = self.process.wait()

@@ -1,6 +1,8 @@
 """Where a process computes: on which device, in which numbers, and beside which other processes."""
 import os
+import socket
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -8,6 +10,10 @@ import torch.distributed as dist
 
 # dense bf16 FLOP/s from the datasheets, for MFU; other devices print none
 PEAK_FLOPS = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12, 'RTX 4090': 165e12}
+
+# how long processes wait for each other before they all end. The first one saves, and lets the model answer
+# dialogues, while the others wait; NCCL's own 10 minutes may be too few for a vocoder
+PATIENCE = timedelta(minutes=30)
 
 
 def pick_device(name):
@@ -39,6 +45,7 @@ class Place(NamedTuple):
     dtype: torch.dtype = torch.float32      # of the matmuls
     rank: int = 0
     world_size: int = 1
+    local_rank: int = 0                     # among the processes of its node
 
     @property
     def is_main(self):
@@ -57,20 +64,44 @@ class Place(NamedTuple):
         if self.world_size > 1:
             dist.barrier()
 
+    def gather(self, value):
+        """-> [the value of each process]"""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, tensor, source):
+        """-> the tensor of the process source, where it is on this process"""
+        sent = tensor.to(self.device)
+        dist.broadcast(sent, source)
+        return sent.to(tensor.device)
+
+    def check_equal(self, facts):
+        """facts: {name: value}. Raises ValueError, on all processes, for the first that is not the same on
+        all."""
+        (first, first_host), *others = self.gather((facts, socket.gethostname()))
+        for rank, (other, host) in enumerate(others, 1):
+            for name in first:
+                if other[name] != first[name]:
+                    raise ValueError(f'{name}: {first[name]} on process 0 ({first_host}), {other[name]} on '
+                                     f'process {rank} ({host}); all nodes need the same settings and files')
+
 
 def join(device_name, dtype_name):
     """Joins the other processes, if torchrun started several -> Place. Of several on a machine each takes the
     GPU of its number. Raises ValueError for a GPU that all of them would take."""
-    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in (
+        ('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
     device = pick_device(device_name)
     if device.type == 'cuda':
         if world_size > 1:
             if ':' in device_name:
                 raise ValueError(f'device {device_name!r}: {world_size} processes cannot share a GPU; with '
                                  "'cuda' each takes its own (CUDA_VISIBLE_DEVICES chooses among them)")
-            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+            device = torch.device('cuda', local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-    return Place(device, pick_dtype(dtype_name, device), rank, world_size)
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=PATIENCE)
+    return Place(device, pick_dtype(dtype_name, device), rank, world_size, local_rank)

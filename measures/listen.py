@@ -53,14 +53,16 @@ class Listener:
 
     def hear(self, step, model, layouts):
         """-> [conversation] of measures/turns.py, written to out_dir/listen. Where the stage or the data
-        allow none: [], and a note."""
+        allow none, or the memory or the disk is full: [], and a note. Training goes on."""
         if not self.cfg.n_listen:
             return []
         try:
-            layout, codec = self.prepare(layouts)
-        except ValueError as error:
-            self.note(f'nothing is heard: {error}')
+            return self.answer(step, model, *self.prepare(layouts))
+        except (ValueError, RuntimeError, OSError) as error:
+            self.note('nothing is heard: ' + (str(error).strip() or type(error).__name__).split('\n')[0])
             return []
+
+    def answer(self, step, model, layout, codec):
         users = [dialogue['user'] for dialogue in self.dialogues]
         decoded, _ = converse(
             model, self.vocab, layout, users, int(codec.silence_codes[0]), dtype=self.dtype,

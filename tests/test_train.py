@@ -78,6 +78,28 @@ def test_killed_and_resumed_equals_uninterrupted(toy, stages, tmp_path, monkeypa
     assert train.main(replace(killed, resume=True))['step'] == 10       # finished: nothing is done again
 
 
+@pytest.mark.slow
+def test_a_process_that_died_goes_on_when_torchrun_starts_it_again(toy, tmp_path, run):
+    """It dies before step 8, though no command says --resume=true. The second one starts from step 5
+    and ends bit for bit alike."""
+    whole = replace(toy, out_dir=str(tmp_path / 'whole'))
+    train.main(whole)
+    script = tmp_path / 'dies_once.py'
+    script.write_text('''
+import os, sys, config, train
+def get_lr(step, *rest, real=train.get_lr):
+    if step == 7 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+        os._exit(1)
+    return real(step, *rest)
+train.get_lr = get_lr
+train.main(config.load(train.Config, sys.argv[1:]))
+''')
+    launcher = (*TORCHRUN[:-1], '--nproc_per_node=1', '--max_restarts=1')
+    printed = run(script, *arguments(toy), launcher=launcher).stdout
+    assert equal(weights(whole), weights(toy)) and 'moved to' not in printed
+    assert printed.count('step      5/10') == 1
+
+
 def test_ranks_and_micro_steps_give_the_gradient_of_one_big_batch(toy, tmp_path, run):
     """One step of SGD-like AdamW on 4 rows: in one piece, in 2 micro-steps, and on 2 ranks x 2 micro-steps of
     1 row. Rows hold unequal numbers of learned tokens, so a mean of means would differ in the third digit."""
@@ -382,6 +404,17 @@ def test_what_cannot_be_heard_does_not_stop_the_run(spoken, monkeypatch, capsys,
     assert heard(spoken) == [f'step-0000{step}-d{i}.jsonl' for step in ('05', '10') for i in (0, 1)]
     assert '<a href="listen/step-000005-d0.jsonl">step 5, d0</a>' in (Path(spoken.out_dir)
                                                                       / 'report.html').read_text()
+
+
+@pytest.mark.parametrize('error', [torch.OutOfMemoryError('CUDA out of memory.\nTried'),
+                                   OSError(28, 'No space left on device')])
+def test_a_listening_that_fails_does_not_stop_the_run(spoken, monkeypatch, capsys, error):
+    def fail(*_, **__):
+        raise error
+    monkeypatch.setattr('measures.listen.converse', fail)
+    assert train.main(spoken)['step'] == 10
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith('note: ')]
+    assert notes == ['note: nothing is heard: ' + str(error).split('\n')[0]] and heard(spoken) == []
 
 
 def test_stages_without_a_clock_and_data_without_a_codec(toy, capsys):

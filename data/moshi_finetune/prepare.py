@@ -52,15 +52,17 @@ def read_words(path, assistant_speakers):
     try:
         with open(path, encoding='utf-8') as file:
             content = json.load(file)
-        for text, (start_sec, end_sec), speaker in content['alignments']:
-            if not math.isfinite(start_sec + end_sec) or not isinstance(text, str):
-                raise ValueError(f'{path} has the word {text!r} from {start_sec} s to {end_sec} s')
-            role = 'assistant' if speaker in assistant_speakers else 'user'
-            words[role].append(dict(text=text, start_sec=start_sec, end_sec=end_sec))
+        alignments = [(text, start_sec, end_sec, speaker, math.isfinite(start_sec + end_sec))
+                      for text, (start_sec, end_sec), speaker in content['alignments']]
     except json.JSONDecodeError as error:
         raise ValueError(f'{path} is no JSON ({error})')
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:      # ValueError: too few elements, or too many
         raise ValueError(f'{path} has no alignments of the form [[word, [start, end], speaker], …] ({error})')
+    for text, start_sec, end_sec, speaker, is_finite in alignments:
+        if not is_finite or not isinstance(text, str):
+            raise ValueError(f'{path} has the word {text!r} from {start_sec} s to {end_sec} s')
+        role = 'assistant' if speaker in assistant_speakers else 'user'
+        words[role].append(dict(text=text, start_sec=start_sec, end_sec=end_sec))
     return {role: sorted(said, key=lambda word: word['start_sec']) for role, said in words.items()}
 
 

@@ -13,6 +13,7 @@ Checkpoints: what a run writes, and how it is read back. Nothing in them is pick
 """
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from glob import glob
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from codec import load_codec
 from common.files import read_json, whole, write_json
 from flatten import get_layout
 from model import Qwen2
+from parallel import gather, scatter
 from vocabulary import Vocabulary
 
 
@@ -102,24 +104,80 @@ def check_codec(folder, codec, dialogues):
 # ------------------------------------------------------------------------------------------------------------
 # a run's states
 
-def save_state(out_dir, model, optimizer, vocab, info, codec_folder, state):
+class Snapshot(NamedTuple):
+    """The tensors of a state, on the CPU."""
+    model: Qwen2
+    moments: dict       # AdamW's: 'model.norm.weight.exp_avg', …; and 'rng', of the random numbers
+
+
+def take_snapshot(model, optimizer, place, copies):
+    """
+    -> Snapshot on the first process, None on others. If the model is split over the processes, all of them
+    call this together. copies: training goes on while the snapshot is used; else it may share the model's
+    memory, where that is a CPU's.
+    """
+    tensors = dict(model.state_dict())
+    moments = {}
+    for name, p in model.named_parameters():
+        moments |= {f'{name}.{key}': value for key, value in optimizer.state[p].items()}
+
+    def keep(named):
+        kept = {}
+        for name, tensor in named.items():
+            tensor = gather(tensor, copies)
+            if place.is_main:       # else each process of a node would hold all that is split over them
+                kept[name] = tensor
+        return kept
+    weights, moments = keep(tensors), keep(moments | {'rng': torch.get_rng_state()})
+    if not place.is_main:
+        return None
+    with torch.device('meta'):
+        whole_model = Qwen2(model.config)
+    whole_model.load_state_dict(weights, assign=True)
+    return Snapshot(whole_model, moments)
+
+
+def save_state(out_dir, snapshot, vocab, info, codec_folder, state):
     """Writes out_dir/step-000300, from which a run goes on as if it had not stopped. Deletes older ones."""
     folder = os.path.join(out_dir, f'step-{state["step"]:06d}')
-    names = {p: name for name, p in model.named_parameters()}
-    tensors = {'rng': torch.get_rng_state()}
-    for p, entry in optimizer.state.items():
-        tensors |= {f'{names[p]}.{key}': value for key, value in entry.items()}
     with whole(folder) as part:
-        model.save_pretrained(part, extra={'nanoduplex': write_info(info)})
+        snapshot.model.save_pretrained(part, extra={'nanoduplex': write_info(info)})
         vocab.save(part)
         if os.path.isdir(codec_folder):
             shutil.copytree(codec_folder, os.path.join(part, 'codec'))
-        save_file(tensors, os.path.join(part, 'optimizer.safetensors'))
+        save_file(snapshot.moments, os.path.join(part, 'optimizer.safetensors'))
         write_json(os.path.join(part, 'state.json'), state)
     for old in glob(os.path.join(out_dir, 'step-*')):
         if old != folder:
             shutil.rmtree(old)
     return folder
+
+
+class Saver:
+    """Writes states, and the best model. In the background training goes on meanwhile, from a snapshot that
+    shares no memory with the model; the run waits for the last one with wait()."""
+
+    def __init__(self, in_background):
+        self.in_background, self.thread, self.written = in_background, ThreadPoolExecutor(1), None
+
+    def save(self, out_dir, snapshot, vocab, info, codec_folder, state):
+        self.wait()         # one at a time; what went wrong with the last one is raised here
+        arguments = out_dir, snapshot, vocab, info, codec_folder, dict(state)
+        if self.in_background:
+            self.written = self.thread.submit(self.write, *arguments)
+        else:
+            self.write(*arguments)
+
+    @staticmethod
+    def write(out_dir, snapshot, vocab, info, codec_folder, state):
+        folder = save_state(out_dir, snapshot, vocab, info, codec_folder, state)
+        if state['best_step'] == state['step']:
+            publish(folder, out_dir)
+
+    def wait(self):
+        if self.written:
+            written, self.written = self.written, None
+            written.result()
 
 
 def load_state(folder, model, optimizer):
@@ -131,8 +189,8 @@ def load_state(folder, model, optimizer):
                          f'{missing[0]}): start from its weights, --init_from={folder}, '
                          'into another --out_dir')
     for name, p in model.named_parameters():
-        entries = {key: tensors[f'{name}.{key}'] for key in ('step', 'exp_avg', 'exp_avg_sq')}
-        optimizer.state[p] = {key: value.to(p.device) for key, value in entries.items()}
+        moments = {key: scatter(tensors[f'{name}.{key}'], p) for key in ('exp_avg', 'exp_avg_sq')}
+        optimizer.state[p] = dict(moments, step=tensors[f'{name}.step'].to(p.device))
     torch.set_rng_state(tensors['rng'])
     return read_json(os.path.join(folder, 'state.json'))
 

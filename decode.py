@@ -106,7 +106,8 @@ class Duplex:
     through the model and not 22. Beyond max_context tokens the oldest chunks are forgotten.
 
     Within a chunk nothing waits for the device. On a GPU the passes of each shape (11 tokens, 1 token for
-    text, 1 for speech) are captured once as a CUDA graph and replayed.
+    text, 1 for speech) are captured once as a CUDA graph and replayed. warm_up captures them before the
+    conversation, as a capture takes tens of milliseconds.
     """
 
     def __init__(self, model, vocab, layout, n_row=1, sampling=None, max_context=None, dtype=None,
@@ -131,6 +132,8 @@ class Duplex:
         self.unfed = torch.empty(n_row, 0, dtype=torch.int64, device=self.device)
         self.ids = []               # those of the whole conversation, in pieces of [n_row, tokens]
         self.graphs = {}            # on a GPU: shape of a pass -> what was captured
+        self.uses_graphs = self.device.type == 'cuda'
+        self.pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
         self.read_one = self.model.run_blocks_cached
         self.compile = compile
         if compile:
@@ -143,6 +146,29 @@ class Duplex:
         self.read_one = torch.compile(self.model.run_blocks_cached, dynamic=True, fullgraph=True)
         self.sample('speech', self.unfed.new_zeros(self.n_row, 1))
         self.cache.len = self.cache.next_pos = 0
+
+    def passes(self, n_chunk):
+        """(kind, T, slots) of each pass in the first n_chunk chunks of a conversation: what is chosen, how
+        many ids are read for it, and how many slots of the cache."""
+        n_unfed = n_read = 0
+        for _ in range(n_chunk):
+            for slot in self.layout.chunk:
+                if not slot.learned:
+                    n_unfed += slot.n
+                    continue
+                for _ in range(slot.n):
+                    n_read += n_unfed
+                    yield slot.kind, n_unfed, self.cache.count_slots(n_read)
+                    n_unfed = 1
+
+    @torch.inference_mode()
+    def warm_up(self, n_chunk):
+        """Captures all that n_chunk chunks need. Before the conversation only: it overwrites the cache."""
+        for kind, T, n_slot in dict.fromkeys(self.passes(n_chunk)) if self.uses_graphs else ():
+            noise = torch.ones(self.n_row, len(self.heads[kind].bias), device=self.device)
+            self.cache.n_slot = n_slot
+            self.graphs[kind, T, n_slot] = self.capture(
+                kind, self.unfed.new_zeros(self.n_row, T), noise if self.heads[kind].temperature else None)
 
     @torch.inference_mode()
     def step(self, user_codes):
@@ -184,7 +210,7 @@ class Duplex:
         self.cache.advance(ids.shape[1])
         for x in (ids, *self.cache.keys, *self.cache.values) if self.compile else ():
             torch._dynamo.mark_static(x, [*range(1, x.dim())])    # only n_row and cache.n_slot change
-        if self.device.type != 'cuda':
+        if not self.uses_graphs:
             return self.next_token(kind, ids, noise)
         shape = kind, ids.shape[1], self.cache.n_slot
         if shape not in self.graphs:
@@ -206,8 +232,9 @@ class Duplex:
             self.next_token(kind, *inputs)
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
+        # One pool for all: they run one after the other, and what one writes is copied before the next runs.
         # thread_local: when a model is heard in training, the loader's thread allocates at the same time
-        with torch.cuda.graph(graph, capture_error_mode='thread_local'):
+        with torch.cuda.graph(graph, self.pool, capture_error_mode='thread_local'):
             token = self.next_token(kind, *inputs)
         return graph, inputs, token
 
@@ -237,6 +264,7 @@ def converse(model, vocab, layout, users, silence_code, on_chunk=lambda: None, *
     for row, i in zip(heard, order):
         row[:len(users[i])] = users[i]
     duplex = Duplex(model, vocab, layout, len(users), **settings)
+    duplex.warm_up(max(n_chunk))
     chunk_sec, ids = [], [None] * len(users)
     for c in range(max(n_chunk) + 1):
         n_row = sum(c < m for m in n_chunk)

@@ -28,6 +28,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from common.files import read_json
 
@@ -192,11 +194,12 @@ def attend_varlen(q, k, v, ends):
     """FlashAttention 2, in bf16: on an A100 faster than flex."""
     from torch.nn.attention.varlen import varlen_attn  # 1 s of imports
     B, T, H, D = q.size()
-    if H != k.size(2): # torch 2.11 has no enable_gqa here
+    gqa = dict(enable_gqa=True) if 'enable_gqa' in signature(varlen_attn).parameters else {} # from torch 2.12
+    if H != k.size(2) and not gqa:
         k, v = (x.repeat_interleave(H // x.size(2), dim=2) for x in (k, v)) # (B, T, H, D)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     # window_size: all keys to the left, none to the right
-    return varlen_attn(q, k, v, ends, ends, T, T, window_size=(-1, 0)).view(B, T, H, D)
+    return varlen_attn(q, k, v, ends, ends, T, T, window_size=(-1, 0), **gqa).view(B, T, H, D)
 
 def fastest_attention(device):
     if device.type != 'cuda':
@@ -261,8 +264,12 @@ class KVCache:
         self.first_new.fill_(self.next_pos)
         self.len = new_len
         self.next_pos += T
-        # attention reads whole buckets: there are few shapes, and a short context does not pay for max_len
-        self.n_slot = min(self.max_len, -(-self.next_pos // self.bucket) * self.bucket)
+        self.n_slot = self.count_slots(self.next_pos)
+
+    def count_slots(self, n_pos):
+        """-> slots that attention reads once n_pos positions were seen. It reads whole buckets: there are few
+        shapes, and a short context does not pay for max_len."""
+        return min(self.max_len, -(-n_pos // self.bucket) * self.bucket)
 
     def place(self, T):
         """-> pos (T) of the new positions; mask (T, S), 0 where they may see a slot, else -inf."""
@@ -484,12 +491,20 @@ class Qwen2(nn.Module):
         mask = mask.repeat(self.config.n_head // self.config.n_kv_head, 1)
         return self.run_blocks(idx, pos[None], partial(attend_grouped, mask=mask), kv_cache)
 
-    def compile_blocks(self, backend='inductor'):
-        """Compiles one block for all, as they differ in weights only; for batches of one shape (B, T)."""
-        if self.attention is None and not self.model.norm.weight.is_cuda:
+    def wrap_blocks(self, compiles=False, checkpoints=False, backend='inductor'):
+        """
+        compiles    compile one block for all, as they differ in weights only; for batches of one shape (B, T)
+        checkpoints keep only the blocks' inputs for backward, which computes them again: a third more work
+        """
+        if compiles and self.attention is None and not self.model.norm.weight.is_cuda:
             self.attention = 'dense' # by_document would compile each batch for its own lengths
         for block in self.model.layers:
-            block.compile(fullgraph=True, dynamic=False, backend=backend)
+            forward = Block.forward.__get__(block) # what FSDP does before and after forward stays outside
+            if compiles:
+                forward = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend)
+            if checkpoints: # there is no dropout, so no random numbers to restore
+                forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+            block.forward = forward
 
     def n_param(self):
         return sum(p.numel() for p in self.parameters()) # a tied head counts once

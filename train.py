@@ -16,12 +16,10 @@ import importlib.util
 import math
 import os
 import re
-import resource
 import shutil
 import sys
 import time
 import zlib
-from bisect import bisect_left
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from glob import glob
@@ -36,6 +34,7 @@ import checkpoint
 import config
 from common.device import PEAK_FLOPS, Place, join
 from common.files import remove
+from common.memory import check_memory, find_batch_size, peak_bytes
 from data.dialogues import Dialogues
 from data.loader import STREAMS, Loader, Mixture, Prefetch
 from flatten import get_layout
@@ -44,6 +43,7 @@ from measures.listen import Listener
 from measures.logger import Logger
 from measures.losses import by_stream, format_losses, loss_sums, stream_sums
 from model import ModelConfig, Qwen2
+from parallel import Copies, Shards
 from vocabulary import CONTROL, Vocabulary
 
 
@@ -94,6 +94,9 @@ class Config:
     device: str = 'auto'                # cuda, cpu, …; auto: a GPU if there is one
     dtype: str = 'auto'                 # of matmuls: float32, bfloat16; auto: bfloat16 in hardware, or fp32
     compile: bool = False               # the blocks, by torch.compile: for GPUs, a CPU gets slower by it
+    shard: bool = False                 # each process holds a part of the model only: for 7 B parameters
+    checkpoint_blocks: bool = False     # backward computes blocks again: a third more work for less memory
+    reduce_dtype: str = 'float32'       # of gradients on their way to other processes; bfloat16: half as much
     tensorboard: bool = True            # log there, too, where tensorboard is installed
     wandb: str | None = None            # log there, too, in the project of this name
     show: int = 0                       # print so many rows of each stage as the model gets them, and stop
@@ -108,6 +111,10 @@ class Config:
                 raise ValueError(f'{name} is {getattr(self, name)}, it cannot be negative')
         if self.dtype not in ('auto', 'float32', 'bfloat16'):
             raise ValueError(f"dtype is {self.dtype!r}, known are 'auto', 'float32' and 'bfloat16'")
+        if self.reduce_dtype not in ('float32', 'bfloat16'):
+            raise ValueError(f"reduce_dtype is {self.reduce_dtype!r}, known are 'float32' and 'bfloat16'")
+        if self.shard and (self.auto_batch or self.reduce_dtype != 'float32'):
+            raise ValueError("shard goes without auto_batch, and with reduce_dtype='float32'")
         if not 0 <= self.user_noise <= 1 or self.text_weight <= 0:
             raise ValueError(f'user_noise is {self.user_noise}, it has to lie between 0 and 1; '
                              f'text_weight is {self.text_weight}, it has to be above 0')
@@ -168,12 +175,13 @@ class Run(NamedTuple):
     place: Place
     model: Qwen2
     vocab: Vocabulary
-    gradient: torch.Tensor  # fp32 [n_param], of all parameters one after the other
+    gradients: object       # Copies or Shards of parallel.py
     optimizer: torch.optim.Optimizer
     state: dict             # what state.json holds, see main
     n_step: int
     logger: Logger | None   # logger and listener: on the first process only
     listener: Listener | None
+    saver: checkpoint.Saver
 
     def print(self, text):
         if self.place.is_main:
@@ -191,12 +199,13 @@ def main(cfg):
     resume_from = checkpoint.find_state(cfg.out_dir, place) if cfg.resume or is_restart else None
     cfg, model, vocab = build_model(cfg, place, train_data[0], resume_from)
     check_nodes(cfg, place, train_data + val_data, vocab)
-    gradient = share_start(model, place)
+    state_bytes = check_memory(model.n_param(), place, cfg.shard)
+    gradients = Shards(model, place) if cfg.shard else Copies(model, place, getattr(torch, cfg.reduce_dtype))
+    model.wrap_blocks(checkpoints=cfg.checkpoint_blocks)
     if cfg.auto_batch:      # before compiling, which would take place for every size; compiled it takes less
         cfg = replace(cfg, batch_size=find_batch_size(model, cfg, place), auto_batch=False)
-        gradient.zero_()
-    if cfg.compile:
-        model.compile_blocks()
+        gradients.zero()
+    model.wrap_blocks(cfg.compile, cfg.checkpoint_blocks)
     stages = plan_stages(cfg, place, vocab, train_data, val_data)
     if cfg.show:
         if place.is_main:
@@ -210,14 +219,16 @@ def main(cfg):
     open_out_dir(cfg, place, resume_from, state)
     logger = Logger(cfg, state['step']) if place.is_main else None
     listener = Listener(cfg, vocab, val_data, place.dtype) if place.is_main else None
-    run = Run(cfg, place, model, vocab, gradient, optimizer, state, stages[-1].last, logger, listener)
-    print_start(run)
+    saver = checkpoint.Saver(in_background=place.device.type == 'cuda')     # a CPU has no time to spare
+    run = Run(cfg, place, model, vocab, gradients, optimizer, state, stages[-1].last, logger, listener, saver)
+    print_start(run, state_bytes)
     gc.freeze()     # Python's collector need not look through all that torch has imported, again and again
     metrics = {}
     for stage in stages:
         if state['step'] < stage.last:      # else it was done before the run was resumed
             print_stage(run, stage)
             metrics = train_stage(run, stage)
+    saver.wait()
     if not metrics:
         run.print(f'{cfg.out_dir} had finished its {run.n_step} steps before')
     run.print(f'{cfg.out_dir}: {state["train_sec"]:.0f} s of training, best val loss {state["best"]:.3f}, '
@@ -237,6 +248,8 @@ def check_settings(cfg, place):
     if cfg.auto_batch and place.device.type != 'cuda':
         raise ValueError('auto_batch tries how much the memory of a GPU takes, and there is none: '
                          'give batch_size')
+    if cfg.shard and place.world_size == 1:
+        raise ValueError('shard splits the model over the processes that torchrun starts, and there is one')
     if cfg.wandb and not importlib.util.find_spec('wandb'):
         raise ValueError(f'wandb={cfg.wandb}: wandb is not installed (pip install wandb)')
     n_row = 1 if cfg.auto_batch else cfg.batch_size
@@ -262,7 +275,8 @@ def open_data(cfg):
 
 def build_model(cfg, place, dialogues, resume_from):
     """Loads the model to resume or to start from, or makes one of random weights -> cfg with the model's
-    sizes, the model on its device, its vocabulary."""
+    sizes, the model on its device (with --shard=true on the CPU), its vocabulary."""
+    device = 'cpu' if cfg.shard else place.device
     folder = resume_from or cfg.init_from
     if folder and not os.path.isdir(folder):
         raise ValueError(f'init_from: no folder {folder}; download the model, and give the folder with its '
@@ -271,7 +285,7 @@ def build_model(cfg, place, dialogues, resume_from):
     names = 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner'
     if not folder:
         sizes = {name: getattr(cfg, name) for name in names}
-        return cfg, Qwen2(ModelConfig(vocab.size, cfg.block_size, **sizes)).to(place.device), vocab
+        return cfg, Qwen2(ModelConfig(vocab.size, cfg.block_size, **sizes)).to(device), vocab
     model, info = Qwen2.from_pretrained(folder), checkpoint.read_info(folder)
     notes = []
     if cfg.block_size > model.config.block_size:
@@ -291,7 +305,7 @@ def build_model(cfg, place, dialogues, resume_from):
         print(note)
     model.config = replace(model.config, block_size=cfg.block_size)     # the context that it will know
     sizes = {name: getattr(model.config, name) for name in names}       # config.py will say them
-    return replace(cfg, **sizes), model.to(place.device), vocab
+    return replace(cfg, **sizes), model.to(device), vocab
 
 
 def check_nodes(cfg, place, data, vocab):
@@ -304,64 +318,6 @@ def check_nodes(cfg, place, data, vocab):
     text = ' '.join(turn['text'] for turn in data[0][0]['turns'])
     facts[f'ids of {text!r}'] = vocab.encode(text)
     place.check_equal(facts)
-
-
-def share_start(model, place):
-    """
-    Gives every process the weights of the first, as random numbers or files may differ -> the gradient.
-
-    The gradients of all parameters are views of one flat fp32 tensor, to which hundreds of micro-steps add.
-    So there is one all-reduce a step, of 12 ms in 60 s (100 M tokens on 8 GPUs). DDP is not used: it would
-    split the compiled graphs, and overlap with them, in many small reductions, what takes no time.
-    """
-    params = list(model.parameters())
-    gradient = torch.zeros(model.n_param(), device=place.device)
-    for p, piece in zip(params, gradient.split([p.numel() for p in params])):
-        p.grad = piece.view_as(p)
-        if place.world_size > 1:
-            dist.broadcast(p.data, 0)
-    return gradient
-
-
-def find_batch_size(model, cfg, place):
-    """The most rows a micro-step that fit into memory, among the numbers that divide the step. Tried on the
-    most expensive rows there are: one document each, all of it learned. A twentieth of the memory stays free,
-    as memory that is given back in other pieces than it is wanted in cannot all be used."""
-    device = place.device
-    n_most = cfg.batch_tokens // (cfg.block_size * place.world_size)
-    moments = torch.empty(2 * model.n_param(), device=device)       # AdamW will want them
-    spare = 0 if device.type == 'cpu' else torch.cuda.mem_get_info(device)[1] // 20     # bytes
-    spare = torch.empty(spare, dtype=torch.uint8, device=device)
-
-    def fits(n_row):
-        torch._dynamo.reset()   # flex_attention is compiled for eight shapes; the ninth would run unfused
-        idx = torch.zeros(n_row, cfg.block_size, dtype=torch.int64, device=device)
-        pos = torch.arange(cfg.block_size, device=device).expand_as(idx)
-        learn = torch.arange(idx.numel(), device=device)
-        weights = torch.ones(len(learn), device=device)
-        try:
-            with place.autocast():
-                total, _ = model(idx, pos, idx, learn, idx.flatten(), weights)
-            total.backward()
-            return True
-        except RuntimeError as error:   # cuBLAS, for one, has a way of its own to say torch.OutOfMemoryError
-            if not re.search('out of memory|ALLOC_FAILED', str(error)):
-                raise
-            return False
-
-    divisors = [n for n in range(1, n_most + 1) if n_most % n == 0]
-    n_fit = bisect_left(divisors, True, key=lambda n_row: not fits(n_row))
-    del moments, spare
-    torch._dynamo.reset()
-    if device.type == 'cuda':
-        torch.cuda.empty_cache()
-    if place.world_size > 1:
-        least = torch.tensor(n_fit, device=device)
-        dist.all_reduce(least, dist.ReduceOp.MIN)
-        n_fit = int(least)
-    if not n_fit:
-        raise ValueError(f'not even one row of block_size={cfg.block_size} fits into the memory of {device}')
-    return divisors[n_fit - 1]
 
 
 def plan_stages(cfg, place, vocab, train_data, val_data):
@@ -390,8 +346,9 @@ def plan_stages(cfg, place, vocab, train_data, val_data):
 
 
 def is_padded(cfg, place):
-    """Do all batches need one shape? On a CPU they don't, unless it compiles."""
-    return place.device.type != 'cpu' or cfg.compile
+    """Do all batches need one shape, and all processes equally many? On a CPU they don't, unless it compiles
+    or each batch needs the shards of all."""
+    return place.device.type != 'cpu' or cfg.compile or cfg.shard
 
 
 def make_optimizer(model, cfg):
@@ -441,24 +398,19 @@ def train_stage(run, stage):
         for group in run.optimizer.param_groups:
             group['lr'] = lr
         n_learned, total_weight = 0, torch.zeros((), device=place.device)
-        for _ in range(count_micro_steps(cfg, place)):
+        n_micro_step = count_micro_steps(cfg, place)
+        for i in range(n_micro_step):
             batch = batches.next_batch()
             weights = token_weights(batch, cfg.text_weight)
             with place.autocast():      # -> scalar, (N)
                 total, losses = model(batch.idx, batch.pos, batch.doc, batch.learn, batch.targets, weights)
-            total.backward()
+            run.gradients.backward(total, is_last=i == n_micro_step - 1)
             n_learned += len(losses)
             total_weight += weights.sum()
             meter.add(batch, losses)
-        # The gradient so far is that of a sum. It is divided once, by the weight of all tokens of all
-        # processes: rows hold unequal numbers of learned tokens, which a mean of means would weigh unequally.
-        place.all_reduce(run.gradient, total_weight)
-        run.gradient.div_(total_weight)
-        grad_norm = run.gradient.norm()
-        if cfg.grad_clip:
-            run.gradient.mul_((cfg.grad_clip / grad_norm).clamp(max=1.0))
+        grad_norm = run.gradients.finish(total_weight, cfg.grad_clip)
         run.optimizer.step()
-        run.gradient.zero_()
+        run.gradients.zero()
         state['step'] += 1
         meter.n_step += 1
 
@@ -469,8 +421,7 @@ def train_stage(run, stage):
             metrics = evaluate(run, stage)
             log_evaluation(run, stage, metrics)
             state['loader'] = batches.state
-            if place.is_main:
-                save_and_listen(run, stage)
+            save_and_listen(run, stage)
             meter.restart()
     batches.close()
     return metrics
@@ -507,15 +458,16 @@ def over_processes(place, sums, sec):
 
 
 def save_and_listen(run, stage):
-    """On the first process, while the others wait at their next all-reduce: writes the state to go on from
-    and, if this evaluation was the best, the run's model. Then the model answers some dialogues of val."""
+    """On the first process: saves the state to go on from and, if this evaluation was the best, the run's
+    model. Then the model answers some dialogues of val, while others wait at their next all-reduce."""
     cfg, state = run.cfg, run.state
+    snapshot = checkpoint.take_snapshot(run.model, run.optimizer, run.place, run.saver.in_background)
+    if not run.place.is_main:
+        return
     codec_folder = os.path.join(cfg.mixture()[0][0], 'codec')
-    folder = checkpoint.save_state(cfg.out_dir, run.model, run.optimizer, run.vocab, stage.info, codec_folder,
-                                   state)
-    if state['best_step'] == state['step']:
-        checkpoint.publish(folder, cfg.out_dir)
-    heard = run.listener.hear(state['step'], run.model, stage.layouts)
+    run.saver.save(cfg.out_dir, snapshot, run.vocab, stage.info, codec_folder, state)
+    model = snapshot.model.to(run.place.device, run.place.dtype) if cfg.shard else run.model
+    heard = run.listener.hear(state['step'], model, stage.layouts)
     run.logger.log_heard(state['step'], heard)
     run.listener.report(state['step'], heard)
 
@@ -590,10 +542,11 @@ def utilisation(run, batch, n_learned, tokens_per_sec):
     return tokens_per_sec * flops / (peak_flops * world_size)
 
 
-def print_start(run):
+def print_start(run, state_bytes):
     cfg, place = run.cfg, run.place
     run.print(f'{run.model.n_param() / 1e6:.1f} M parameters, {run.vocab.size} ids, {place.device}, '
-              f'{str(place.dtype).removeprefix("torch.")}, {place.world_size} process(es); '
+              f'{str(place.dtype).removeprefix("torch.")}, {place.world_size} process(es) with '
+              f'{state_bytes / 1e9:.2g} GB of weights, gradients and moments each; '
               f'{count_micro_steps(cfg, place)} micro-steps of {cfg.batch_size} x {cfg.block_size} x '
               f'{place.world_size} = {cfg.batch_tokens} tokens a step, {run.n_step} steps')
 
@@ -623,13 +576,6 @@ def print_stage(run, stage):
     if c['too_long'] > 0.05 * n_document:
         run.print(f'note: {c["too_long"]} of {n_document} documents are longer than '
                   f'block_size={cfg.block_size} and left out: raise it')
-
-
-def peak_bytes(device):
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated()
-    # ru_maxrss is in KiB on Linux, in bytes on a Mac
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def show_rows(cfg, stages, vocab):

@@ -25,6 +25,8 @@ def pick_device(name):
         raise ValueError(f'device {name!r} cannot be used here: ' + str(error).split('\n')[0])
     if device.type == 'cuda':
         torch.cuda.set_device(device)       # CUDA graphs are captured on the current one
+        # for decoding's few queries with a mask cuDNN makes a plan for each shape, even while capturing
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 

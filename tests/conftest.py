@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from data.made_up import make_codec
+
 torch.set_num_threads(1)         # tiny models: a second thread only waits
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -90,26 +92,9 @@ def small_data(tmp_path_factory, small_tokenizer):
     return folder
 
 
-def hum(pitch_hz, n_sec, rate=16000, seed=0):
-    """A vowel of sorts: ten harmonics that swell and fade, over a little noise."""
-    t = np.arange(int(n_sec * rate)) / rate
-    tone = sum(np.sin(2 * np.pi * pitch_hz * k * t) / k for k in range(1, 11)) * np.sin(
-        np.pi * np.linspace(0, 1, len(t)))
-    return (0.1 * tone + 1e-3 * np.random.default_rng(seed).standard_normal(len(t))).astype(np.float32)
-
-
 @pytest.fixture(scope='session')
 def small_codec():
-    """A MelCodec of 32 codes that tells six hums from silence."""
-    from codec.mel import MelCodec
-    waves, labels = [], []
-    for i in range(24):
-        waves.append(
-            np.concatenate([
-                1e-3 * np.random.default_rng(i).standard_normal(8000),
-                hum(100 + 40 * (i % 6), 1.0, seed=i)]).astype(np.float32))
-        labels.append(np.repeat([0, 1 + i % 6], [12, 26]))
-    return MelCodec.fit(waves, labels, np.ones(24, bool), n_codes=32, width=32, n_dim=8)
+    return make_codec()
 
 
 @pytest.fixture(scope='session')

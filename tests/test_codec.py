@@ -4,11 +4,11 @@ import json
 import numpy as np
 import pytest
 import soundfile
-from conftest import hum
 
 from codec import load_codec
 from codec.mel import MelCodec
 from common.audio import read_audio, write_audio
+from data.made_up import hum
 
 
 def energy_db(wave):

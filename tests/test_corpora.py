@@ -10,12 +10,13 @@ import sys
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import ROOT, hum
+from conftest import ROOT
 
 from codec.s3 import S3Codec
 from data.codes import prepare as codes
 from data.dialogues import Dialogues
 from data.lhotse import prepare as lhotse_cuts
+from data.made_up import hum
 from data.manifest import prepare as manifest
 from data.moshi_finetune import prepare as moshi
 from flatten import flatten, get_layout, unflatten

@@ -13,9 +13,9 @@ import evaluate
 import train
 from codec.mel import MelCodec
 from common.audio import write_audio
+from data.made_up import hum
 from evaluate import answers, plain, table
 from measures.turns import assess, conversation
-from tests.conftest import hum
 
 
 def turn(role, start, end, text=''):

@@ -12,9 +12,10 @@ soundfile = pytest.importorskip('soundfile', reason='pip install soundfile soxr'
 pytest.importorskip('soxr', reason='pip install soundfile soxr')
 
 from common.audio import read_audio  # noqa: E402
+from data.made_up import hum  # noqa: E402
 from decode import write_transcript  # noqa: E402
 from measures import foreign  # noqa: E402
-from tests.conftest import ROOT, hum  # noqa: E402
+from tests.conftest import ROOT  # noqa: E402
 
 # seconds at which they speak: the second time into each other
 USER, ASSISTANT = [(0.4, 1.6), (3.0, 4.0)], [(1.8, 2.8), (3.8, 5.2)]

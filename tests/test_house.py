@@ -8,7 +8,7 @@ FLOORS = [
     ['config', 'common', 'vocabulary'],
     ['flatten', 'model', 'codec'],
     ['data'],
-    ['decode', 'checkpoint'],
+    ['decode', 'parallel', 'checkpoint'],
     ['measures'],
     ['train', 'sample', 'evaluate', 'bench'],       # imported by nobody
 ]

@@ -373,7 +373,7 @@ def test_blocks_compile_once(varlen_on_cpu, attention):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model.attention = attention
-    model.compile_blocks(backend='eager')
+    model.wrap_blocks(compiles=True, backend='eager')
     for seed in range(4):
         doc, idx = random_documents(2, 48, 20, seed), tokens(2, 48, seed=seed)
         batch = (idx, torch.arange(48) - document_starts(doc), doc, torch.arange(30 + seed),
@@ -398,7 +398,7 @@ def test_compiled_blocks_equal_eager_ones(attention):
     model, eager, doc, idx = tiny(), tiny(), random_documents(2, 200, 50, seed=0), tokens(2, 200)
     torch._dynamo.reset()
     model.attention = attention
-    model.compile_blocks()
+    model.wrap_blocks(compiles=True)
     batch = (idx, torch.arange(200) - document_starts(doc), doc, torch.arange(400), tokens(400))
     with torch.set_grad_enabled(attention != 'flex'):
         ours, theirs = model(*batch), eager(*batch)

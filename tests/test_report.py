@@ -159,7 +159,7 @@ def test_sound_stays_small_and_in_time(tmp_path):
     and each hum begins where it did, to 5 ms.
     """
     soundfile = pytest.importorskip('soundfile')
-    from tests.conftest import hum
+    from data.made_up import hum
     for rate, n_sec in ((16000, 30), (24000, 4), (8000, 4), (44100, 4)):
         wave = 3e-3 * np.random.default_rng(0).standard_normal((n_sec * rate, 2)).astype(np.float32)
         for at in range(1, n_sec - 1, 2):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, hum, make_dialogues
+from conftest import ROOT, make_dialogues
 
 import sample
 import train
@@ -20,6 +20,7 @@ from codec import load_codec
 from codec.s3 import VARIANTS, S3Codec, import_s3tokenizer
 from codec.worker import Worker
 from data.dialogues import save_dialogues
+from data.made_up import hum
 
 CLASSES = {'v1': 'S3Tokenizer', 'v2': 'S3TokenizerV2', 'v3': 'S3TokenizerV3'}
 # what the published files call weight and bias of the two convolutions

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import CODEC, hum, make_dialogues
+from conftest import CODEC, make_dialogues
 from safetensors.torch import load_file, save_file
 
 import config
@@ -18,6 +18,7 @@ from checkpoint import load_checkpoint
 from common.audio import write_audio
 from common.linear import Int8, Packed
 from data.dialogues import Dialogues, save_dialogues
+from data.made_up import hum
 from decode import Duplex, Sampling, converse, for_decoding
 from flatten import get_layout, unflatten
 from model import KVCache, Qwen2
@@ -211,6 +212,24 @@ def test_compiled_equals_eager(loaded, users):
         talk(loaded, users, 18, max_context=300, compile=True)[1],
         talk(loaded, users, 18, max_context=300)[1])
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
+
+
+@pytest.mark.parametrize('name', ['duplex3', 'duplex2'])
+def test_warm_up_knows_all_passes(loaded, name):
+    """On a GPU each is captured before the conversation: here it is recorded what a conversation does. It
+    goes past the ring's end, 9 chunks of 22 tokens in 100 slots."""
+    model, vocab, *_ = loaded
+    duplex = Duplex(model, vocab, get_layout(name), max_context=100)
+    done = []
+
+    def next_token(kind, ids, noise, real=duplex.next_token):
+        done.append((kind, ids.shape[1], duplex.cache.n_slot))
+        return real(kind, ids, noise)
+    duplex.next_token = next_token
+    for _ in range(9):
+        duplex.step(np.zeros((1, 10)))
+    planned = list(duplex.passes(9))
+    assert planned == done and len(set(planned)) >= 7
 
 
 @pytest.mark.slow

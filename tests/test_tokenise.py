@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, hum
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data import tokenise
 from data.dialogues import Dialogues
+from data.made_up import hum
 from data.tokenise import Recording, fit, on_frames, split_ids
 from flatten import check
 

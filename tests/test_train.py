@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +77,31 @@ def test_killed_and_resumed_equals_uninterrupted(toy, stages, tmp_path, monkeypa
             for cfg in (whole, killed)]
     assert logs[0] == logs[1]
     assert train.main(replace(killed, resume=True))['step'] == 10       # finished: nothing is done again
+
+
+def test_saving_in_the_background_saves_the_same(toy, tmp_path, monkeypatch):
+    """As on a GPU: the weights that are written are those of their step, though training goes on, and each
+    state is whole before the run ends. What cannot be written ends the run."""
+    fore, back = (replace(toy, out_dir=str(tmp_path / name)) for name in ('fore', 'back'))
+    train.main(fore)
+    published = []
+
+    def publish(folder, out_dir, real=checkpoint.publish):
+        time.sleep(0.2)     # some steps
+        published.append(load_file(Path(folder) / 'model.safetensors'))
+        real(folder, out_dir)
+    monkeypatch.setattr(checkpoint, 'Saver', lambda in_background, real=checkpoint.Saver: real(True))
+    monkeypatch.setattr(checkpoint, 'publish', publish)
+    train.main(back)
+    assert len(published) == 2 and not equal(*published) and equal(published[1], weights(back))
+    for name in ('model.safetensors', 'optimizer.safetensors'):
+        assert equal(*(load_file(Path(last_state(cfg.out_dir)) / name) for cfg in (fore, back)))
+
+    def fail(*_):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(checkpoint, 'save_state', fail)
+    with pytest.raises(OSError, match='No space left'):
+        train.main(replace(back, out_dir=str(tmp_path / 'full')))
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import CODEC, hum, make_dialogues
+from conftest import CODEC, make_dialogues
 
+from data.made_up import hum
 from flatten import flatten, get_layout
 from measures import words
 from measures.words import (

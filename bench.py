@@ -2,6 +2,7 @@
 How fast is it on this machine? Prints a table, and writes it as JSON with commit, versions and machine.
 
     python bench.py --cpu           our time against others', as CPU time of one thread: for any machine
+    python bench.py --check         on a GPU: is everything right there (measures/check.py)
     python bench.py                 on a GPU: ceilings, head, attention, training, decoding; quick rows first
     python bench.py --peers         the same, and beside it what others would use, where that is installed
 
@@ -39,12 +40,14 @@ from torch.nn import functional as F
 from common.device import PEAK_FLOPS, pick_dtype
 from common.files import read_json, read_jsonl, write_json
 from config import Parser
-from data.dialogues import Dialogues, save_dialogues
+from data.dialogues import Dialogues
 from data.loader import Loader, pack
+from data.made_up import make_vocabulary, write_data
 from decode import Duplex
 from flatten import get_layout
+from measures import check
 from model import ModelConfig, Qwen2, choose_attention, linear_cross_entropy
-from vocabulary import BYTE_OF_CHAR, QWEN2_PATTERN, Vocabulary
+from vocabulary import Vocabulary
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 # Qwen2-0.5B, with V = 156,032 in the benchmarks: 151,936 rows, and 4,096 codes
@@ -63,13 +66,14 @@ class Bench:
 
     def __init__(self, args):
         self.args, self.start, self.row, self.figures, self.missing = args, time.time(), None, [], []
+        self.failed = []    # of --check: 'row: name'
         self.is_cuda = torch.cuda.is_available() and not args.cpu
         self.device = torch.device('cuda' if self.is_cuda else 'cpu')
         self.dtype = pick_dtype('auto', self.device)
         is_plain = self.dtype == torch.float32
         self.autocast = nullcontext() if is_plain else torch.autocast(self.device.type, self.dtype)
         self.sizes, self.n = self.pick((TINY, 2), (QWEN2, 5))
-        self.vocab = vocabulary(*self.pick((600, 32), (151_936, 4096)))
+        self.vocab = make_vocabulary(*self.pick((600, 32), (151_936, 4096)))
 
     def pick(self, tiny, full):
         return tiny if self.args.tiny else full
@@ -156,7 +160,8 @@ class Bench:
             machine=dict(cpu=cpu_name(), cores=os.cpu_count(), gpu=gpu, system=platform.platform()),
             versions=dict(python=platform.python_version(), **versions),
             dtype=str(self.dtype).removeprefix('torch.'), threads=torch.get_num_threads(),
-            tiny=self.args.tiny, sec=time.time() - self.start, figures=self.figures, missing=self.missing)
+            tiny=self.args.tiny, sec=time.time() - self.start, figures=self.figures, missing=self.missing,
+            failed=self.failed)
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         write_json(path, result)
 
@@ -173,29 +178,7 @@ def resident_bytes(key):
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
 
 # ------------------------------------------------------------------------------------------------------------
-# random data
-
-def vocabulary(n_row, n_codes):
-    """Text is bytes. Speech codes come after row n_row, so that V is as large as the real one."""
-    chars = [chr(c) for c in sorted(BYTE_OF_CHAR, key=BYTE_OF_CHAR.get)]
-    return Vocabulary(chars, [], QWEN2_PATTERN, [], {}, n_row, None, n_codes)
-
-def write_data(folder, vocab, frames, turn_frames=190, n_letter=12):
-    """A data folder with a dialogue for each number in frames, which is its length. User and assistant take
-    turns of about turn_frames frames and n_letter letters."""
-    rng, records = np.random.default_rng(0), []
-    for i, n_frame in enumerate(frames):
-        cuts = np.linspace(0, n_frame, max(2, round(n_frame / turn_frames)) + 1).astype(int).tolist()
-        turns = []
-        for k, (start, end) in enumerate(zip(cuts, cuts[1:])):
-            text = ''.join(map(chr, rng.integers(97, 123, n_letter)))
-            turns.append(dict(role=('user', 'assistant')[k % 2], start=start, end=end, text=text))
-        user, assistant = rng.integers(0, vocab.n_codes, (2, n_frame)).astype(np.uint16)
-        records.append(dict(id=str(i), user=user, assistant=assistant, turns=turns))
-    codec = dict(name='random', rate_hz=25.0, n_codes=vocab.n_codes, sample_rate=16000, fingerprint='0' * 16)
-    for split, n in dict(train=len(records), val=1).items():
-        save_dialogues(os.path.join(folder, f'{split}.arrow'), records[:n], codec)
-    vocab.save(os.path.join(folder, 'tokenizer'))
+# the same batches for all
 
 def make_loader(folder, vocab, stage, T, n_row):
     layouts = [get_layout(name) for name in stage.split('+')]
@@ -448,7 +431,7 @@ def demo(bench):
     n_step, n_warm, n_run = bench.pick((3, 1, 1), (12, 4, 5))
     with tempfile.TemporaryDirectory() as folder:
         frames = np.random.default_rng(0).integers(140, 231, bench.pick(32, 600))
-        write_data(folder, vocabulary(512, 512), frames, turn_frames=40)
+        write_data(folder, make_vocabulary(512, 512), frames, turn_frames=40)
         arguments = ['config/demo.py', *our_arguments(folder, 'duplex3', T, n_row, 1, DEMO, device='cpu')]
         runs = dict(ours=(OURS, arguments, ROOT))       # name: (code, arguments, checkout)
         if bench.has('HF Trainer', 'transformers', 'accelerate'):
@@ -624,7 +607,7 @@ def decoding(bench, n_row):
 
 def decoding_loops(bench, n_row, context, rng):
     """-> {name: function that makes a loop, which has read context tokens; its step takes (n_row, 10)}"""
-    vocab = vocabulary(bench.vocab.code_start, bench.vocab.n_codes)
+    vocab = make_vocabulary(bench.vocab.code_start, bench.vocab.n_codes)
     vocab.n_text = bench.pick(vocab.n_text, 151_643)       # a text slot scores as many ids as the real one
     with bench.device:
         model = Qwen2(ModelConfig(vocab.size, 4096, **bench.sizes)).to(bench.dtype).eval()
@@ -632,6 +615,7 @@ def decoding_loops(bench, n_row, context, rng):
     def our_loop(dtype=None):
         duplex = Duplex(model, vocab, get_layout('duplex3'), n_row, max_context=4096, compile=bench.is_cuda,
                         dtype=dtype)
+        duplex.warm_up(context // 22 + 110)
         for _ in range(context // 22):
             duplex.step(rng.integers(0, vocab.n_codes, (n_row, 10)))
         return duplex
@@ -682,16 +666,18 @@ def read_arguments():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option('--cpu', action='store_true', help='measure ratios on one thread of the CPU')
+    option('--check', action='store_true', help='is everything right that runs on a GPU; code 1 if not')
     option('--peers', action='store_true', help='on a GPU: measure the trainers and decoders of others, too')
-    option('--only', help=f'rows to run, a,b: with --cpu {", ".join(CPU_ROWS)}, else {", ".join(GPU_ROWS)}')
+    option('--only', help=f'rows to run, a,b: with --cpu {", ".join(CPU_ROWS)}; with --check '
+                          f'{", ".join(check.ROWS)}; else {", ".join(GPU_ROWS)}')
     option('--before', help='a commit: with --cpu, train the demo with its train.py, too')
     option('--budget', type=float,
            help='seconds; a row that needs more than is left is skipped (default: 570, on a CPU 3600)')
     option('--row_sec', type=float, default=600, help='seconds after which a row, or a trainer, is ended')
     option('--tiny', action='store_true', help='toy sizes, for any machine: only shows that the rows run')
-    option('--save', help='where the JSON goes (default: bench/results/cpu.json or cuda.json)')
+    option('--save', help='where the JSON goes (default: bench/results/cpu.json, cuda.json, check-….json)')
     args = parser.parse_args()
-    rows = CPU_ROWS if args.cpu else GPU_ROWS
+    rows = check.ROWS if args.check else CPU_ROWS if args.cpu else GPU_ROWS
     names = args.only.split(',') if args.only else list(rows)
     if set(names) - set(rows):
         raise SystemExit(f'no row {min(set(names) - set(rows))!r}; known are {", ".join(rows)}')
@@ -708,7 +694,8 @@ def main():
     torch.set_float32_matmul_precision('high')
     if not bench.is_cuda:
         torch.set_num_threads(1)
-    path = args.save or os.path.join(ROOT, 'bench', 'results', f'{bench.device.type}.json')
+    name = 'check-' * args.check + bench.device.type
+    path = args.save or os.path.join(ROOT, 'bench', 'results', f'{name}.json')
     budget = args.budget or (570 if bench.is_cuda else 3600)
     signal.signal(signal.SIGALRM, give_up)
     for name, (function, *needed_sec) in rows.items():
@@ -723,12 +710,15 @@ def main():
                 function(bench)
             except FAILURES as error:
                 bench.miss(name, error)
+                bench.failed.append(name)
             signal.alarm(0)
         gc.collect()
         torch.cuda.empty_cache()
         bench.save(path)        # after each row, so that a killed run leaves the rows before
     print(f'{path}: {len(bench.figures)} figures, {len(bench.missing)} missing, '
           f'{time.time() - bench.start:.0f} s')
+    if args.check and bench.failed:
+        raise SystemExit(f'{len(bench.failed)} failed: ' + ', '.join(bench.failed))
 
 if __name__ == '__main__':
     main()

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import bench
+from data.made_up import make_vocabulary, write_data
 from model import ModelConfig, Qwen2
 
 FIGURE = {'row', 'name', 'median', 'low', 'high', 'n', 'unit', 'note'}
 RESULT = {'command', 'date', 'commit', 'uncommitted', 'machine', 'versions', 'dtype', 'threads', 'tiny',
-          'sec', 'figures', 'missing'}
+          'sec', 'figures', 'missing', 'failed'}
 
 
 def read_result(path):
@@ -45,6 +46,33 @@ def test_all_rows_run_at_toy_size(run, tmp_path):
         assert all('not installed' in missing['why'] for missing in result['missing']), result['missing']
 
 
+@pytest.mark.slow
+def test_checks_run_and_pass_on_a_cpu(run, tmp_path):
+    """What needs a GPU is named as missing."""
+    printed = run('bench.py', '--check', '--tiny', f'--save={tmp_path}/b.json').stdout
+    result = read_result(tmp_path / 'b.json')
+    assert not result['failed'] and 'FAIL' not in printed
+    rows = {entry['row'] for entry in result['figures'] + result['missing']}
+    assert rows == set(bench.check.ROWS)
+    assert {missing['row'] for missing in result['missing']} == {'no_waits', 'auto_batch'}
+    passed = [figure for figure in result['figures'] if figure['note'].startswith('pass')]
+    assert len(passed) >= 20
+
+
+def test_a_check_that_fails_ends_with_its_name(monkeypatch, capsys, tmp_path):
+    def row(bench):
+        for name, value in (('right', 0.5), ('wrong', 2.0), ('no number', math.nan)):
+            bench_check.verify(bench, name, value, 1.0)
+    bench_check = bench.check
+    monkeypatch.setattr(bench_check, 'ROWS', dict(row=(row, 1, 1), error=(lambda bench: 1 / 0, 1, 1)))
+    monkeypatch.setattr(bench, 'FAILURES', (ZeroDivisionError,))
+    monkeypatch.setattr('sys.argv', ['bench.py', '--check', '--tiny', f'--save={tmp_path}/b.json'])
+    with pytest.raises(SystemExit, match='3 failed: row: wrong, row: no number, error'):
+        bench.main()
+    printed = capsys.readouterr().out
+    assert printed.count('FAIL') == 2 and printed.count('pass: at most 1') == 1
+
+
 def test_a_row_that_fails_is_a_line_and_the_others_run(monkeypatch, capsys, tmp_path):
     def out_of_memory(bench):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 61 GiB\nmore')
@@ -77,8 +105,8 @@ def test_required_flops_by_hand():
 def test_peers_get_the_same_rows_targets_and_documents(tmp_path):
     """The sum of transformers' losses is ours: documents are kept apart, nothing is shifted twice."""
     transformers = pytest.importorskip('transformers')
-    vocab = bench.vocabulary(600, 32)
-    bench.write_data(tmp_path, vocab, [70, 30, 50, 20, 90, 40])
+    vocab = make_vocabulary(600, 32)
+    write_data(tmp_path, vocab, [70, 30, 50, 20, 90, 40])
     batch = bench.make_loader(tmp_path, vocab, 'duplex3', 256, 2).next_batch()
     assert len(batch.doc[0].unique()) > 1
     torch.manual_seed(0)

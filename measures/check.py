@@ -1,0 +1,341 @@
+"""
+Is everything right that runs on a GPU? The rows of python bench.py --check, under ten minutes, the cheapest
+first.
+
+    row        name                                          figure                 limit
+    head       N=4097, gradient of the head                  0.0021                 pass: at most 0.02
+    duplex     graphs against eager, temperature 1                0 ids             pass: at most 0
+
+Each compares a path of the GPU with a plain one: fused or compiled code with its definition, captured graphs
+with eager passes, a run that was killed and resumed with one that was not. Errors are norms of differences
+over norms of the plain result. On a CPU the same rows run with what a CPU has, as a test of the rows.
+"""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from data.dialogues import Dialogues
+from data.loader import Loader
+from data.made_up import make_codec, make_vocabulary, write_data
+from decode import Duplex, Sampling
+from flatten import get_layout
+from model import (
+    ModelConfig,
+    Qwen2,
+    add_product,
+    attend_grouped,
+    choose_attention,
+    document_ends,
+    linear_cross_entropy,
+)
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def verify(bench, name, value, limit, unit='error', at_least=False):
+    """Adds a line to the table, which passes if value is at most (or at least) limit."""
+    is_right = value >= limit if at_least else value <= limit       # NaN is never right
+    bound = 'at least' if at_least else 'at most'
+    bench.add(name, value, unit, f'{"pass" if is_right else "FAIL"}: {bound} {limit:g}')
+    if not is_right:
+        bench.failed.append(f'{bench.row}: {name}')
+
+
+def error(ours, plain):
+    ours, plain = ours.double(), plain.double()
+    return float((ours - plain).norm() / plain.norm().clamp_min(1e-30))
+
+
+def rounding(bench):
+    """The error that is allowed to one result in the device's dtype."""
+    return 2e-2 if bench.dtype == torch.bfloat16 else 1e-4
+
+
+# ------------------------------------------------------------------------------------------------------------
+# parts of the model
+
+def device(bench):
+    """What it is, and the matmul of bf16 that adds to fp32, on which the head's gradient relies."""
+    if bench.is_cuda:
+        gpu = torch.cuda.get_device_properties(bench.device)
+        verify(bench, f'{gpu.name}: compute capability', gpu.major + gpu.minor / 10, 8.0, 'version',
+               at_least=True)
+        bench.add('memory', gpu.total_memory / 1e9, 'GB')
+    n, V, C = bench.pick((64, 500, 32), (4096, 20_000, 896))
+    a, b = (torch.randn(n, m, device=bench.device, dtype=bench.dtype) for m in (V, C))
+    total = torch.ones(V, C, device=bench.device)
+    add_product(total, a, b)
+    limit = 1e-5 if bench.is_cuda or bench.dtype == torch.float32 else rounding(bench)
+    expected = 1 + a.double().T @ b.double()
+    verify(bench, f'sum in fp32 of products in {bench.dtype}', error(total, expected), limit)
+
+
+def head(bench):
+    """linear_cross_entropy against all logits at once."""
+    C, V = bench.sizes['n_embd'], bench.vocab.size
+    for n in bench.pick((0, 1, 65), (0, 1, 4097)):
+        x = torch.randn(n, C, device=bench.device, requires_grad=True)
+        weight = (0.02 * torch.randn(V, C, device=bench.device)).requires_grad_()
+        targets, weights = torch.randint(V, (n,), device=bench.device), torch.rand(n, device=bench.device)
+
+        def ours(x=x, weight=weight, targets=targets, weights=weights):
+            x.grad = weight.grad = None
+            with bench.autocast:
+                total, losses = linear_cross_entropy(x, weight, targets, weights)
+            total.backward()
+            return losses
+        losses = ours()
+        if not n:
+            verify(bench, 'N=0, gradient of the head', float(weight.grad.abs().max()), 0.0)
+            continue
+        d_x, d_weight = x.grad, weight.grad
+        x.grad = weight.grad = None
+        plain = F.cross_entropy(x @ weight.T, targets, reduction='none')
+        (plain * weights).sum().backward()
+        verify(bench, f'N={n}, losses', error(losses, plain.detach()), rounding(bench))
+        verify(bench, f'N={n}, gradient of rows', error(d_x, x.grad), rounding(bench))
+        verify(bench, f'N={n}, gradient of the head', error(d_weight, weight.grad), rounding(bench))
+        if n > 1:
+            bench.add(f'N={n}, peak memory', bench.peak(ours) / 1e9, 'GB')
+
+
+def attention(bench):
+    """Each implementation for packed rows, forward and backward, against the dense mask in fp32."""
+    H, K, D = bench.sizes['n_head'], bench.sizes['n_kv_head'], bench.sizes['n_embd'] // bench.sizes['n_head']
+    names = ('flex', 'varlen') if bench.is_cuda else ('by_document',)
+    for T in bench.pick((128,), (1024, 8192)):
+        cuts = np.sort(np.random.default_rng(0).choice(np.arange(1, T), 5, replace=False))
+        doc = torch.from_numpy(np.searchsorted(cuts, np.arange(T), 'right')).expand(2, T).contiguous()
+        doc = doc.to(bench.device)
+        qkv = [torch.randn(2, T, heads, D, device=bench.device) for heads in (H, K, K)]
+        direction = torch.randn(2, T, H, D, device=bench.device)
+
+        def run(name, dtype, doc=doc, qkv=qkv, direction=direction):
+            inputs = [x.to(dtype, copy=True).requires_grad_() for x in qkv]
+            y = choose_attention(doc, name)(*inputs).reshape(direction.shape)
+            y.backward(direction.to(dtype))
+            return [y.detach(), *(x.grad for x in inputs)]
+        plain = run('dense', torch.float32)
+        for name in names:
+            for what, ours, expected in zip(('y', 'dq', 'dk', 'dv'), run(name, bench.dtype), plain):
+                verify(bench, f'{name}, T={T}, {what}', error(ours, expected), rounding(bench))
+        if bench.is_cuda:
+            bench.add(f'varlen, T={T}: documents', len(document_ends(doc)) - 1, 'documents',
+                      'of which 12 exist')
+
+
+def blocks(bench):
+    """Two compiled layers against eager ones, over four batches, the last of which has a row of padding."""
+    sizes = bench.sizes | dict(n_layer=2)
+    T = bench.pick(128, 1024)
+    with tempfile.TemporaryDirectory() as folder:
+        write_data(folder, bench.vocab, [bench.pick(50, 450)] * 17)
+        layouts = [get_layout('duplex3')]
+        loader = Loader(Dialogues(folder, 'train'), layouts, bench.vocab, T, 4)
+        batches = [batch.to(bench.device) for batch, _ in zip(loader.epoch(), range(3))]
+        batches.append([batch.to(bench.device) for batch in loader.epoch()][-1])
+    torch.manual_seed(0)
+    eager, ours = (Qwen2(ModelConfig(bench.vocab.size, T, **sizes)).to(bench.device) for _ in 'ab')
+    ours.load_state_dict(eager.state_dict())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    ours.wrap_blocks(compiles=True, checkpoints=True, backend='inductor' if bench.is_cuda else 'eager')
+    for model in (eager, ours):
+        for batch in batches:
+            with bench.autocast:
+                total, _ = model(batch.idx, batch.pos, batch.doc, batch.learn, batch.targets)
+            total.backward()
+    gradients = [torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (ours, eager)]
+    verify(bench, 'gradient of 4 batches, compiled and computed again', error(*gradients), rounding(bench))
+    if not bench.is_cuda:       # there 'dense' is compiled, here flex is, with its BlockMask
+        return
+    verify(bench, 'graphs', torch._dynamo.utils.counters['stats']['unique_graphs'], 3, 'graphs')
+
+
+# ------------------------------------------------------------------------------------------------------------
+# decoding
+
+def backends(bench):
+    """Attention of decoding, few queries with a mask that is added, in torch's kernels."""
+    H, K, D = bench.sizes['n_head'], bench.sizes['n_kv_head'], bench.sizes['n_embd'] // bench.sizes['n_head']
+    S = bench.pick(64, 1024)
+    fused = SDPBackend.EFFICIENT_ATTENTION if bench.is_cuda else SDPBackend.FLASH_ATTENTION
+    for T in (1, 11):
+        q, k, v = (torch.randn(8, n, heads, D, device=bench.device, dtype=bench.dtype)
+                   for n, heads in ((T, H), (S, K), (S, K)))
+        mask = torch.zeros(H // K * T, S, device=bench.device, dtype=bench.dtype)
+        mask[:, S // 2:] = -torch.inf
+        results = {}
+        for backend in (SDPBackend.MATH, fused):
+            with sdpa_kernel(backend):
+                results[backend] = attend_grouped(q, k, v, mask)
+        results['chosen'] = attend_grouped(q, k, v, mask)
+        plain = results.pop(SDPBackend.MATH)
+        for name, y in results.items():
+            name = str(name).split('.')[-1].lower()
+            verify(bench, f'{T} queries, {name}', error(y, plain), rounding(bench))
+
+
+def duplex(bench):
+    """Captured graphs, also compiled, against eager passes: the same ids, past the end of the cache and after
+    users have left. In fp32 proper, as TF32 would decide close choices otherwise."""
+    layout = get_layout('duplex3')
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    torch.manual_seed(0)
+    config = ModelConfig(bench.vocab.size, 256, **bench.sizes | dict(n_layer=2))
+    model = Qwen2(config).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(5)     # so that no choice hangs on the last bit
+    users = np.random.default_rng(0).integers(0, bench.vocab.n_codes, (8, 12, 10))
+
+    def talk(device, temperature, uses_graphs, **settings):
+        sampling = Sampling(text_temperature=temperature, speech_temperature=temperature)
+        decoder = Duplex(model.to(device), bench.vocab, layout, 8, sampling, max_context=130, **settings)
+        decoder.uses_graphs = uses_graphs and decoder.uses_graphs
+        decoder.warm_up(12)
+        for c in range(12):
+            if c == 8:
+                decoder.keep(3)
+            decoder.step(users[:decoder.n_row, c])
+        return torch.cat(decoder.ids, 1).cpu()
+    cpu = talk(torch.device('cpu'), 0.0, False)
+    for temperature in (0.0, 1.0):
+        eager = talk(bench.device, temperature, False)
+        names = dict(graphs=dict(), **(dict(compiled=dict(compile=True)) if bench.is_cuda else {}))
+        for name, settings in names.items():
+            ids = talk(bench.device, temperature, True, **settings)
+            n_other = int((ids != eager).sum())
+            verify(bench, f'{name} against eager, temperature {temperature:g}', n_other, 0, 'ids')
+        if not temperature:
+            verify(bench, 'against a CPU', int((eager != cpu).sum()), 0, 'ids')
+    torch.set_float32_matmul_precision(precision)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# training
+
+def group(bench):
+    """A process group of one: broadcast, all-reduce in bf16 and fp32, barrier."""
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group('nccl' if bench.is_cuda else 'gloo', rank=0, world_size=1,
+                                init_method=f'file://{folder}/store')
+        wrong = 0.0
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.arange(1000, device=bench.device).to(dtype)
+            y = x.clone()
+            dist.broadcast(y, 0)
+            work = dist.all_reduce(y, async_op=True)
+            work.wait()
+            dist.barrier()
+            wrong += float((x - y).abs().sum())
+        dist.destroy_process_group()
+    verify(bench, 'broadcast, all-reduce, barrier', wrong, 0.0)
+
+
+def no_waits(bench):
+    """Two steps ask the GPU for no value, which torch's sync debugging would refuse."""
+    if not bench.is_cuda:
+        return bench.miss('waits for the GPU', 'there is none')
+    with tempfile.TemporaryDirectory() as folder:
+        write_data(folder, bench.vocab, [450] * 9)
+        loader = Loader(Dialogues(folder, 'train'), [get_layout('duplex3')], bench.vocab, 1024, 4)
+        batches = [loader.next_batch().to(bench.device) for _ in range(2)]
+    model = Qwen2(ModelConfig(bench.vocab.size, 1024, **bench.sizes | dict(n_layer=2))).to(bench.device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def step(batch):
+        with bench.autocast:
+            total, _ = model(batch.idx, batch.pos, batch.doc, batch.learn, batch.targets)
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    step(batches[0])        # compiles, and sets up the optimiser
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        for batch in batches:
+            step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    verify(bench, 'waits for the GPU in two steps', 0, 0, 'waits')     # one would have raised
+
+
+def train(folder, out, *settings, kill_at=None):
+    """Runs train.py -> its output. kill_at: text after which it is killed"""
+    script = os.path.join(ROOT, 'train.py')
+    process = subprocess.Popen([sys.executable, script, f'--data={folder}', f'--out_dir={out}', *settings],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    printed = ''
+    for line in process.stdout:
+        printed += line
+        if kill_at and kill_at in line:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return printed
+    if process.wait():
+        raise RuntimeError(printed.strip().split('\n')[-1])
+    return printed
+
+
+def resume(bench):
+    """20 steps of a small model, evaluated, saved and heard each five: killed after step 10 and resumed, it
+    logs the same losses; on a GPU up to the order of additions."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_data(folder, make_vocabulary(600, 32), [60] * 30, turn_frames=20, codec=make_codec())
+        settings = ['--stages=duplex3:20', '--n_layer=2', '--n_embd=64', '--n_head=2', '--n_kv_head=1',
+                    '--n_inner=64', '--block_size=256', '--batch_size=2', '--batch_tokens=1024',
+                    '--eval_interval=5', '--log_interval=5', '--n_listen=1', '--tensorboard=false',
+                    f'--device={bench.device.type}', f'--compile={bench.is_cuda}']
+        whole, killed = (os.path.join(folder, name) for name in ('whole', 'killed'))
+        printed = train(folder, whole, *settings)
+        notes = [line for line in printed.split('\n') if line.startswith('note: ') and 'heard' in line]
+        verify(bench, 'listenings that failed', len(notes), 0, 'notes')
+        train(folder, killed, *settings, kill_at='val      10/20')
+        train(folder, killed, *settings, '--resume=true')
+        losses = []
+        for out in (whole, killed):
+            with open(os.path.join(out, 'log.jsonl')) as file:
+                losses.append(torch.tensor([json.loads(line)['loss'] for line in file]))
+        verify(bench, 'losses after being killed and resumed', error(*losses), 1e-3 if bench.is_cuda else 0.0)
+
+
+def rows_that_fit(bench):
+    """--auto_batch with a step of 36 rows, which has nine divisors."""
+    if not bench.is_cuda:
+        return bench.miss('auto_batch', 'it tries the memory of a GPU')
+    T = bench.pick(256, 8192)
+    with tempfile.TemporaryDirectory() as folder:
+        write_data(folder, bench.vocab, [1500] * 40)
+        start = time.perf_counter()
+        printed = train(folder, os.path.join(folder, 'out'), '--stages=duplex3:1', f'--block_size={T}',
+                        f'--batch_tokens={36 * T}', '--auto_batch=true', '--eval_interval=1', '--n_listen=0',
+                        '--tensorboard=false', *[f'--{name}={size}' for name, size in bench.sizes.items()])
+        sec = time.perf_counter() - start
+    n_row = int(re.search(r'micro-steps of (\d+) x', printed)[1])
+    verify(bench, f'rows of {T} that fit', n_row, 1, 'rows', at_least=True)
+    verify(bench, 'auto_batch and one step', sec, 300, 's')
+
+
+ROWS = dict(        # name: (function, seconds it takes, the same with --peers)
+    device=(device, 5, 5),
+    group=(group, 10, 10),
+    backends=(backends, 5, 5),
+    head=(head, 20, 20),
+    attention=(attention, 60, 60),
+    no_waits=(no_waits, 40, 40),
+    duplex=(duplex, 60, 60),
+    blocks=(blocks, 60, 60),
+    resume=(resume, 100, 100),
+    auto_batch=(rows_that_fit, 120, 120),
+)

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from common.device import PEAK_FLOPS, pick_dtype
+from common.device import pick_dtype
 from common.files import read_json, read_jsonl, write_json
 from config import Parser
 from data.dialogues import Dialogues
@@ -489,7 +489,7 @@ def training(bench, mix):
             bench.add(name, rates, 'tokens/s', f'{n_token} a step, {rows} rows at once, AdamW included')
             bench.add(f'{name}, learned', rates * learned, 'tokens/s', f'{learned:.0%} of all')
             if bench.is_cuda:
-                add_mfu(bench, name, rates, flops)
+                check.add_mfu(bench, name, rates, flops)
                 bench.add(f'{name}, memory', peak / 1e9, 'GB', 'at most, all included')
             return np.median(rates)
         arguments = our_arguments(folder, stage, T, n_row, n_micro, bench.sizes, compile=bench.is_cuda,
@@ -521,17 +521,6 @@ def tokens_that_fit(bench):
     memory_gb = torch.cuda.get_device_properties(0).total_memory / 1e9 if bench.is_cuda else 0
     sizes = ((100, 65_536), (60, 32_768), (30, 16_384), (-1, 8192))
     return next(n_token for least_gb, n_token in sizes if memory_gb > least_gb)
-
-def add_mfu(bench, name, rates, flops):
-    """rates: tokens a second; flops: of a token"""
-    device = torch.cuda.get_device_name()
-    limits = [(limit, f'the {gpu}') for gpu, limit in PEAK_FLOPS.items() if gpu in device][:1]
-    measured = [figure['median'] for figure in bench.figures if figure['unit'] == 'TFLOP/s']
-    if measured:
-        limits.append((1e12 * max(measured), 'the largest matmul measured'))
-    for limit, owner in limits:
-        bench.add(f'{name}, MFU', 100 * rates * flops / limit, '%',
-                  f'of {limit / 1e12:.0f} TFLOP/s, {owner}; {flops / 1e9:.3f} GFLOP a token')
 
 # ------------------------------------------------------------------------------------------------------------
 # rows: decoding

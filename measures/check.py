@@ -24,7 +24,9 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
+from common.device import PEAK_FLOPS, Place
 from data.dialogues import Dialogues
 from data.loader import Loader
 from data.made_up import make_codec, make_vocabulary, write_data
@@ -39,6 +41,7 @@ from model import (
     document_ends,
     linear_cross_entropy,
 )
+from parallel import Copies
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -271,6 +274,61 @@ def no_waits(bench):
     verify(bench, 'waits for the GPU in two steps', 0, 0, 'waits')     # one would have raised
 
 
+def speed(bench):
+    """Steps of the whole model, compiled, on 2 and 4 rows of duplex3: tokens a second, MFU, memory, and the
+    kernels in which a step spends most of its time."""
+    T, vocab = bench.pick(256, 8192), bench.vocab
+    torch.manual_seed(0)
+    model = Qwen2(ModelConfig(vocab.size, T, **bench.sizes)).to(bench.device)
+    gradients = Copies(model, Place(bench.device))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model.wrap_blocks(compiles=bench.is_cuda)
+    for n_row in (2, 4):
+        with tempfile.TemporaryDirectory() as folder:
+            write_data(folder, vocab, [bench.pick(100, 1500)] * 40)
+            loader = Loader(Dialogues(folder, 'train'), [get_layout('duplex3')], vocab, T, n_row)
+            batch = loader.next_batch().to(bench.device)
+
+        def step(batch=batch):
+            with bench.autocast:
+                total, _ = model(batch.idx, batch.pos, batch.doc, batch.learn, batch.targets)
+            gradients.backward(total, is_last=True)
+            gradients.finish(torch.tensor(float(len(batch.learn)), device=bench.device), 1.0)
+            optimizer.step()
+            gradients.zero()
+        if bench.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        rates = n_row * T / bench.measure(dict(step=step))['step']
+        name = f'{n_row} x {T}'
+        learned, mean_keys = len(batch.learn) / batch.idx.numel(), float((batch.pos + 1).double().mean())
+        bench.add(name, rates, 'tokens/s', f'{learned:.0%} learned, AdamW included')
+        if bench.is_cuda:
+            add_mfu(bench, name, rates, model.flops_per_token(learned, mean_keys))
+            bench.add(f'{name}, memory', torch.cuda.max_memory_allocated() / 1e9, 'GB', 'at most')
+    activities = [ProfilerActivity.CUDA if bench.is_cuda else ProfilerActivity.CPU]
+    with profile(activities=activities) as profiled:
+        step()
+        bench.clock()       # waits for the GPU
+    key = 'self_device_time_total' if bench.is_cuda else 'self_cpu_time_total'
+    kernels = sorted(profiled.key_averages(), key=lambda kernel: -getattr(kernel, key))
+    total = sum(getattr(kernel, key) for kernel in kernels)
+    for kernel in kernels[:8]:
+        share = 100 * getattr(kernel, key) / total
+        bench.add(f'profile: {kernel.key[:60]}', share, '%', f'{kernel.count} calls')
+
+
+def add_mfu(bench, name, rates, flops):
+    """rates: tokens a second; flops: of a token"""
+    device = torch.cuda.get_device_name()
+    limits = [(limit, f'the {gpu}') for gpu, limit in PEAK_FLOPS.items() if gpu in device][:1]
+    measured = [figure['median'] for figure in bench.figures if figure['unit'] == 'TFLOP/s']
+    if measured:
+        limits.append((1e12 * max(measured), 'the largest matmul measured'))
+    for limit, owner in limits:
+        bench.add(f'{name}, MFU', 100 * rates * flops / limit, '%',
+                  f'of {limit / 1e12:.0f} TFLOP/s, {owner}; {flops / 1e9:.3f} GFLOP a token')
+
+
 def train(folder, out, *settings, kill_at=None):
     """Runs train.py -> its output. kill_at: text after which it is killed"""
     script = os.path.join(ROOT, 'train.py')
@@ -338,4 +396,5 @@ ROWS = dict(        # name: (function, seconds it takes, the same with --peers)
     blocks=(blocks, 60, 60),
     resume=(resume, 100, 100),
     auto_batch=(rows_that_fit, 120, 120),
+    speed=(speed, 90, 90),
 )

@@ -420,6 +420,12 @@ def test_worker(tmp_path, stand_in):
             worker.ask(text='die', out=out)
 
 
+def test_a_worker_that_hangs_is_ended(monkeypatch):
+    monkeypatch.setattr(Worker, 'answer_sec', 0.2)
+    with pytest.raises(ValueError, match="sleep 60 has not answered for 0.2 s, and was ended"):
+        Worker('sleep 60')
+
+
 @pytest.mark.parametrize('command, message', [
     ('/no/such/python worker.py', "cannot start '/no/such/python worker.py': .*No such file"),
     ('python "worker.py', 'No closing quotation'),

@@ -16,11 +16,9 @@ import importlib.util
 import math
 import os
 import re
-import shutil
 import sys
 import time
 import zlib
-from copy import copy
 from dataclasses import asdict, dataclass, replace
 from glob import glob
 from typing import NamedTuple
@@ -38,10 +36,10 @@ from common.memory import check_memory, find_batch_size, peak_bytes
 from data.dialogues import Dialogues
 from data.loader import STREAMS, Loader, Mixture, Prefetch
 from flatten import get_layout
-from measures.draw import draw_batch, print_coloured
+from measures.draw import show_rows
 from measures.listen import Listener
 from measures.logger import Logger
-from measures.losses import by_stream, format_losses, loss_sums, stream_sums
+from measures.losses import by_stream, format_losses, loss_sums, stream_sums, token_weights
 from model import ModelConfig, Qwen2
 from parallel import Copies, Shards
 from vocabulary import CONTROL, Vocabulary
@@ -90,7 +88,8 @@ class Config:
     resume: bool = False                # go on with the run in out_dir, where there is one
     eval_interval: int = 200            # steps between evaluations on all of val; each also saves the state
     log_interval: int = 10
-    n_listen: int = 2                   # dialogues of val to answer at each evaluation, for report.html
+    n_listen: int = 2                   # dialogues of val to answer at an evaluation, for report.html
+    listen_interval: int = 1            # evaluations from one to the next at which that is done
     device: str = 'auto'                # cuda, cpu, …; auto: a GPU if there is one
     dtype: str = 'auto'                 # of matmuls: float32, bfloat16; auto: bfloat16 in hardware, or fp32
     compile: bool = False               # the blocks, by torch.compile: for GPUs, a CPU gets slower by it
@@ -103,7 +102,8 @@ class Config:
     seed: int = 1337
 
     def __post_init__(self):
-        for name in ('batch_size', 'batch_tokens', 'block_size', 'eval_interval', 'log_interval'):
+        for name in ('batch_size', 'batch_tokens', 'block_size', 'eval_interval', 'log_interval',
+                     'listen_interval'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}, it has to be at least 1')
         for name in ('n_listen', 'show', 'grad_clip', 'warmup_steps'):
@@ -209,13 +209,15 @@ def main(cfg):
     stages = plan_stages(cfg, place, vocab, train_data, val_data)
     if cfg.show:
         if place.is_main:
-            show_rows(cfg, stages, vocab)
+            for stage in stages:
+                print(f'stage {stage.name}')
+                show_rows(stage.loader, stage.layouts, vocab, cfg.text_weight, cfg.show)
         return {}
     optimizer = make_optimizer(model, cfg)
     state = dict(run_id=uuid4().hex, step=0, loader=None, best=None, best_step=None, sec_heard=0.0,
-                 train_sec=0.0)
+                 train_sec=0.0, save_sec=0.0)
     if resume_from:
-        state = checkpoint.load_state(resume_from, model, optimizer)
+        state |= checkpoint.load_state(resume_from, model, optimizer)
     open_out_dir(cfg, place, resume_from, state)
     logger = Logger(cfg, state['step']) if place.is_main else None
     listener = Listener(cfg, vocab, val_data, place.dtype) if place.is_main else None
@@ -231,8 +233,9 @@ def main(cfg):
     saver.wait()
     if not metrics:
         run.print(f'{cfg.out_dir} had finished its {run.n_step} steps before')
-    run.print(f'{cfg.out_dir}: {state["train_sec"]:.0f} s of training, best val loss {state["best"]:.3f}, '
-              f'at most {peak_bytes(place.device) / 1e9:.1f} GB of memory a process')
+    run.print(f'{cfg.out_dir}: {state["train_sec"]:.0f} s of training and {state["save_sec"]:.1f} s of '
+              f'saving and listening, best val loss {state["best"]:.3f}, at most '
+              f'{peak_bytes(place.device) / 1e9:.1f} GB of memory a process')
     place.barrier()         # a process that ends closes its connections, while the first may still be saving
     if place.world_size > 1:
         dist.destroy_process_group()
@@ -421,7 +424,9 @@ def train_stage(run, stage):
             metrics = evaluate(run, stage)
             log_evaluation(run, stage, metrics)
             state['loader'] = batches.state
+            start = time.time()
             save_and_listen(run, stage)
+            state['save_sec'] += time.time() - start
             meter.restart()
     batches.close()
     return metrics
@@ -437,11 +442,6 @@ def get_lr(step, n_step, cfg):
 
 def count_micro_steps(cfg, place):
     return cfg.batch_tokens // (cfg.batch_size * cfg.block_size * place.world_size)
-
-
-def token_weights(batch, text_weight):
-    """-> (N), of the targets in the loss"""
-    return torch.where(batch.stream == STREAMS.index('text'), text_weight, 1.0)
 
 
 def evaluate(run, stage):
@@ -466,6 +466,9 @@ def save_and_listen(run, stage):
         return
     codec_folder = os.path.join(cfg.mixture()[0][0], 'codec')
     run.saver.save(cfg.out_dir, snapshot, run.vocab, stage.info, codec_folder, state)
+    n_evaluation = -(-state['step'] // cfg.eval_interval)
+    if n_evaluation % cfg.listen_interval and state['step'] < run.n_step:
+        return
     model = snapshot.model.to(run.place.device, run.place.dtype) if cfg.shard else run.model
     heard = run.listener.hear(state['step'], model, stage.layouts)
     run.logger.log_heard(state['step'], heard)
@@ -576,24 +579,6 @@ def print_stage(run, stage):
     if c['too_long'] > 0.05 * n_document:
         run.print(f'note: {c["too_long"]} of {n_document} documents are longer than '
                   f'block_size={cfg.block_size} and left out: raise it')
-
-
-def show_rows(cfg, stages, vocab):
-    """Prints the first cfg.show rows of each stage, from the tensors that the model would get."""
-    columns = shutil.get_terminal_size((110, 24)).columns
-    for stage in stages:
-        print(f'stage {stage.name}')
-        clean, n_shown = copy(stage.loader), 0      # the same without user_noise, to see what it replaced
-        clean.loaders, clean.taken = [copy(loader) for loader in clean.loaders], list(clean.taken)
-        for loader in clean.loaders:
-            loader.user_noise = 0.0
-        while n_shown < cfg.show:
-            batch, clean_idx = stage.loader.next_batch(), clean.next_batch().idx
-            n_row = min(len(batch.idx), cfg.show - n_shown)
-            weights = token_weights(batch, cfg.text_weight)
-            drawing = draw_batch(batch, stage.layouts, vocab, STREAMS, weights, n_row, columns, clean_idx)
-            print_coloured(drawing)
-            n_shown += n_row
 
 
 if __name__ == '__main__':

@@ -17,14 +17,18 @@ With a wrong mask a token lacks its mark; a wrong target is marked with a red !.
 import argparse
 import os
 import re
+import shutil
 import sys
+from copy import copy
 from typing import NamedTuple
 
 import numpy as np
 
 from config import Parser
 from data.dialogues import Dialogues
+from data.loader import STREAMS
 from flatten import ROLES, flatten, get_layout, spell
+from measures.losses import token_weights
 from vocabulary import Vocabulary
 
 GREY, GREEN, YELLOW, CYAN, RED, BOLD, PLAIN = (f'\033[{n}m' for n in (90, 32, 33, 36, 31, 1, 0))
@@ -156,6 +160,21 @@ def draw_batch(batch, layouts, vocab, streams, weights, n_row=1, columns=110, cl
             lines += draw_document(document, layouts, vocab, columns)
         lines.append('')
     return '\n'.join(lines)
+
+
+def show_rows(loader, layouts, vocab, text_weight, n_row):
+    """Prints the first n_row rows of a data.loader.Mixture, from the tensors that the model would get."""
+    columns, n_shown = shutil.get_terminal_size((110, 24)).columns, 0
+    clean = copy(loader)        # the same without user_noise, to see what it replaced
+    clean.loaders, clean.taken = [copy(each) for each in clean.loaders], list(clean.taken)
+    for each in clean.loaders:
+        each.user_noise = 0.0
+    while n_shown < n_row:
+        batch, clean_idx = loader.next_batch(), clean.next_batch().idx
+        n = min(len(batch.idx), n_row - n_shown)
+        weights = token_weights(batch, text_weight)
+        print_coloured(draw_batch(batch, layouts, vocab, STREAMS, weights, n, columns, clean_idx))
+        n_shown += n
 
 
 def summary(row, streams):

@@ -9,6 +9,11 @@ import torch
 from data.loader import STREAMS
 
 
+def token_weights(batch, text_weight):
+    """-> (N), of the targets in the loss"""
+    return torch.where(batch.stream == STREAMS.index('text'), text_weight, 1.0)
+
+
 def stream_sums(losses, batch, device):
     """losses (N), in nats -> float64 (2, 3): the sum of each stream's losses, and the number of its tokens"""
     sums = torch.zeros(2, len(STREAMS), dtype=torch.float64, device=device)

@@ -409,6 +409,12 @@ def test_it_is_heard_and_learns_the_same(spoken, tmp_path, capsys):
     assert 'listen/' not in (Path(deaf.out_dir) / 'report.html').read_text()     # curves only
 
 
+def test_it_is_heard_at_each_kth_evaluation_and_at_the_last(spoken):
+    train.main(replace(spoken, eval_interval=2, listen_interval=2, n_listen=1))
+    steps = [name.split('-')[1] for name in heard(spoken) if name.endswith('wav')]
+    assert steps == ['000004', '000008', '000010']
+
+
 @pytest.mark.parametrize('why', ['no vocoder', 'no soundfile'])
 def test_what_cannot_be_heard_does_not_stop_the_run(spoken, monkeypatch, capsys, why):
     """A note, once; what was said is written all the same."""

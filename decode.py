@@ -19,7 +19,7 @@ import torch.nn as nn
 
 from common.files import whole
 from common.linear import Int8, pick_linear
-from flatten import ROLES, unflatten
+from flatten import ROLES, lay_prompt, unflatten
 from model import KVCache, Qwen2
 
 # ------------------------------------------------------------------------------------------------------------
@@ -103,7 +103,8 @@ class Duplex:
 
     Only ids that a slot allows are scored; their probabilities are those of the whole head, scaled to sum to
     1. The user's ids are fed together with the assistant's last one, so a chunk of duplex3 takes 12 passes
-    through the model and not 22. Beyond max_context tokens the oldest chunks are forgotten.
+    through the model and not 22. Beyond max_context tokens the oldest chunks are forgotten, first of all the
+    prompt, which all users share.
 
     Within a chunk nothing waits for the device. On a GPU the passes of each shape (11 tokens, 1 token for
     text, 1 for speech) are captured once as a CUDA graph and replayed. warm_up captures them before the
@@ -111,13 +112,15 @@ class Duplex:
     """
 
     def __init__(self, model, vocab, layout, n_row=1, sampling=None, max_context=None, dtype=None,
-                 compile=False):
+                 compile=False, prompt=''):
         if layout.order != 'chunks':
             raise ValueError(f'layout {layout.name} has no chunks: it cannot listen and talk at once; '
                              'sample from a duplex3 or duplex2 checkpoint')
         max_context = max_context or model.config.block_size
-        if max_context < 2 * layout.period:
-            raise ValueError(f'max_context {max_context} holds no two chunks of {layout.period} tokens')
+        prompt = lay_prompt(prompt, vocab)
+        if max_context < 2 * layout.period + len(prompt):
+            raise ValueError(f'max_context {max_context} holds no two chunks of {layout.period} tokens'
+                             + f' behind a prompt of {len(prompt)}' * bool(prompt))
         weight = model.model.norm.weight
         self.vocab, self.layout, self.n_row, self.device = vocab, layout, n_row, weight.device
         linear, rest = pick_linear(dtype or weight.dtype, self.device, compile)
@@ -131,6 +134,9 @@ class Duplex:
         # ids that were chosen or heard, but that the model has not read yet
         self.unfed = torch.empty(n_row, 0, dtype=torch.int64, device=self.device)
         self.ids = []               # those of the whole conversation, in pieces of [n_row, tokens]
+        self.n_prompt = len(prompt)     # tokens of it that are not forgotten
+        if prompt:
+            self.feed(torch.tensor([prompt] * n_row, device=self.device))
         self.graphs = {}            # on a GPU: shape of a pass -> what was captured
         self.uses_graphs = self.device.type == 'cuda'
         self.pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
@@ -150,7 +156,7 @@ class Duplex:
     def passes(self, n_chunk):
         """(kind, T, slots) of each pass in the first n_chunk chunks of a conversation: what is chosen, how
         many ids are read for it, and how many slots of the cache."""
-        n_unfed = n_read = 0
+        n_unfed, n_read = self.n_prompt, 0
         for _ in range(n_chunk):
             for slot in self.layout.chunk:
                 if not slot.learned:
@@ -180,7 +186,8 @@ class Duplex:
                              f'for each of {self.n_row} users')
         heard = torch.as_tensor(user_codes + vocab.code_start).to(self.device)
         while self.cache.len + self.unfed.shape[1] + layout.period > self.cache.max_len:
-            self.cache.drop(layout.period)
+            self.cache.drop(self.n_prompt or layout.period)
+            self.n_prompt = 0
         said = dict(text=[], speech=[])
         for slot in layout.chunk:
             if not slot.learned:
@@ -251,19 +258,30 @@ class Duplex:
         self.ids = [ids[:n_row] for ids in self.ids]
 
 
-def converse(model, vocab, layout, users, silence_code, on_chunk=lambda: None, **settings):
+def converse(model, vocab, layout, users, silence_code, on_chunk=lambda: None, prompts=None, **settings):
     """
     users: [codes of each] -> ([dialogue as decoded], seconds each chunk took); settings are Duplex's. All
-    users are listened to side by side. A user's last chunk is filled up with silence; users who have ended
-    leave.
+    users are listened to side by side, those of one prompt after those of another. A user's last chunk is
+    filled up with silence; users who have ended leave. prompts: of each; None: there are none
     """
+    if len(set(prompts or [])) > 1:
+        decoded, chunk_sec = [None] * len(users), []
+        for prompt in dict.fromkeys(prompts):
+            group = [i for i, each in enumerate(prompts) if each == prompt]
+            said, sec = converse(model, vocab, layout, [users[i] for i in group], silence_code, on_chunk,
+                                 [prompt], **settings)
+            chunk_sec += sec
+            for i, dialogue in zip(group, said):
+                decoded[i] = dialogue
+        return decoded, chunk_sec
     n = layout.speech_chunk
     n_chunk = [-(-len(codes) // n) for codes in users]
     order = sorted(range(len(users)), key=lambda i: -n_chunk[i])    # the longest first: last rows end first
     heard = np.full((len(users), max(n_chunk) * n), silence_code, np.int64)
     for row, i in zip(heard, order):
         row[:len(users[i])] = users[i]
-    duplex = Duplex(model, vocab, layout, len(users), **settings)
+    duplex = Duplex(model, vocab, layout, len(users), prompt=prompts[0] if prompts else '', **settings)
+    n_prompt = duplex.n_prompt
     duplex.warm_up(max(n_chunk))
     chunk_sec, ids = [], [None] * len(users)
     for c in range(max(n_chunk) + 1):
@@ -272,7 +290,7 @@ def converse(model, vocab, layout, users, silence_code, on_chunk=lambda: None, *
         if n_row <= 0.75 * duplex.n_row:
             rows = torch.cat(duplex.ids, dim=1).cpu().numpy()       # (n_row, chunks * K)
             for row, i in zip(rows, order[:duplex.n_row]):
-                ids[i] = row[:n_chunk[i] * layout.period]
+                ids[i] = row[:n_prompt + n_chunk[i] * layout.period]
             duplex.keep(n_row)
         if n_row:
             start = time.perf_counter()

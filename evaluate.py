@@ -303,7 +303,8 @@ def listen(cfg, checkpoint, references, dtype):
         for batch in batches:
             users = [references[i]['user'] for i in batch]
             said, _ = converse(model, vocab, checkpoint.layout, users, int(codec.silence_codes[0]),
-                               bar.update, sampling=sampling, dtype=dtype)
+                               bar.update, [references[i].get('prompt', '') for i in batch],
+                               sampling=sampling, dtype=dtype)
             for i, dialogue in zip(batch, said):
                 decoded[i] = dialogue
     return decoded

@@ -24,6 +24,15 @@ chunk            |           0 |           1 |           2
 user.speech      | 1  2  3  4  | 5  9  9  9  | 9  9  9  ·
 assistant.speech | ·+ ·+ ·+ ·+ | ·+ 6+ 7+ 8+ | 6+ ·+ ·+ ·+
 
+A prompt, what the assistant is told before the conversation, stands before the first chunk:
+
+>>> told = flatten(dict(dialogue, prompt='Be kind.'), get_layout('duplex2', 11), vocab)[0]
+>>> print(draw(told, get_layout('duplex2', 11), vocab))
+<|sot|> B e   k i n d . <|eot|>
+chunk            |                                0
+user.speech      | 1  2  3  4  5  9  9  9  9  9  9
+assistant.speech | ·+ ·+ ·+ ·+ ·+ 6+ 7+ 8+ 6+ ·+ ·+
+
 The stages of training before take whole turns, without a clock: speech to text (asr), text to speech (tts),
 then both sides of a conversation, turn by turn:
 
@@ -197,6 +206,8 @@ def check(dialogue, n_codes):
         raise ValueError(f'{name}: channels of unequal length, user {n_user} frames and assistant '
                          f'{n_assistant}; cut or pad them to one clock (a one-sided utterance leaves '
                          'the other empty)')
+    if not isinstance(dialogue.get('prompt', ''), str):
+        raise ValueError(f'{name}: its prompt is {dialogue["prompt"]!r}, and has to be a text')
     check_turns(name, dialogue['turns'], {role: len(codes) for role, codes in channels.items()})
 
 
@@ -252,6 +263,19 @@ def lay_turn(dialogue, turn, slots, vocab):
     return Document(ids, learned, 0)
 
 
+def lay_prompt(prompt, vocab):
+    """-> ids of what the assistant is told before the first chunk: fed, not learned; [] for ''"""
+    return [vocab.control['<|sot|>'], *vocab.encode(prompt), vocab.control['<|eot|>']] if prompt else []
+
+
+def count_prompt(ids, vocab):
+    """-> how many ids of a document in chunks are its prompt. A chunk never starts with <|sot|>."""
+    if not len(ids) or ids[0] != vocab.control['<|sot|>']:
+        return 0
+    ends = np.flatnonzero(np.asarray(ids) == vocab.control['<|eot|>'])
+    return int(ends[0]) + 1 if len(ends) else len(ids)
+
+
 def lay_chunks(dialogue, layout, vocab):
     n_chunk = -(-len(dialogue['user']) // layout.speech_chunk)
     ids = np.empty((n_chunk, layout.period), np.int32)      # (N chunks, K tokens a chunk)
@@ -265,7 +289,9 @@ def lay_chunks(dialogue, layout, vocab):
             stream, n_dropped = lay_text(dialogue, slot.role, n_chunk, slot.n, layout.speech_chunk, vocab)
         ids[:, at:at + slot.n] = stream.reshape(n_chunk, slot.n)
         at += slot.n
-    return Document(ids.reshape(-1), learned.reshape(-1), n_dropped)
+    prompt = np.array(lay_prompt(dialogue.get('prompt', ''), vocab), np.int32)
+    learned = np.concatenate([np.zeros(len(prompt), bool), learned.reshape(-1)])
+    return Document(np.concatenate([prompt, ids.reshape(-1)]), learned, n_dropped)
 
 
 def lay_speech(dialogue, role, n, vocab):
@@ -383,6 +409,8 @@ def to_codes(ids, vocab, name):
 
 
 def parse_chunks(ids, layout, vocab, silence_code, name):
+    n_prompt = count_prompt(ids, vocab)
+    prompt, ids = vocab.decode(ids[1:n_prompt - 1].tolist()) if n_prompt else '', ids[n_prompt:]
     if len(ids) % layout.period:
         raise ValueError(f'{name}: {len(ids)} ids are no whole number of chunks of {layout.period}')
     chunks = ids.reshape(-1, layout.period)     # (N chunks, K tokens a chunk)
@@ -401,7 +429,8 @@ def parse_chunks(ids, layout, vocab, silence_code, name):
     assistant = np.full(n_frame, silence_code)
     assistant[speaks] = to_codes(said[:n_frame][speaks], vocab, name)
     user = to_codes(user[:n_frame], vocab, name)
-    return dict(user=user.tolist(), assistant=assistant.tolist(), turns=turns)
+    dialogue = dict(user=user.tolist(), assistant=assistant.tolist(), turns=turns)
+    return dialogue | (dict(prompt=prompt) if prompt else {})
 
 
 def match_text(runs, text, speech_chunk, vocab):
@@ -476,6 +505,8 @@ def draw(document, layout, vocab):
     words = [spell(i, vocab) + '+' * int(learned) for i, learned in zip(document.ids, document.learned)]
     if layout.order != 'chunks':
         return ' '.join(words)
+    n_prompt = count_prompt(document.ids, vocab)
+    prompt, words = ' '.join(words[:n_prompt]), words[n_prompt:]
     words = [word if word.endswith('+') else word + ' ' for word in words]
     cell = max(map(len, words), default=2)
     wide = max(slot.n for slot in layout.chunk) * (cell + 1) - 1
@@ -487,7 +518,7 @@ def draw(document, layout, vocab):
         portions = [' '.join(f'{word:>{cell}}' for word in chunk[at:at + slot.n]) for chunk in chunks]
         lines.append(f'{slot.what:{margin}}' + ''.join(f' | {portion:{wide}}' for portion in portions))
         at += slot.n
-    return '\n'.join(line.rstrip() for line in lines)
+    return '\n'.join([prompt] * bool(prompt) + [line.rstrip() for line in lines])
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ class Config:
     split: str = 'test'
     n_dialogue: int = 8                 # the first so many of the split; 0: all
     out: str | None = None              # folder for what is written; None: CHECKPOINT/samples
+    prompt: str | None = None           # what the assistant is told; None: with data, what each dialogue says
     reply_sec: float = 6.0              # silence after the recording, in which the assistant can answer
     text_temperature: float = 0.0       # 0: always the likeliest
     speech_temperature: float = 0.0
@@ -73,6 +74,7 @@ class Heard(NamedTuple):
     turns: list                 # the user's
     expected: list | None       # the assistant's in the data; None for a file
     wave: np.ndarray | None     # the user's own recording
+    prompt: str
 
 
 def main(cfg):
@@ -86,10 +88,11 @@ def main(cfg):
     codec_sec = time.perf_counter() - start
     sampling = Sampling(cfg.text_temperature, cfg.speech_temperature, cfg.text_top_k, cfg.speech_top_k,
                         cfg.silence_bias, checkpoint.info.text_weight, cfg.seed)
-    users = [user.codes for user in heard]
-    decoded, chunk_sec = converse(checkpoint.model, checkpoint.vocab, layout, users,
-                                  int(codec.silence_codes[0]), sampling=sampling, max_context=cfg.max_context,
-                                  dtype=pick_dtype(cfg.dtype, device), compile=cfg.compile)
+    users, prompts = [user.codes for user in heard], [user.prompt for user in heard]
+    decoded, chunk_sec = converse(
+        checkpoint.model, checkpoint.vocab, layout, users, int(codec.silence_codes[0]), prompts=prompts,
+        sampling=sampling, max_context=cfg.max_context, dtype=pick_dtype(cfg.dtype, device),
+        compile=cfg.compile)
     out = cfg.out or os.path.join(cfg.checkpoint, 'samples')
     os.makedirs(out, exist_ok=True)
     conversations = []
@@ -127,7 +130,8 @@ def listen_to_file(cfg, codec):
     codes = codec.encode(wave)
     spans = stretches(~np.isin(codes, codec.silence_codes), codec.rate_hz)
     turns = [dict(role='user', start=start, end=end, text='') for start, end in spans]  # without text
-    return Heard(os.path.splitext(os.path.basename(cfg.user))[0], codes, turns, None, wave)
+    return Heard(os.path.splitext(os.path.basename(cfg.user))[0], codes, turns, None, wave,
+                 cfg.prompt or '')
 
 
 def listen_to_data(cfg, codec):
@@ -138,7 +142,8 @@ def listen_to_data(cfg, codec):
     for dialogue in chosen:
         turns, expected = ([turn for turn in dialogue['turns'] if turn['role'] == role] for role in ROLES)
         if len(dialogue['user']):
-            heard.append(Heard(dialogue['id'], dialogue['user'], turns, expected, None))
+            prompt = dialogue.get('prompt', '') if cfg.prompt is None else cfg.prompt
+            heard.append(Heard(dialogue['id'], dialogue['user'], turns, expected, None, prompt))
     if not heard:
         raise ValueError(f'{cfg.data}: no dialogue with a user channel in {cfg.split}')
     return heard

@@ -26,6 +26,7 @@ SCHEMA = pa.schema([
     ('user', pa.list_(pa.uint16())),    # a code a frame
     ('assistant', pa.list_(pa.uint16())),
     ('turns', pa.list_(TURN)),
+    ('prompt', pa.string()),            # what the assistant is told before it begins; files may lack it
 ])
 
 
@@ -39,8 +40,8 @@ def save_dialogues(path, dialogues, codec, **notes):
 
 
 class Dialogues:
-    """The records of one split of a data folder; [i] -> dict(id, user uint16 [n_frame], assistant, turns).
-    .codec is the description of the codec that they were made with."""
+    """The records of one split of a data folder; [i] -> dict(id, user uint16 [n_frame], assistant, turns, and
+    prompt, if it has one). .codec is the description of the codec that they were made with."""
 
     def __init__(self, folder, split):
         shards = sorted(glob.glob(os.path.join(glob.escape(folder), f'{split}-?????-of-?????.arrow')))
@@ -71,6 +72,12 @@ class Dialogues:
             lengths = [np.diff(part.codes[role][0]) for part in self.parts]
             self.n_frame.append(np.concatenate([np.zeros(0, np.int32), *lengths]))
 
+    def prompt(self, i):
+        """The prompt of record i, '' where it has none."""
+        part = bisect_right(self.firsts, i) - 1
+        prompts, i = self.parts[part].prompt, i - self.firsts[part]
+        return prompts[i:i + 1][0] if prompts else ''
+
     def __len__(self):
         return self.firsts[-1]
 
@@ -86,7 +93,7 @@ class Columns:
     asked for is parsed."""
 
     def __init__(self, batch):
-        columns = {name: batch.column(name) for name in SCHEMA.names}
+        columns = {name: batch.column(name) for name in SCHEMA.names if name in batch.schema.names}
         self.codes = {role: (columns[role].offsets.to_numpy(), columns[role].values.to_numpy())
                       for role in ('user', 'assistant')}
         turns = columns['turns']
@@ -97,6 +104,8 @@ class Columns:
         self.turn_offsets = turns.offsets.to_numpy()
         self.start, self.end = fields['start'].to_numpy(), fields['end'].to_numpy()
         self.id = Strings(columns['id'])
+        prompts = columns.get('prompt')
+        self.prompt = Strings(prompts) if prompts and prompts.null_count < len(prompts) else None
         self.role, self.text = Strings(fields['role']), Strings(fields['text'])
 
     def __len__(self):
@@ -107,7 +116,8 @@ class Columns:
         of = slice(*self.turn_offsets[i:i + 2].tolist())
         columns = zip(self.role[of], self.start[of].tolist(), self.end[of].tolist(), self.text[of])
         turns = [dict(role=role, start=start, end=end, text=text) for role, start, end, text in columns]
-        return dict(id=self.id[i:i + 1][0], **codes, turns=turns)
+        prompt = self.prompt[i:i + 1][0] if self.prompt else ''
+        return dict(id=self.id[i:i + 1][0], **codes, turns=turns) | (dict(prompt=prompt) if prompt else {})
 
 
 class Strings:

@@ -19,13 +19,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import cache, lru_cache
-from itertools import chain
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from flatten import flatten
+from flatten import flatten, lay_prompt
 
 STREAMS = ('text', 'speech', 'silence')     # what a learned token can be
 
@@ -191,18 +191,24 @@ class Loader:
         return pieces
 
     def cut(self, i, n_frame, layout):
-        """Dialogue i, in chunks -> [Piece], cut at chunk borders so that each fits into a row."""
+        """Dialogue i, in chunks -> [Piece], cut at chunk borders so that each fits into a row. The first has
+        the prompt; if that leaves no room for a chunk: []."""
+        n_prompt = len(lay_prompt(self.dialogues.prompt(i), self.vocab))
         n_chunk, n_most = -(-n_frame // layout.speech_chunk), (self.block_size + 1) // layout.period
+        n_first = max(0, self.block_size + 1 - n_prompt) // layout.period   # chunks that fit after the prompt
+        if not n_first or not n_chunk:
+            return []
 
         def lay():
             return self.flatten(i, layout)[0]
-        if n_chunk > n_most:
+        if n_chunk > n_first:
             lay = cache(lay)            # several rows share it
-        pieces = []
-        for first in range(0, n_chunk, n_most):
-            n = min(n_most, n_chunk - first)
-            sec = n * layout.speech_chunk / self.dialogues.codec['rate_hz']
-            pieces.append(Piece(lay, first * layout.period, n * layout.period, sec))
+        pieces, at = [], 0
+        for first, end in pairwise([0, *range(n_first, n_chunk, n_most), n_chunk]):
+            sec = (end - first) * layout.speech_chunk / self.dialogues.codec['rate_hz']
+            to = n_prompt + end * layout.period
+            pieces.append(Piece(lay, at, to - at, sec))
+            at = to
         return pieces
 
     def flatten(self, i, layout):

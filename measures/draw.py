@@ -27,7 +27,7 @@ import numpy as np
 from config import Parser
 from data.dialogues import Dialogues
 from data.loader import STREAMS
-from flatten import ROLES, flatten, get_layout, spell
+from flatten import ROLES, count_prompt, flatten, get_layout, spell
 from measures.losses import token_weights
 from vocabulary import Vocabulary
 
@@ -49,7 +49,8 @@ def show(dialogue, layout, vocab, rate_hz, columns=110):
     it is yellow."""
     document, = flatten(dialogue, layout, vocab)
     n = layout.speech_chunk
-    chunks = document.ids.reshape(-1, layout.period)        # (N chunks, K tokens a chunk)
+    ids = document.ids[count_prompt(document.ids, vocab):]
+    chunks = ids.reshape(-1, layout.period)                 # (N chunks, K tokens a chunk)
     lines = draw_speech(dialogue['turns'], len(chunks) * n)
     in_chunks = {name: [line[at:at + n] for at in range(0, len(line), n)] for name, line in lines.items()}
     rows = [('seconds', '', [f'{c * n / rate_hz:.1f}' for c in range(len(chunks))]),
@@ -64,7 +65,8 @@ def show(dialogue, layout, vocab, rate_hz, columns=110):
         at += slot.n
     head = (f'{BOLD}{dialogue["id"]}{PLAIN}  {len(chunks)} chunks of {n} frames, {document.ids.size} tokens, '
             f'{document.learned.sum()} learned, {document.n_dropped} text tokens dropped')
-    return '\n'.join([head, *side_by_side(rows, n, columns)])
+    told = [f'prompt: {dialogue["prompt"]}'] if dialogue.get('prompt') else []
+    return '\n'.join([head, *told, *side_by_side(rows, n, columns)])
 
 
 def draw_speech(turns, n_frame):
@@ -206,7 +208,9 @@ def draw_document(document, layouts, vocab, columns):
         name += f'{RED}! no document of {"+".join(layout.name for layout in layouts)}{PLAIN}'
     fed, following = mark_tokens(document, vocab)
     if layout and layout.order == 'chunks':
-        return [name, *lay_out_chunks(fed, following, layout, columns)]
+        n = count_prompt(document.idx, vocab)
+        prompt = lay_out_in_order(fed[:n], following[:n], columns) if n else []
+        return [name, *prompt, *lay_out_chunks(fed[n:], following[n:], layout, columns)]
     return [name, *lay_out_in_order(fed, following, columns)]
 
 
@@ -233,6 +237,7 @@ def fits(ids, layout, vocab):
     if layout.order != 'chunks':
         first = [vocab.control[slots[0].what] for slots in layout.slots.values()]
         return ids[0] in first
+    ids = ids[count_prompt(ids, vocab):]
     in_chunk = [slot.kind == 'speech' for slot in layout.chunk for _ in range(slot.n)]
     needs_speech = np.resize(in_chunk, len(ids))
     control = np.isin(ids, list(vocab.control.values()))

@@ -64,8 +64,9 @@ class Listener:
 
     def answer(self, step, model, layout, codec):
         users = [dialogue['user'] for dialogue in self.dialogues]
+        prompts = [dialogue.get('prompt', '') for dialogue in self.dialogues]
         decoded, _ = converse(
-            model, self.vocab, layout, users, int(codec.silence_codes[0]), dtype=self.dtype,
+            model, self.vocab, layout, users, int(codec.silence_codes[0]), prompts=prompts, dtype=self.dtype,
             sampling=Sampling(text_weight=self.cfg.text_weight),
             max_context=max(self.cfg.block_size, 2 * layout.period))    # decoding needs room for two chunks
         folder = os.path.join(self.cfg.out_dir, 'listen')

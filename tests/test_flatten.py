@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flatten as F
-from flatten import LAYOUTS, Letters, check, draw, flatten, get_layout, unflatten
+from flatten import LAYOUTS, Letters, check, count_prompt, draw, flatten, get_layout, lay_prompt, unflatten
 from measures.draw import show
 
 VOCAB = Letters()
@@ -63,7 +63,7 @@ def test_golden(name, regen):
 
 def test_the_pictures_in_the_docstring():
     result = doctest.testmod(F)
-    assert result.failed == 0 and result.attempted == 12
+    assert result.failed == 0 and result.attempted == 14
 
 
 def test_shown_against_time():
@@ -106,7 +106,8 @@ def dialogues(draw):
         turns += [turn(role, start, end, draw(st.text('abé字 ', max_size=12)))
                   for start, end in zip(cuts[::2], cuts[1::2])]
     codes = st.lists(st.integers(0, VOCAB.n_codes - 1), min_size=n_frame, max_size=n_frame)
-    return dict(id='x', user=draw(codes), assistant=draw(codes), turns=turns)
+    prompt = draw(st.one_of(st.just(''), st.text('abé字 ', max_size=12)))
+    return dict(id='x', user=draw(codes), assistant=draw(codes), turns=turns, prompt=prompt)
 
 
 sizes = dict(speech_chunk=st.integers(1, 12), text_chunk=st.integers(1, 3))
@@ -115,13 +116,15 @@ sizes = dict(speech_chunk=st.integers(1, 12), text_chunk=st.integers(1, 3))
 @given(dialogues(), st.sampled_from(['duplex3', 'duplex2']), sizes['speech_chunk'], sizes['text_chunk'])
 @settings(max_examples=300, deadline=None)
 def test_chunks_come_back(d, name, speech_chunk, text_chunk):
-    """unflatten undoes flatten: channels and turns of the assistant return, its text as far as it was not
-    dropped, and what returned flattens to the same ids."""
+    """unflatten undoes flatten: channels, turns of the assistant and the prompt return, its text as far as it
+    was not dropped, and what returned flattens to the same ids."""
     layout = get_layout(name, speech_chunk, text_chunk)
     document, = flatten(d, layout, VOCAB)
     back = unflatten(document.ids, layout, VOCAB, silence_code=7, id='x')
-    assert len(document.ids) == -(-len(d['user']) // speech_chunk) * layout.period
-    assert back['user'] == d['user']
+    n_prompt = count_prompt(document.ids, VOCAB)
+    assert n_prompt == len(lay_prompt(d['prompt'], VOCAB)) and not document.learned[:n_prompt].any()
+    assert len(document.ids) == n_prompt + -(-len(d['user']) // speech_chunk) * layout.period
+    assert back['user'] == d['user'] and back.get('prompt', '') == d['prompt']
     mine = sorted((t for t in d['turns'] if t['role'] == 'assistant'), key=lambda t: t['start'])
     assert [(t['start'], t['end']) for t in back['turns']] == [(t['start'], t['end']) for t in mine]
     said = set().union(*(range(t['start'], t['end']) for t in mine))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import data.loader as loader_module
 from data.dialogues import Dialogues, save_dialogues
 from data.loader import STREAMS, Loader, Mixture, Prefetch, fill, pack
-from flatten import check, flatten, get_layout
+from flatten import check, flatten, get_layout, lay_prompt
 from vocabulary import Vocabulary
 
 
@@ -139,6 +139,27 @@ def test_long_dialogues_are_cut_at_chunk_borders(small_data):
     for batch in loader.epoch():
         for ids, _ in documents_of(batch):
             assert (len(ids) + 1) % 22 == 0 and len(ids) < 44
+
+
+def test_a_prompt_stands_before_the_first_chunk(tmp_path, small_tokenizer):
+    """Fed, not learned, in the first row of a dialogue only. Without room for it and a chunk, the dialogue is
+    too long."""
+    shutil.copytree(small_tokenizer, tmp_path / 'tokenizer')
+    first, second = make_dialogues(2)
+    save_dialogues(str(tmp_path / 'train.arrow'), [first, dict(second, prompt='you are kind.')], CODEC)
+    assert 'prompt' not in Dialogues(str(tmp_path), 'train')[0]
+    loader = make_loader(tmp_path, block_size=64)       # 65 ids hold 2 chunks of 22
+    head = lay_prompt('you are kind.', loader.vocab)
+    assert 4 < len(head) < 21
+    documents = [document for batch in loader.epoch() for document in documents_of(batch)]
+    (ids, targets), = [document for document in documents if document[0][0] == head[0]]
+    assert list(ids[:len(head)]) == head and (len(ids) + 1 - len(head)) % 22 == 0
+    assert min(at for at, _ in targets) == len(head) + 9        # after the first chunk of the user
+    assert sum(len(ids) + 1 for ids, _ in documents) == loader.counts['tokens']
+    assert loader.counts['tokens'] == sum(len(flatten(dialogue, get_layout('duplex3'), loader.vocab)[0].ids)
+                                          for dialogue in (loader.dialogues[0], loader.dialogues[1]))
+    short = make_loader(tmp_path, block_size=len(head) + 20)
+    assert short.counts['too_long'] == 1 and short.counts['documents'] > 0
 
 
 def test_streams_and_seconds(small_data):

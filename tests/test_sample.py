@@ -20,7 +20,7 @@ from common.linear import Int8, Packed
 from data.dialogues import Dialogues, save_dialogues
 from data.made_up import hum
 from decode import Duplex, Sampling, converse, for_decoding
-from flatten import get_layout, unflatten
+from flatten import get_layout, lay_prompt, unflatten
 from model import KVCache, Qwen2
 
 
@@ -67,6 +67,45 @@ def test_the_past_does_not_know_the_future(loaded, users):
     changed[:, 20:] = (users[:, 20:] + 7) % 32
     before, after = talk(loaded, users)[1], talk(loaded, changed)[1]
     assert torch.equal(before[:, :44], after[:, :44]) and not torch.equal(before, after)
+
+
+def test_a_prompt_comes_before_all(loaded, users):
+    """What streams behind a prompt is what one forward over prompt and conversation says; users with other
+    prompts are as if alone; the prompt is what is forgotten first."""
+    trained, vocab, layout, *rest = loaded
+    torch.manual_seed(0)
+    model = Qwen2(trained.config).eval()        # one that the prompt makes say something else
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(5)
+    duplex = Duplex(model, vocab, layout, 3, prompt='be kind')
+    for c in range(4):
+        duplex.step(users[:, c * 10:c * 10 + 10])
+    ids = torch.cat(duplex.ids, 1)
+    head = lay_prompt('be kind', vocab)
+    assert ids[:, :len(head)].tolist() == [head] * 3 and ids.shape[1] == len(head) + 88
+    with torch.no_grad():
+        logits = model(ids)
+    codes = slice(vocab.code_start, vocab.code_start + vocab.n_codes)
+    silent = vocab.control['<|silent_speech|>']
+    for at in range(len(head) + 12, ids.shape[1], 22):      # the first code of each chunk
+        scores = torch.cat([logits[:, at - 1, codes], logits[:, at - 1, silent:silent + 1]], 1)
+        choice = scores.argmax(1)
+        said = torch.where(choice == vocab.n_codes, silent, choice + vocab.code_start)
+        assert torch.equal(said, ids[:, at])
+    assert not torch.equal(ids[:, len(head):], talk([model, vocab, layout, *rest], users)[1])
+
+    prompts = ['be kind', '', 'be kind']
+    together, _ = converse(model, vocab, layout, list(users), 0, prompts=prompts)
+    alone = [converse(model, vocab, layout, [user], 0, prompts=[prompt])[0][0]
+             for user, prompt in zip(users, prompts)]
+    assert together == alone and [dialogue.get('prompt', '') for dialogue in together] == prompts
+
+    short = Duplex(model, vocab, layout, 3, max_context=44 + len(head), prompt='be kind')
+    for c in range(6):
+        short.step(users[:, c * 10:c * 10 + 10])
+    assert short.n_prompt == 0 and short.cache.len + short.unfed.shape[1] <= 44 + len(head)
+    with pytest.raises(ValueError, match='holds no two chunks of 22 tokens behind a prompt of'):
+        Duplex(model, vocab, layout, 3, max_context=44, prompt='be kind')
 
 
 def test_users_side_by_side_do_not_hear_each_other(loaded, users):

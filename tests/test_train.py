@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -11,13 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CODEC, make_dialogues
 from safetensors.torch import load_file, save_file
 
 import checkpoint
 import config
 import train
 from checkpoint import last_state
+from data.dialogues import Dialogues, save_dialogues
+from decode import converse
+from flatten import get_layout
 from measures.listen import cut, read_curves
+from model import Qwen2
+from vocabulary import Vocabulary
 
 TORCHRUN = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
 
@@ -49,6 +56,31 @@ def test_it_learns(toy):
     assert metrics['step'] == 200 and metrics['val_loss'] < 0.5
     assert set(metrics) >= {
         'val_text', 'val_speech', 'val_silence', 'val_bits_per_sec', 'train_sec', 'best_val_loss'}
+
+
+@pytest.mark.slow
+def test_a_prompt_decides_what_the_assistant_does(toy, small_tokenizer, tmp_path):
+    """The same users, told to speak or to hush: the model does what it is told, with users of test that it
+    never heard."""
+    data = tmp_path / 'told'
+    shutil.copytree(small_tokenizer, data / 'tokenizer')
+    for split, n in (('train', 100), ('val', 10), ('test', 10)):
+        told = []
+        for dialogue in make_dialogues(n, seed=len(split)):
+            user_only = [turn for turn in dialogue['turns'] if turn['role'] == 'user']
+            told += [dict(dialogue, prompt='speak'),
+                     dict(dialogue, id=dialogue['id'] + '-', prompt='hush', turns=user_only)]
+        save_dialogues(str(data / f'{split}.arrow'), told, CODEC)
+    train.main(replace(toy, data=str(data), stages='duplex3:1000', eval_interval=500,
+                       block_size=512, batch_tokens=2048))
+    model, vocab = Qwen2.from_pretrained(toy.out_dir).eval(), Vocabulary.load(toy.out_dir, 32)
+    test = [dialogue for dialogue in Dialogues(str(data), 'test') if dialogue['prompt'] == 'speak']
+    users = [dialogue['user'] for dialogue in test]
+    spoken, hushed = (
+        converse(model, vocab, get_layout('duplex3'), users, 0, prompts=[prompt] * len(users))[0]
+        for prompt in ('speak', 'hush'))
+    n_spoken, n_hushed = (sum(bool(dialogue['turns']) for dialogue in said) for said in (spoken, hushed))
+    assert n_spoken >= 9 and n_hushed <= 1, (n_spoken, n_hushed)
 
 
 @pytest.mark.parametrize('stages', ['duplex3:10', 'asr+tts:4, duplex3:6'])

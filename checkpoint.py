@@ -116,19 +116,13 @@ def take_snapshot(model, optimizer, place, copies):
     call this together. copies: training goes on while the snapshot is used; else it may share the model's
     memory, where that is a CPU's.
     """
-    tensors = dict(model.state_dict())
-    moments = {}
+    weights = model.state_dict()        # before the parameters are looked at: it splits what is gathered
+    moments = {'rng': torch.get_rng_state()}
     for name, p in model.named_parameters():
+        assert p in optimizer.state, name
         moments |= {f'{name}.{key}': value for key, value in optimizer.state[p].items()}
-
-    def keep(named):
-        kept = {}
-        for name, tensor in named.items():
-            tensor = gather(tensor, copies)
-            if place.is_main:       # else each process of a node would hold all that is split over them
-                kept[name] = tensor
-        return kept
-    weights, moments = keep(tensors), keep(moments | {'rng': torch.get_rng_state()})
+    weights, moments = ({name: gather(tensor, place, copies) for name, tensor in named.items()}
+                        for named in (weights, moments))
     if not place.is_main:
         return None
     with torch.device('meta'):

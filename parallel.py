@@ -18,6 +18,7 @@ train.py uses Copies or Shards as `gradients`:
     gradients.zero()
 """
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 import torch.distributed as dist
@@ -70,12 +71,9 @@ class Copies:
         """Called by backward when a gradient in this bucket is complete for the micro-step."""
         if self.is_last:
             self.buckets[number].n_complete += 1
-            while self.n_sent < len(self.buckets) and self.is_complete(self.buckets[self.n_sent]):
+            following = self.buckets[self.n_sent:]
+            for _ in takewhile(lambda bucket: bucket.n_complete == bucket.n_param, following):
                 self.send()
-
-    @staticmethod
-    def is_complete(bucket):
-        return bucket.n_complete == bucket.n_param
 
     def send(self):
         bucket = self.buckets[self.n_sent]
@@ -131,7 +129,8 @@ class Shards:
     def finish(self, total_weight, grad_clip):
         self.place.all_reduce(total_weight)
         gradients = [p.grad for p in self.model.parameters()]
-        torch._foreach_div_([gradient.to_local() for gradient in gradients], total_weight)
+        for gradient in gradients:
+            gradient.to_local().div_(total_weight)
         norm = torch.nn.utils.get_total_norm(gradients).full_tensor()
         if grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), grad_clip, norm)
@@ -142,13 +141,16 @@ class Shards:
             p.grad = None
 
 
-def gather(tensor, copy):
-    """A tensor, or all parts of one that is split, on the CPU. All processes call it for the same tensor.
-    copy: never share the tensor's memory."""
+def gather(tensor, place, copy):
+    """A tensor, or all parts of one that is split, on the first process's CPU; None on others. All processes
+    call it for the same tensor. copy: never share the tensor's memory."""
     tensor = tensor.detach()
-    if isinstance(tensor, DTensor):
-        return tensor.full_tensor().cpu()
-    return tensor.clone() if copy and tensor.device.type == 'cpu' else tensor.cpu()
+    is_split = isinstance(tensor, DTensor)
+    if is_split:
+        tensor = tensor.full_tensor()
+    if not place.is_main:
+        return None
+    return tensor.clone() if copy and not is_split and tensor.device.type == 'cpu' else tensor.cpu()
 
 
 def scatter(tensor, like):

@@ -318,7 +318,7 @@ def check_nodes(cfg, place, data, vocab):
         checksum = zlib.crc32(np.concatenate(dialogues.n_frame).tobytes())
         name = f'{dialogues.folder}, {dialogues.split}'
         facts[f'{name}: dialogues'], facts[f'{name}: checksum of lengths'] = len(dialogues), checksum
-    text = ' '.join(turn['text'] for turn in data[0][0]['turns'])
+    text = ' '.join(turn['text'] for turn in data[0][0]['turns']) if len(data[0]) else ''
     facts[f'ids of {text!r}'] = vocab.encode(text)
     place.check_equal(facts)
 

@@ -87,12 +87,12 @@ def untie(folder):
 
 @pytest.mark.slow
 def test_shards_are_heard_and_computed_again(toy, small_run, tmp_path, run):
-    """With --checkpoint_blocks, too, and in bf16; the first process gathers the model and listens with it."""
-    cfg = replace(toy, data=str(small_run[0]), shard=True, n_listen=1, checkpoint_blocks=True,
+    """Compiled, with --checkpoint_blocks, in bf16. The first process gathers the model and listens."""
+    cfg = replace(toy, data=str(small_run[0]), shard=True, n_listen=1, checkpoint_blocks=True, compile=True,
                   dtype='bfloat16')
     printed = run('train.py', *arguments(cfg), launcher=TORCHRUN).stdout
     assert 'note' not in printed and len(list((Path(cfg.out_dir) / 'listen').glob('*.jsonl'))) == 2
-    copies = replace(cfg, shard=False, out_dir=str(tmp_path / 'copies'))
+    copies = replace(cfg, shard=False, compile=False, out_dir=str(tmp_path / 'copies'))
     run('train.py', *arguments(copies), launcher=TORCHRUN)
     for ours, theirs in zip(losses(cfg), losses(copies), strict=True):
         assert ours[2] == pytest.approx(theirs[2], rel=1e-2)

@@ -26,7 +26,7 @@ import sample
 import train
 from data import simulate, texts
 from data.dialogues import SCHEMA
-from flatten import LAYOUTS, Letters, draw, flatten, get_layout
+from flatten import LAYOUTS, Letters, draw, flatten, get_layout, unflatten
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 README, FORMAT, EVALUATION, PERFORMANCE, CORPORA = ((ROOT / name).read_text(encoding='utf-8') for name in (
@@ -326,6 +326,13 @@ def test_layouts():
     dialogue, layout = dict(id='', user=user, assistant=assistant, turns=turns), get_layout('duplex3', 4)
     drawing = draw(flatten(dialogue, layout, Letters())[0], layout, Letters())
     assert '\n'.join('    ' + line for line in drawing.split('\n')) in FORMAT
+    (name, order, streams), = re.findall(r"^    '(\w+)': +\('(\w+)', '(.*)'\),$", FORMAT, re.M)
+    with pytest.MonkeyPatch.context() as patch:     # the layout of one's own
+        patch.setitem(LAYOUTS, name, (order, streams))
+        layout = get_layout(name, 4)
+        document, = flatten(dialogue, layout, Letters())
+    assert textwrap.indent(draw(document, layout, Letters()), '    ') in FORMAT
+    assert unflatten(document.ids, layout, Letters(), 9, '') == dict(dialogue, turns=turns[1:])
     rows = (ROOT / 'tests/golden/batch.txt').read_text(encoding='utf-8')
     drawn = FORMAT[FORMAT.index('document 0,'):]
     for line in re.findall(r'^    ((?:user|assistant)\.\w+ +\|.*[+~ᵗ].*)$', drawn, re.M):

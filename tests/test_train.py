@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import CODEC, make_dialogues
@@ -20,8 +21,8 @@ import config
 import train
 from checkpoint import last_state
 from data.dialogues import Dialogues, save_dialogues
-from decode import converse
-from flatten import get_layout
+from decode import Duplex, converse
+from flatten import LAYOUTS, get_layout
 from measures.listen import cut, read_curves
 from model import Qwen2
 from vocabulary import Vocabulary
@@ -56,6 +57,25 @@ def test_it_learns(toy):
     assert metrics['step'] == 200 and metrics['val_loss'] < 0.5
     assert set(metrics) >= {
         'val_text', 'val_speech', 'val_silence', 'val_bits_per_sec', 'train_sec', 'best_val_loss'}
+
+
+def test_a_layout_of_ones_own_is_trained_and_decoded(toy, monkeypatch):
+    """One line in the table, as docs/format.md has it: what streams equals what is computed whole."""
+    monkeypatch.setitem(LAYOUTS, 'speech_first',
+                        ('chunks', '~user.speech 10, assistant.speech 10, assistant.text 2'))
+    train.main(replace(toy, stages='speech_first:5'))
+    model, vocab = Qwen2.from_pretrained(toy.out_dir).eval(), Vocabulary.load(toy.out_dir, 32)
+    layout = checkpoint.read_info(toy.out_dir).layouts[-1]
+    assert layout.name == 'speech_first'
+    duplex = Duplex(model, vocab, layout)
+    text, codes = duplex.step(np.arange(10))
+    assert text.shape == (1, 2) and codes.shape == (1, 10)
+    ids = torch.cat(duplex.ids, 1)
+    with torch.no_grad():
+        logits = model(ids)[0]
+    silent = vocab.control['<|silent_speech|>']
+    codes = [silent, *range(vocab.code_start, vocab.code_start + 32)]
+    assert codes[int(logits[9, codes].argmax())] == ids[0, 10]      # the first to be chosen is a code
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and JSON whose errors name the file."""
+"""Files that appear whole or not at all, JSON whose errors name the file, names in a message."""
 import json
 import os
 import shutil
@@ -37,6 +37,12 @@ def remove(path):
         shutil.rmtree(path)
     elif os.path.exists(path):
         os.remove(path)
+
+
+def some(names, n=10):
+    """'a, b, c' for a message: of many names the first ten, and how many there are more"""
+    names = list(map(str, names))
+    return ', '.join(names[:n]) + f' and {len(names) - n} more' * (len(names) > n)
 
 
 def write_json(path, content):

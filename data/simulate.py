@@ -9,9 +9,9 @@ Text dialogues become conversations on two channels: they are read, filtered, sp
     python data/simulate.py --wav=3 --out=out/listen alpaca.json        # three of them, to listen to
     python data/simulate.py --codec=data/demo --out=data/simulated alpaca.json belle.jsonl
 
-Files hold JSON or JSON lines in the forms of Alpaca, BELLE, MOSS, UltraChat, ShareGPT, OASST or LCCC,
-recognised by content. A turn that cannot be spoken ends its dialogue; the pairs of a question and an answer
-before it are kept.
+Files hold JSON or JSON lines in the forms of Alpaca, BELLE, MOSS, UltraChat, ShareGPT, OpenAI, OASST or LCCC,
+recognised by content. A turn that cannot be spoken, or that uses a tool, ends its dialogue; the pairs of a
+question and an answer before it are kept.
 
 The paper's data (arXiv:2410.17799, section 4), and the settings for it:
 

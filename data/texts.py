@@ -3,8 +3,8 @@ Text dialogues in: the forms that corpora come in, and what of a text can be spo
 
     alpaca.json ─ rows ─ read_row ─► [(speaker, text)] ─ pairs ─► [(question, answer)] ─ speakable ─► texts
 
-A file holds JSON or JSON lines in the form of Alpaca, BELLE, MOSS, UltraChat, ShareGPT, OASST or LCCC,
-recognised by its content. data/simulate.py speaks what comes out, and prints the counts with --check.
+A file holds JSON or JSON lines in the form of Alpaca, BELLE, MOSS, UltraChat, ShareGPT, OpenAI, OASST or
+LCCC, recognised by its content. data/simulate.py speaks what comes out, and prints the counts with --check.
 """
 import gzip
 import html
@@ -13,9 +13,11 @@ import os
 import re
 import unicodedata
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 
+from common.files import some
 from data.tts import HAN
 from flatten import ROLES
 
@@ -27,8 +29,16 @@ def language(text):
 # ------------------------------------------------------------------------------------------------------------
 # files -> dialogues
 
+FORMS = 'Alpaca, BELLE, MOSS, UltraChat, ShareGPT, OpenAI, OASST and LCCC'
 SPEAKERS = dict(human='user', user='user', prompter='user', gpt='assistant', assistant='assistant',
-                chatgpt='assistant', bard='assistant', bing='assistant')
+                chatgpt='assistant', bard='assistant', bing='assistant', system='system', developer='system')
+TOOLS = ('tool', 'tool_call', 'tool_response', 'function', 'function_call', 'observation', 'ipython')
+
+
+class Unspoken(NamedTuple):
+    """Stands in a turn for what nobody can say."""
+    reason: str         # 'tool', 'no text' or 'speaker'
+    what: str           # to be shown by --examples
 
 
 def is_list_of_lists(part):
@@ -67,22 +77,18 @@ def rows(path):
 
 
 def read_row(row):
-    """A row of any of the forms -> [(speaker, text)]. Raises ValueError where it is none of them."""
+    """A row of any of the forms -> [(speaker, text)]; an Unspoken may stand for a text, None for an empty
+    one. Raises ValueError where it is none of them."""
     if isinstance(row, list):           # LCCC: the first speaker is the user; a space between characters
         return [(ROLES[i % 2], join_characters(text)) for i, text in enumerate(row)]
     if not isinstance(row, dict):
-        raise ValueError(f'a row is neither an object nor a list, but {str(row)[:40]!r}')
-    if isinstance(row.get('chat'), dict):       # MOSS: <|Human|>: … <eoh>; thoughts and tools are left out
-        turns = sorted(row['chat'].items(), key=lambda turn: int(turn[0].split('_')[1]))
-        said = [(role, turn[key]) for _, turn in turns for role, key in zip(ROLES, ('Human', 'MOSS'))]
-        return [(role, re.sub(r'^\s*<\|\w+\|>:|<eo\w>\s*$', '', text)) for role, text in said]
+        raise ValueError(f'it is neither an object nor a list, but {row!r:.40}')
+    if isinstance(row.get('chat'), dict):
+        return read_moss(row['chat'])
     if 'plain_text' in row:
         return split_speakers(row['plain_text'], r'\[(Human|MOSS)\]:', r'<eo\w>\s*$')
-    if 'conversations' in row or 'messages' in row:             # ShareGPT
-        messages = row.get('conversations') or row.get('messages') or []
-        names = [message.get('from', message.get('role')) for message in messages]
-        said = [message.get('value', message.get('content')) for message in messages]
-        return [(SPEAKERS.get(name, name), text) for name, text in zip(names, said)]
+    if 'conversations' in row or 'messages' in row:
+        return [read_message(each) for each in row.get('conversations') or row.get('messages') or []]
     if isinstance(row.get('data'), list):                       # UltraChat
         return [(ROLES[i % 2], text) for i, text in enumerate(row['data'])]
     if 'instruction' in row and 'output' in row:    # Alpaca, and BELLE, whose history is in the instruction
@@ -101,8 +107,59 @@ def read_row(row):
             ranks = [(reply.get('rank') is None, reply.get('rank')) for reply in replies]
             node = replies[ranks.index(min(ranks))] if replies else None
         return said
-    raise ValueError(f'a row has the fields {", ".join(map(str, row))}: not a form of Alpaca, BELLE, MOSS, '
-                     'UltraChat, ShareGPT or OASST')
+    raise ValueError(f'it has the fields {some(row)}')
+
+
+def read_moss(chat):
+    """<|Human|>: … <eoh>. Thoughts are left out; what the tools were asked and what they answered is None
+    where none was used."""
+    def unmark(text):
+        return re.sub(r'^\s*<\|\w+\|>:|<eo\w>\s*$', '', text).strip()
+
+    said = []
+    for _, turn in sorted(chat.items(), key=lambda turn: int(turn[0].split('_')[1])):
+        used = [unmark(turn.get(key) or '') for key in ('Commands', 'Tool Responses')]
+        used = [text for text in used if text not in ('', 'None')]
+        answer = Unspoken('tool', used[0]) if used else unmark(turn['MOSS'])
+        said += [('user', unmark(turn['Human'])), ('assistant', answer)]
+    return said
+
+
+def read_message(message):
+    """A message of ShareGPT, LLaMA-Factory or OpenAI -> (speaker, text). What a tool is asked and answers
+    belongs to the assistant's turn."""
+    name = str(message.get('from', message.get('role')))
+    calls = message.get('tool_calls') or message.get('function_call')
+    if not calls and not {'value', 'content'} & message.keys():
+        raise ValueError(f'a message has the fields {some(message)}, neither value nor content')
+    content = message.get('value', message.get('content'))
+    if calls or name in TOOLS:
+        return 'assistant', Unspoken('tool', str(calls or content))
+    if name not in SPEAKERS:
+        return 'user', Unspoken('speaker', name)
+    parts = content if isinstance(content, list) else [content]
+    return SPEAKERS[name], join([read_part(part) for part in parts])
+
+
+def read_part(part):
+    """A string, {"type": "text", "text": …}, or what cannot be said: a picture, a sound, a tool"""
+    text = part.get('text') if isinstance(part, dict) else part
+    if isinstance(part, dict) and not isinstance(text, str):
+        is_tool = re.search('tool|function', str(part.get('type')))
+        return Unspoken('tool' if is_tool else 'no text', str(part))
+    if isinstance(text, str) and (mark := re.search('<(image|audio|video)>', text)):     # LLaMA-Factory's
+        return Unspoken('no text', mark.group())
+    return text
+
+
+def join(texts):
+    """Texts of one turn -> its text, or the Unspoken among them. Raises ValueError for anything else."""
+    for text in texts:
+        if isinstance(text, Unspoken):
+            return text
+        if not isinstance(text, str | None):
+            raise ValueError(f'somebody says {text!r:.40}, which is no text')
+    return '\n'.join(text or '' for text in texts)
 
 
 def join_characters(text):
@@ -120,20 +177,19 @@ def split_speakers(text, marks, end):
 
 def pairs(said):
     """[(speaker, text)] -> [(user's text, assistant's text)], as many as follow each other. What a system
-    says, and an assistant before anybody asked, is left out; a speaker who goes on is one turn; a tool ends
-    the dialogue."""
+    says, and an assistant before anybody asked, is left out; a speaker who goes on is one turn."""
     turns = []
     for speaker, text in said:
         if speaker == 'system' or (speaker == 'assistant' and not turns):
             continue
-        if speaker not in ROLES:
-            break
-        text = text if isinstance(text, str) else ''
         if turns and turns[-1][0] == speaker:
-            turns[-1] = speaker, f'{turns[-1][1]}\n{text}'
+            turns[-1] = speaker, join([turns[-1][1], text])
         else:
-            turns.append((speaker, text))
-    return list(zip([text for _, text in turns[::2]], [text for _, text in turns[1::2]]))
+            turns.append((speaker, join([text])))
+    texts = [text for _, text in turns]
+    if texts and isinstance(texts[-1], Unspoken):
+        texts.append('')        # it is counted, though nobody answers it
+    return list(zip(texts[::2], texts[1::2]))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -155,6 +211,7 @@ REASONS = {     # the first that is found in a turn, line by line; (?m): ^ and $
     'formula': r'[\\^<>=√∑∫∞≈≠≤≥×÷∂∆∏∈∪∩∀∃²³½¼¾₀-₉⁰-⁹]|\$[^\s\d][^$]*\$'
                r'|\d\s*[+*＋]\s*\d|\d\s+[-−–/]\s+\d|\b[a-z]\(\w\)',
 }
+ALL_REASONS = (*REASONS, 'script', 'symbols', 'long', 'tool', 'no text', 'speaker', 'empty', 'no pair')
 SENTENCE_END = '.!?…:;,。！？；：，、—"”’\')）'
 # the ordinary punctuation of both languages; what is neither this, a letter nor a digit is a rare symbol
 PUNCTUATION = set(' .,;:!?\'"()-/%&$+~—–…‘’“”·°€£¥，。！？、；：（）《》〈〉「」『』【】～〜％￥℃‰')
@@ -211,8 +268,9 @@ def collect(paths, args):
             try:
                 said = pairs(read_row(row))
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                why = error if isinstance(error, ValueError) else f'not as its form has it ({error!r})'
-                raise ValueError(f'{path}, dialogue {number}: {why}') from None
+                why = error if isinstance(error, ValueError) else repr(error)
+                raise ValueError(f'{path}, row {number + 1} is in no form that is known ({FORMS}): '
+                                 f'{why}') from None
             kept, reason, last = keep(said, args.max_words, args.max_symbols)
             id = f'{name}-{number:06d}'
             counts['dialogues'] += 1
@@ -221,6 +279,10 @@ def collect(paths, args):
             notes.append((id, reason, kept, last))
             if kept:
                 items[id] = kept
+        if counts['dialogues'] and counts['speaker'] == counts['dialogues']:
+            strange = {what: None for _, _, _, what in notes[-counts['dialogues']:]}
+            raise ValueError(f'{path}, row 1 is in no form that is known ({FORMS}), nor is any other: '
+                             f'the speakers are {some(strange)}, those that are known {some(SPEAKERS)}')
     return items, table, notes
 
 
@@ -228,7 +290,8 @@ def keep(said, max_words, max_symbols):
     """[(question, answer)] -> the texts before the first that cannot be spoken; why it cannot; that text"""
     kept = []
     for pair in said:
-        spoken = [speakable(text, max_words, max_symbols) for text in pair]
+        spoken = [(text.what, text.reason) if isinstance(text, Unspoken)
+                  else speakable(text, max_words, max_symbols) for text in pair]
         for text, reason in spoken:
             if reason:
                 return kept, reason, text
@@ -237,8 +300,7 @@ def keep(said, max_words, max_symbols):
 
 
 def print_table(table, notes, n_example, seed):
-    reasons = [*REASONS, 'script', 'symbols', 'long', 'empty', 'no pair']
-    columns = ['dialogues', 'whole', 'part', *reasons, 'turns']
+    columns = ['dialogues', 'whole', 'part', *ALL_REASONS, 'turns']
     margin = max(len(name) for name in [*table, 'all'])
     print(' ' * margin, *(f'{column:>9}' for column in columns))
     for name, counts in [*table.items(), ('all', sum(table.values(), Counter()))]:

@@ -134,11 +134,14 @@ FORMS = {
     'ultrachat': dict(id='0', data=[U, A, U, A]),
     'sharegpt': dict(id='0', conversations=[
         {'from': who, 'value': text} for who, text in (
-            ('system', 's'), ('gpt', 'x'), ('human', 'hi'), ('human', 'there'), ('gpt', A), ('tool', '3'),
-            ('gpt', A))]),
+            ('system', 's'), ('gpt', 'x'), ('human', 'hi'), ('human', 'there'), ('gpt', A))]),
     'messages': dict(messages=[
         dict(role='user', content=U), dict(role='assistant', content=A),
         dict(role='user', content='left open')]),
+    'parts': dict(messages=[
+        dict(role='developer', content=[dict(type='text', text='s')]),
+        dict(role='user', content=[dict(type='text', text='hi'), dict(type='input_text', text='there')]),
+        dict(role='assistant', content=[dict(text=A)], tool_calls=None)]),
     'oasst': dict(prompt=dict(role='prompter', text=U, lang='en', replies=[
         dict(role='assistant', text='worse', lang='en', rank=1, replies=[]),
         dict(role='assistant', text='gone', lang='en', rank=0, deleted=True, replies=[]),
@@ -154,6 +157,74 @@ def test_each_form_is_told_by_its_content(form):
     said = [(speakable(user)[0].replace('. ', ' '), speakable(assistant)[0])
             for user, assistant in pairs(read_row(FORMS[form]))]
     assert said == [(U, A)] * (2 if form in ('belle', 'moss', 'ultrachat') else 1)
+
+
+def messages(*said):
+    return dict(messages=[dict(role='user', content=U), dict(role='assistant', content=A), *said])
+
+
+def moss(commands, results):
+    turns = dict(turn_1=('None', 'None'), turn_2=(commands, results), turn_3=('None', 'None'))
+    return dict(chat={name: {
+        'Human': f'<|Human|>: {U}<eoh>\n', 'Inner Thoughts': '<|Inner Thoughts|>: I need a tool.<eot>\n',
+        'Commands': f'<|Commands|>: {asked}<eoc>\n', 'Tool Responses': f'<|Results|>: {told}<eor>\n',
+        'MOSS': f'<|MOSS|>: {A}<eom>\n'} for name, (asked, told) in turns.items()})
+
+
+ASKS, ANSWERS = dict(role='user', content=U), dict(role='assistant', content=A)
+PICTURE = dict(type='image_url', image_url=dict(url='data:…'))
+TOLD = [dict(type='text', text=U), PICTURE]
+CALL = [dict(id='1', type='function', function=dict(name='look_up', arguments='{}'))]
+
+
+@pytest.mark.parametrize('reason, row', [
+    ('no text', messages(dict(role='user', content=TOLD), ANSWERS)),
+    ('no text', messages(ASKS, dict(role='assistant', content=[PICTURE]))),
+    ('no text', messages(dict(role='user', content=[dict(type='input_audio', input_audio={})]))),
+    ('no text', messages(dict(role='user', content='<image>What is this?'), ANSWERS)),
+    ('tool', messages(ASKS, dict(role='assistant', content=None, tool_calls=CALL),
+                      dict(role='tool', content='3'), ANSWERS)),
+    ('tool', messages(ASKS, ANSWERS, dict(role='tool', content='3'), ANSWERS)),
+    ('tool', messages(ASKS, dict(role='function_call', content='{}'), dict(role='observation', content='3'))),
+    ('tool', messages(ASKS, dict(role='assistant', content=[dict(text=A), dict(type='tool_use')]))),
+    ('tool', moss('Text2Image("a cat")', 'None')),
+    ('tool', moss('None', '\nSearch("Lima") =>\n<|1|>: "Lima"')),
+    ('speaker', messages(dict(role='narrator', content='Then:'), ASKS, ANSWERS)),
+    ('whole', moss('None', 'None')),
+    ('empty', messages(ASKS, dict(role='assistant', content=None))),
+    ('empty', messages(ASKS, dict(role='assistant', content=[]))),
+])
+def test_a_dialogue_ends_before_a_tool_and_before_what_is_no_text(tmp_path, reason, row):
+    """Of a good pair and one that uses a tool, the good pair is kept; of the bad one alone, nothing."""
+    (tmp_path / 'x.jsonl').write_text(json.dumps(row))
+    items, table, notes = collect([str(tmp_path / 'x.jsonl')], get_args())
+    if reason == 'whole':
+        assert items == {'x-000000': [U, A] * 3}
+        return
+    assert items == {'x-000000': [U, A]} and table['x']['part'] == 1 and notes[0][1] == reason
+    if 'chat' not in row and reason != 'speaker':
+        (tmp_path / 'x.jsonl').write_text(json.dumps(dict(messages=row['messages'][2:])))
+        assert collect([str(tmp_path / 'x.jsonl')], get_args())[1]['x'] == {
+            'dialogues': 1, 'turns': 0, reason: 1}
+
+
+@pytest.mark.parametrize('row, why', [
+    (dict(prompt='x', answer='y'), 'it has the fields prompt, answer'),
+    ({f'f{i}': 0 for i in range(108)}, 'f8, f9 and 98 more$'),
+    (dict(data=[messages()]), "somebody says {'messages': "),
+    (dict(messages=[dict(role='user', text=U)]), 'a message has the fields role, text, neither value nor'),
+    (dict(messages=[dict(role='user', content=7)]), 'somebody says 7, which is no text'),
+    (dict(conversations='Human: hi'), 'AttributeError'),
+    ([dict(role='user', content=U)], 'it has the fields role, content'),
+    (dict(chat=dict(turn_1=dict(Human='a'))), 'KeyError'),
+    (dict(messages=[dict(role='Al', content=U), dict(role='Bo', content=A)]),
+     'nor is any other: the speakers are Al, those that are known human, user'),
+])
+def test_a_form_that_nobody_reads(tmp_path, row, why):
+    (tmp_path / 'x.jsonl').write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r'x\.jsonl, row 1 is in no form that is known \(Alpaca, .* LCCC\)'
+                       f'.*{why}'):
+        collect([str(tmp_path / 'x.jsonl')], get_args())
 
 
 def test_chinese_taken_apart_is_put_together():
@@ -186,11 +257,8 @@ def test_a_mistake_is_named(tmp_path):
     with pytest.raises(ValueError, match=r'a\.jsonl, line 2: neither JSON nor JSON lines'):
         list(rows(str(tmp_path / 'a.jsonl')))
     (tmp_path / 'b.json').write_text('[{"data": ["a", "b"]}, {"prompt": "x", "answer": "y"}]')
-    with pytest.raises(ValueError, match='b.json, dialogue 1: a row has the fields prompt, answer'):
+    with pytest.raises(ValueError, match='b.json, row 2 is in no form'):
         collect([str(tmp_path / 'b.json')], get_args())
-    (tmp_path / 'c.json').write_text('[{"chat": {"turn_1": {"Human": "a"}}}]')
-    with pytest.raises(ValueError, match="c.json, dialogue 0: not as its form has it"):
-        collect([str(tmp_path / 'c.json')], get_args())
     with pytest.raises(ValueError, match='No such file'):
         list(rows(str(tmp_path / 'd.json')))
 

@@ -13,8 +13,8 @@ WIDE = '[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]'      # Chinese and Japanese, 
 
 def read_rows(path):
     """Yields ('train.jsonl, row 3', the object there or None for anything else, its offset in the file).
-    A row that is no JSON spoils no other."""
-    offset = 0
+    A row that is no JSON spoils no other; a file of such rows alone is no manifest."""
+    offset = n_row = n_object = 0
     try:
         with gzip.open(path) if path.endswith('.gz') else open(path, 'rb') as file:
             for n, line in enumerate(file, 1):
@@ -23,10 +23,16 @@ def read_rows(path):
                 except (ValueError, RecursionError):
                     row = None
                 if line.strip():
+                    n_row, n_object = n_row + 1, n_object + isinstance(row, dict)
                     yield f'{os.path.basename(path)}, row {n}', row if isinstance(row, dict) else None, offset
                 offset += len(line)
+    except FileNotFoundError:
+        raise ValueError(f'no file {path}') from None
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f'{path} cannot be read to its end ({error})')
+    if n_row and not n_object:
+        raise ValueError(f'{path} is no manifest: none of its {n_row} lines is a JSON object; JSON lines are '
+                         'expected, each object whole on a line of its own')
 
 
 def by_id(pairs):

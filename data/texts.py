@@ -12,6 +12,7 @@ import json
 import os
 import re
 import unicodedata
+import zlib
 from collections import Counter
 from typing import NamedTuple
 
@@ -50,14 +51,15 @@ def rows(path):
     them it is, its content says, not its name."""
     number = 0
     try:
-        with (gzip.open if path.endswith('.gz') else open)(path, 'rt', encoding='utf-8') as file:
+        with (gzip.open if path.endswith('.gz') else open)(path, 'rt', encoding='utf-8-sig') as file:
             lines = enumerate(file, 1)
             number, first = next(((number, line) for number, line in lines if line.strip()), (0, ''))
             try:
                 content = json.loads(first)
             except json.JSONDecodeError:        # one object over many lines
                 file.seek(0)
-                number, content = 0, json.loads(file.read())
+                number = 0
+                content = json.loads(file.read())
             if isinstance(content, dict) and all(map(is_list_of_lists, content.values())):
                 content = [row for part in content.values() for row in part]
             if isinstance(content, list) and not all(isinstance(part, str) for part in content):
@@ -67,13 +69,18 @@ def rows(path):
                 for number, line in lines:      # noqa: B007, the message has it
                     if line.strip():
                         yield json.loads(line)
+    except FileNotFoundError:
+        raise ValueError(f'no file {path}') from None
+    except (EOFError, zlib.error) as error:
+        raise ValueError(f'{path} is no whole gzip file ({error})') from None
     except OSError as error:
         raise ValueError(f'{path}: {error.strerror or error}') from None
-    except UnicodeDecodeError:
-        raise ValueError(f'{path} is not a text file in UTF-8') from None
-    except json.JSONDecodeError as error:
-        where = f'{path}, line {number}' if number else path
-        raise ValueError(f'{where}: neither JSON nor JSON lines ({error.msg})') from None
+    except ValueError as error:
+        if isinstance(error, UnicodeDecodeError) or '\0' in error.doc:
+            raise ValueError(f'{path} is no text; JSON or JSON lines in UTF-8 are expected, '
+                             'gzipped as .gz or not') from None
+        raise ValueError(f'{path}, line {number or error.lineno}: neither JSON, one list or object, nor '
+                         f'JSON lines, an object a line ({error.msg})') from None
 
 
 def read_row(row):

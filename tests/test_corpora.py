@@ -56,6 +56,21 @@ def prepare(monkeypatch, tmp_path, codec_folder):
     return prepare
 
 
+@pytest.mark.parametrize('content, message', [
+    (None, '^no file .*a.jsonl$'),
+    (json.dumps([dict(audio='a.wav', text='Hi.')] * 3, indent=1), 'none of its 14 lines is a JSON object'),
+    ('RIFF\0\0\n\0', 'none of its 2 lines is a JSON object; JSON lines are expected'),
+])
+def test_a_file_that_is_no_manifest(prepare, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / 'a.jsonl').write_text(content)
+    for module in (manifest, moshi, lhotse_cuts, codes):
+        with pytest.raises(ValueError, match=message):
+            prepare(module, tmp_path / 'a.jsonl')
+    with pytest.raises(ValueError, match='^no file .*a.json$'):
+        prepare(lhotse_cuts, tmp_path / 'a.json')
+
+
 def write_rows(path, rows):
     lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
     content = ''.join(line + '\n' for line in lines).encode()

@@ -240,7 +240,8 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path):
     (tmp_path / 'c.json').write_text('\n'.join(map(json.dumps, content)) + '\n\n')
     with gzip.open(tmp_path / 'd.jsonl.gz', 'wt') as file:
         file.write('\n'.join(map(json.dumps, content)))
-    for name in ('a.json', 'b.json', 'c.json', 'd.jsonl.gz'):
+    (tmp_path / 'marked.json').write_text(json.dumps(content, indent=1), encoding='utf-8-sig')
+    for name in ('a.json', 'b.json', 'c.json', 'd.jsonl.gz', 'marked.json'):
         assert list(rows(str(tmp_path / name))) == content
     splits = dict(valid=[['a', 'b']], train=[['c', 'd'], ['e', 'f']])
     for indent in (None, 1):
@@ -248,19 +249,36 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path):
         assert list(rows(str(tmp_path / 'e.json'))) == [['a', 'b'], ['c', 'd'], ['e', 'f']]
     (tmp_path / 'f.jsonl').write_text('["a", "b"]\n["c", "d"]\n')
     assert list(rows(str(tmp_path / 'f.jsonl'))) == [['a', 'b'], ['c', 'd']]
-    (tmp_path / 'g.jsonl').write_text(json.dumps(FORMS['ultrachat']))       # one row, which holds a list
-    assert list(rows(str(tmp_path / 'g.jsonl'))) == [FORMS['ultrachat']]
+    for indent in (None, 1):        # one row, which holds a list
+        (tmp_path / 'g.jsonl').write_text(json.dumps(FORMS['ultrachat'], indent=indent))
+        assert list(rows(str(tmp_path / 'g.jsonl'))) == [FORMS['ultrachat']]
 
 
 def test_a_mistake_is_named(tmp_path):
     (tmp_path / 'a.jsonl').write_text('{"data": ["a", "b"]}\n{"data": [\n')
-    with pytest.raises(ValueError, match=r'a\.jsonl, line 2: neither JSON nor JSON lines'):
+    with pytest.raises(ValueError, match=r'a\.jsonl, line 2: neither JSON, .*, nor JSON lines'):
         list(rows(str(tmp_path / 'a.jsonl')))
     (tmp_path / 'b.json').write_text('[{"data": ["a", "b"]}, {"prompt": "x", "answer": "y"}]')
     with pytest.raises(ValueError, match='b.json, row 2 is in no form'):
         collect([str(tmp_path / 'b.json')], get_args())
-    with pytest.raises(ValueError, match='No such file'):
+    with pytest.raises(ValueError, match='^no file .*d.json$'):
         list(rows(str(tmp_path / 'd.json')))
+    (tmp_path / 'e.json').write_text('[\n{"data": ["a", "b"]},\n{"data": ["a" "b"]}\n]')
+    with pytest.raises(ValueError, match="e.json, line 3: neither JSON, .*Expecting ',' delimiter"):
+        list(rows(str(tmp_path / 'e.json')))
+
+
+@pytest.mark.parametrize('name, content, message', [
+    ('a.json', bytes(range(256)) * 10, 'a.json is no text; JSON or JSON lines in UTF-8 are expected'),
+    ('a.wav', b'RIFF\0\0\0\0\n\0', 'a.wav is no text'),
+    ('a.json', '[["a"]]'.encode('utf-16'), 'a.json is no text'),
+    ('a.json.gz', gzip.compress(b'[["a", "b"]]' * 99, mtime=0)[:20], 'a.json.gz is no whole gzip file'),
+    ('a.json.gz', b'[]', 'a.json.gz: Not a gzipped file'),
+])
+def test_a_binary_file_ends_in_a_sentence(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(rows(str(tmp_path / name)))
 
 
 def test_a_dialogue_is_kept_up_to_what_cannot_be_spoken(tmp_path):

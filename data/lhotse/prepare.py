@@ -72,6 +72,8 @@ def read_json(path):
     try:
         with gzip.open(path) if path.endswith('.gz') else open(path, 'rb') as file:
             cuts = json.load(file)
+    except FileNotFoundError:
+        raise ValueError(f'no file {path}') from None
     except (OSError, EOFError, ValueError) as error:
         raise ValueError(f'{path} is no JSON file ({error})')
     if not isinstance(cuts, list):

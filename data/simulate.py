@@ -34,12 +34,13 @@ import os
 import re
 import sys
 import zlib
+from collections import Counter
 
 import numpy as np
 
 from common.audio import read_audio, write_audio
 from data import tokenise
-from data.texts import collect, language, print_table
+from data.texts import ALL_REASONS, collect, language, print_table
 from data.tts import HAN, SAMPLE_RATE, CosyVoice, Espeak, add_noise, noises
 from flatten import ROLES
 
@@ -315,6 +316,11 @@ def main(argv=None):
         print_table(table, notes, args.examples, args.seed)
     if args.check:
         return
+    if not items:
+        counts = sum(table.values(), Counter())
+        why = ', '.join(f'{counts[reason]} {reason}' for reason in ALL_REASONS if counts[reason])
+        raise ValueError(f'none of the {counts["dialogues"]} dialogues can be spoken ({why or "no rows"}); '
+                         '--check --examples=5 shows some')
     tts, voices = pick_voices(args)
     bank = find(args.noise, ('.wav', '.flac')) if args.noise else noises()
 

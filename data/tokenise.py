@@ -316,6 +316,17 @@ def split_ids(ids, val_share, test_share, seed):
     return splits | dict.fromkeys(order[:n_val], 'val') | dict.fromkeys(order[n_val:n_val + n_test], 'test')
 
 
+def count_kinds(skipped, n=10):
+    """'5 such as a: no file a.wav; …', the commonest first. Reasons that differ in names and numbers alone,
+    which are not of letters, are of one kind."""
+    kinds = {}
+    for entry in skipped:
+        kinds.setdefault(tuple(filter(str.isalpha, entry['reason'].split())), []).append(entry)
+    kinds = sorted(kinds.values(), key=len, reverse=True)
+    shown = [f'{len(kind)} such as {kind[0]["id"]}: {kind[0]["reason"]}' for kind in kinds[:n]]
+    return '; '.join(shown + [f'and {len(kinds) - n} kinds more'] * (len(kinds) > n))
+
+
 def finish(args, recipe, codec, ids, n_part):
     """The parts become the data set, and a table of what is in it is printed."""
     tables, skipped, lost_turns = [], [], 0
@@ -328,8 +339,7 @@ def finish(args, recipe, codec, ids, n_part):
         tables.append(table)
     if len(skipped) == len(ids):
         shutil.rmtree(os.path.join(args.out, 'parts'))      # so that the same command tries again
-        raise ValueError(f'none of the {len(ids)} recordings could be read; '
-                         f'the first, {skipped[0]["id"]}: {skipped[0]["reason"]}')
+        raise ValueError(f'none of the {len(ids)} recordings could be read: {count_kinds(skipped)}')
     unread = {entry['id'] for entry in skipped}
     splits = split_ids([id for id in ids if id not in unread], args.val_share, args.test_share, args.seed)
     counts = Statistics(codec.rate_hz)

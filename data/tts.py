@@ -25,6 +25,7 @@ import numpy as np
 
 from codec.worker import Worker
 from common.audio import read_audio
+from common.files import some
 
 SAMPLE_RATE = 16000
 HAN = '\u3400-\u4dbf\u4e00-\u9fff'      # Chinese characters, for use in a character class
@@ -95,7 +96,7 @@ class Espeak:
         smaller (above 1) or larger."""
         import soxr
         if voice not in espeak_variants():
-            raise ValueError(f'espeak-ng has no voice {voice!r}; there are {", ".join(espeak_variants())}')
+            raise ValueError(f'espeak-ng has no voice {voice!r}; there are {some(espeak_variants())}')
         language = 'cmn' if re.search(f'[{HAN}]', text) else 'en-us'
         with self.lock:
             # a language that the library doesn't know leaves the voice as it was; a variant that it doesn't

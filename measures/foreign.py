@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.audio import read_audio, write_audio
-from common.files import whole, write_json
+from common.files import some, whole, write_json
 from data.recordings import turns_of
 from flatten import ROLES
 from measures.turns import assess, stretches
@@ -156,7 +156,7 @@ def read_transcript(path, names, gap_sec, n_sec):
             raise ValueError(f'{where}, is neither a word (role, start, end, word) '
                              'nor a turn (role, start_sec, end_sec, text)')
         if str(row['role']) not in names:
-            roles = ', '.join(sorted({str(row['role']) for _, row in rows if row and 'role' in row}))
+            roles = some(sorted({str(row['role']) for _, row in rows if row and 'role' in row}))
             user, assistant = names
             raise ValueError(f'{where}, is of role {row["role"]}; the file has the roles {roles}, '
                              f'and the user is called {user}, the assistant {assistant}: '

@@ -6,6 +6,7 @@ import copy
 import gzip
 import json
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pyarrow as pa
@@ -124,10 +125,10 @@ def test_rows_of_all_names_become_utterances_and_bad_ones_are_named(tmp_path, pr
     assert (records['7']['user'] == small_codec.encode(wave[3200:9600])).all()
     check_reasons(skipped, {
         'rows.jsonl.gz, row 4': 'no JSON object',
-        'rows.jsonl.gz, row 5': 'has text None',
+        'rows.jsonl.gz, row 5': 'has no text under text or transcript or txt; --text_field=NAME',
         'late': 'is 1.00 s long; there is nothing from 3',
         'long': '1.00 s long, but 9.00 s by its manifest',
-        'two': '2 channels',
+        'two': 'has 2 channels; --channel=N says which, 0 to 1',
         'broken': 'not audio',
         'url': 'no path',
         'none': 'no file'})
@@ -135,6 +136,18 @@ def test_rows_of_all_names_become_utterances_and_bad_ones_are_named(tmp_path, pr
     records, skipped = prepare(manifest, path, '--role=assistant', '--channel=0')
     assert {'two', 'k'} < records.keys()
     assert turns(records['two']) == [('assistant', 0, 25, 'x')] and len(records['two']['user']) == 0
+    records, skipped = prepare(manifest, path, '--channel=1')
+    assert records.keys() == {'two'} and 'has no --channel=1: it has 1, counted from 0' in skipped['k']
+
+
+def test_nothing_is_called_none():
+    with pytest.raises(ValueError, match='^row 1, has no text$'):
+        codes.take_text(dict(text=None), 'text', 'row 1')
+    with pytest.raises(ValueError, match='^row 1, has no codes$'):
+        codes.take_codes({}, 'codes', None, 'row 1')
+    args = Namespace(user_speakers=['user'], assistant_speakers=['agent'])
+    with pytest.raises(ValueError, match='^row 1, has a turn without a speaker; --user_speakers'):
+        lhotse_cuts.role_of(Namespace(speaker=None, channel=None), [0, 1], {}, args, 'row 1')
 
 
 def test_two_rows_of_one_id_are_refused(tmp_path):

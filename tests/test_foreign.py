@@ -171,6 +171,7 @@ def line(**changes):
     ('a.jsonl', line(role='A') + '\n' + line(role='B'),
      'a.jsonl, row 1, is of role A; the file has the roles A, B, and the user is called user, the assistant '
      'assistant: user_name and assistant_name say who is who'),
+    ('a.jsonl', '\n'.join(line(role=f'r{i:03d}') for i in range(108)), 'r008, r009 and 98 more, and the'),
     ('a.jsonl', line() + '\n' + line(end=0.4),
      'a.jsonl, row 2, is from 0.5 s to 0.4 s: times count from 0, and an end is not before its start'),
     ('a.jsonl', line(start=-1), 'a.jsonl, row 1, is from -1.0 s to 1.0 s'),

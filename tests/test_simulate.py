@@ -515,7 +515,7 @@ def test_espeak_speaks_both_languages():
     for thread in threads:
         thread.join()
     assert all(len(words) == n for n, words in found.items()) and len(found) == 6
-    with pytest.raises(ValueError, match="no voice 'nobody'"):
+    with pytest.raises(ValueError, match=r"no voice 'nobody'; there are (\w+, ){9}\w+ and \d+ more$"):
         tts.say('hi', 'nobody')
 
 
@@ -597,6 +597,15 @@ def test_from_text_to_a_data_folder(tmp_path, monkeypatch, capsys):
     simulate.main(['--wav=2', f'--out={tmp_path}/wav', *command[3:]])
     transcript = (tmp_path / 'wav/talk-000001.txt').read_text()
     assert len(list((tmp_path / 'wav').glob('*.wav'))) == 2 and DIALOGUE[0] in transcript
+
+
+def test_nothing_to_say(tmp_path):
+    (tmp_path / 'a.json').write_text(json.dumps([dict(data=[said, 'a']) for said in ('{}', '', '?')]))
+    (tmp_path / 'b.json').write_text(json.dumps([dict(data=['| a | b |', 'a'])]))
+    for first in (['--wav=1'], [f'--out={tmp_path}/out', '--codec=x']):
+        with pytest.raises(ValueError, match=r'none of the 4 dialogues can be spoken '
+                           r'\(1 code, 1 table, 2 empty\); --check --examples=5 shows some'):
+            simulate.main([*first, str(tmp_path / 'a.json'), str(tmp_path / 'b.json')])
 
 
 @pytest.mark.parametrize('setting, words', [

@@ -149,12 +149,15 @@ def take_user(row, codec, args, audio_dir, where):
 
 def take_text(row, name, where):
     if not isinstance(row.get(name), str):
-        raise ValueError(f'{where}, has {name} {row.get(name)!r:.80}, no text')
+        found = f'{name} {row[name]!r:.80}, no text' if row.get(name) is not None else f'no {name}'
+        raise ValueError(f'{where}, has {found}')
     return row[name]
 
 
 def take_codes(row, name, codec, where):
     codes = row.get(name)
+    if codes is None:
+        raise ValueError(f'{where}, has no {name}')
     if not isinstance(codes, list) or not codes or not all(type(code) is int for code in codes):
         raise ValueError(f'{where}, has {name} {codes!r:.80}, no list of codes')
     for frame, code in enumerate(codes):

@@ -297,8 +297,9 @@ def role_of(supervision, waves, by_channel, args, where):
     if len(channels) == 1 and channels[0] in by_channel:
         return by_channel[channels[0]]
     if by_speaker is None:
-        raise ValueError(f'{where}, has a turn of speaker {supervision.speaker!r}; --user_speakers and '
-                         '--assistant_speakers say who that is')
+        speaker = f'of speaker {supervision.speaker!r}' if supervision.speaker else 'without a speaker'
+        raise ValueError(f'{where}, has a turn {speaker}; --user_speakers and --assistant_speakers say who '
+                         'that is')
     return by_speaker
 
 

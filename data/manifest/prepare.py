@@ -41,13 +41,15 @@ def read_recording(item, codec, args):
     audio, text = (pick(row, names[kind]) for kind in ('audio', 'text'))
     for kind, value in dict(audio=audio, text=text).items():
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f'{where}, has {kind} {value!r} under {" or ".join(names[kind])}; '
+            found = f'no {kind}' if value is None else f'{kind} {value!r:.80}'
+            raise ValueError(f'{where}, has {found} under {" or ".join(names[kind])}; '
                              f'--{kind}_field=NAME says where it is')
     path = find_audio(audio, args.audio_dir or os.path.dirname(os.path.abspath(args.manifest)))
     waves = read_piece(path, path, codec.sample_rate, *piece(row, where))
-    if args.channel is None and len(waves) > 1 or (args.channel or 0) not in range(len(waves)):
-        raise ValueError(f'{path} has {len(waves)} channels; --channel is {args.channel}, '
-                         f'it has to be 0 to {len(waves) - 1}')
+    if args.channel is None and len(waves) > 1:
+        raise ValueError(f'{path} has {len(waves)} channels; --channel=N says which, 0 to {len(waves) - 1}')
+    if (args.channel or 0) not in range(len(waves)):
+        raise ValueError(f'{path} has no --channel={args.channel}: it has {len(waves)}, counted from 0')
     wave = waves[args.channel or 0]
     turn = dict(role=args.role, start_sec=0.0, end_sec=len(wave) / codec.sample_rate, text=text)
     return tokenise.Recording(**{'user': None, 'assistant': None, args.role: wave}, turns=[turn])

@@ -17,6 +17,7 @@ The paper's data (arXiv:2410.17799, section 4), and the settings for it:
 
     the assistant answers at once                                           --response_sec=0
     the user goes on after a normally distributed pause, not given there    --gap_mean_sec --gap_sd_sec
+    whether that pause is longer after a long answer is not given           --gap_share
     the user interrupts, how often is not given; the assistant stops        --p_interrupt --reaction_sec
     noise of 15 to 30 dB, in the user's channel alone                       --noise --snr_db
     no backchannels ("uh-huh"), no hesitations ("um")                       --p_backchannel=0 --p_hesitate=0
@@ -157,12 +158,15 @@ def simulate(texts, plan, tts, args, hop=1):
     def samples(sec):
         return round(sec * SAMPLE_RATE)
 
+    def after(answer, gap_sec):     # a long answer takes longer to think over
+        return end(answer) + samples(gap_sec) + round(args.gap_share * len(answer['wave']))
+
     turns, answers = [], []
     for step, question, answer in zip(plan['steps'], texts[::2], texts[1::2]):
         last, start, stop = answers[-1] if answers else None, samples(plan['lead_sec']), None
         said = say_user(tts, question, step, plan)
         if last:
-            start = end(last) + samples(step['gap_sec'])
+            start = after(last, step['gap_sec'])
             is_long = len(last['wave']) >= samples(MIN_INTERRUPTED_SEC)
             # a question that is over before the assistant has reacted to it interrupts nobody
             outlasts_reaction = len(said[1]) > samples(step['reaction_sec'] + 0.1)
@@ -173,7 +177,7 @@ def simulate(texts, plan, tts, args, hop=1):
         start = -(-(end(user) + samples(args.response_sec)) // hop) * hop
         answered = say(tts, answer, args.assistant_voice, args.assistant_style)
         assistant = make_turn('assistant', start, answer, *answered)
-        if end(assistant) + samples(plan['tail_sec']) > samples(args.max_sec):
+        if after(assistant, plan['tail_sec']) > samples(args.max_sec):
             break
         if stop is not None:
             last['backchannel'] = None
@@ -194,7 +198,7 @@ def simulate(texts, plan, tts, args, hop=1):
                 start = turn['start'] + samples(MARGIN_SEC) + int(step['backchannel_at'] * room)
                 turns.append(make_turn('user', start, text, *said))
     turns.sort(key=lambda turn: turn['start'])
-    waves = {role: np.zeros(max(map(end, turns)) + samples(plan['tail_sec']), np.float32) for role in ROLES}
+    waves = {role: np.zeros(after(answers[-1], plan['tail_sec']), np.float32) for role in ROLES}
     record = []
     for turn in turns:
         waves[turn['role']][turn['start']:end(turn)] += turn['wave']
@@ -253,9 +257,12 @@ def arguments():
     parser.add_argument('--assistant_voice', help='a prompt wav or a name (espeak: f1)')
     parser.add_argument('--response_sec', type=float, default=0.0,
                         help='until the assistant answers (0: the paper)')
-    parser.add_argument('--gap_mean_sec', type=float, default=0.8,
-                        help='until the user speaks again: a normal distribution (0.8; not in the paper)')
+    parser.add_argument('--gap_mean_sec', type=float, default=0.6,
+                        help='until the user speaks again: a normal distribution (0.6; not in the paper)')
     parser.add_argument('--gap_sd_sec', type=float, default=0.4, help='(0.4; not in the paper)')
+    parser.add_argument('--gap_share', type=float, default=0.15,
+                        help='of the length of an answer, by which the gap after it is longer (0.15; 0: the '
+                             'same for all)')
     parser.add_argument('--gap_min_sec', type=float, default=0.1, help='(0.1)')
     parser.add_argument('--p_interrupt', type=float, default=0.15,
                         help='that the user does not wait for the end of an answer (0.15; not in the paper)')
@@ -291,8 +298,9 @@ def pick_voices(args):
     for name in ('reaction_sec', 'snr_db'):
         if getattr(args, name)[0] > getattr(args, name)[1]:
             raise ValueError(f'--{name}: the first number is above the second')
-    if min(args.response_sec, args.gap_min_sec, args.gap_sd_sec, args.reaction_sec[0]) < 0:
-        raise ValueError('--response_sec, --gap_min_sec, --gap_sd_sec and --reaction_sec are not below 0')
+    if min(args.response_sec, args.gap_min_sec, args.gap_sd_sec, args.gap_share, args.reaction_sec[0]) < 0:
+        raise ValueError('--response_sec, --gap_min_sec, --gap_sd_sec, --gap_share and --reaction_sec '
+                         'are not below 0')
     voices = args.user_voices
     if voices:
         voices = find(voices, ('.wav',)) if os.path.isdir(voices) else voices.split(',')

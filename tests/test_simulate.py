@@ -328,13 +328,28 @@ def test_the_answer_comes_at_once(response_sec):
     for question, answer in zip(turns[::2], turns[1::2]):
         assert answer['start_sec'] == pytest.approx(question['end_sec'] + response_sec, abs=1e-9)
         assert question['end_sec'] - question['start_sec'] == pytest.approx(len(question['text']) / 20)
-    assert turns[2]['start_sec'] - turns[1]['end_sec'] == pytest.approx(plan['steps'][1]['gap_sec'], abs=1e-4)
+    gap_sec, answer_sec = plan['steps'][1]['gap_sec'], len(DIALOGUE[1]) / 20
+    assert turns[2]['start_sec'] - turns[1]['end_sec'] == pytest.approx(gap_sec + 0.15 * answer_sec, abs=1e-4)
+    end_sec = turns[-1]['end_sec'] + plan['tail_sec'] + 0.15 * len(DIALOGUE[-1]) / 20
+    assert len(user) / SAMPLE_RATE == pytest.approx(end_sec, abs=1e-4)
     assert abs(sound(user)[0] - turns[0]['start_sec'] * SAMPLE_RATE) <= 1
     assert abs(sound(assistant)[1] - turns[-1]['end_sec'] * SAMPLE_RATE) <= 1
     words = turns[1]['words']
     assert ' '.join(word['text'] for word in words) == DIALOGUE[1]
     assert words[-1]['end_sec'] == turns[1]['end_sec']
     assert words[1]['start_sec'] - words[0]['start_sec'] == pytest.approx(4 / 20, abs=1e-4)
+
+
+@pytest.mark.parametrize('n_word', [30, 60, 180])
+def test_as_silent_as_people_are(n_word):
+    """After answers of 4.5 to 27 s, neither side speaks as much of the time as in ten dialogues of
+    Switchboard."""
+    sec = silent_sec = 0
+    for id in range(40):
+        user, _, turns, *_ = converse(['what do you say to that?', 'so it is ' * (n_word // 3)], str(id))
+        sec += len(user) / SAMPLE_RATE
+        silent_sec += len(user) / SAMPLE_RATE - sum(turn['end_sec'] - turn['start_sec'] for turn in turns)
+    assert 0.1 <= silent_sec / sec <= 0.29
 
 
 def test_the_answer_starts_with_a_frame():
@@ -612,6 +627,7 @@ def test_nothing_to_say(tmp_path):
     ('--p_interrupt=2', 'a probability is from 0 to 1'),
     ('--snr_db=30,15', 'the first number is above the second'),
     ('--gap_sd_sec=-1', 'not below 0'),
+    ('--gap_share=-1', 'not below 0'),
     ('--tts=cosyvoice', 'needs --tts_command'),
     ('--user_voices=/dev', 'holds no .wav'),
 ])

@@ -75,12 +75,13 @@ def rows(path):
         raise ValueError(f'{path} is no whole gzip file ({error})') from None
     except OSError as error:
         raise ValueError(f'{path}: {error.strerror or error}') from None
-    except ValueError as error:
-        if isinstance(error, UnicodeDecodeError) or '\0' in error.doc:
+    except ValueError as error:     # json's, UTF-8's, or Python's for a number of over 4,300 digits
+        if isinstance(error, UnicodeDecodeError) or '\0' in getattr(error, 'doc', ''):
             raise ValueError(f'{path} is no text; JSON or JSON lines in UTF-8 are expected, '
                              'gzipped as .gz or not') from None
-        raise ValueError(f'{path}, line {number or error.lineno}: neither JSON, one list or object, nor '
-                         f'JSON lines, an object a line ({error.msg})') from None
+        line = number or getattr(error, 'lineno', 1)
+        raise ValueError(f'{path}, line {line}: neither JSON, one list or object, nor JSON lines, an object '
+                         f'a line ({getattr(error, "msg", error)})') from None
 
 
 def read_row(row):

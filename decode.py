@@ -150,7 +150,9 @@ class Duplex:
         """Compiles the passes of one token, 11 of 12, before the conversation. One graph serves all sizes of
         the cache."""
         self.read_one = torch.compile(self.model.run_blocks_cached, dynamic=True, fullgraph=True)
+        random = self.generator.get_state()
         self.sample('speech', self.unfed.new_zeros(self.n_row, 1))
+        self.generator.set_state(random)        # as if nothing had been drawn
         self.cache.len = self.cache.next_pos = 0
 
     def passes(self, n_chunk):

@@ -247,9 +247,10 @@ def test_compiled_equals_eager(loaded, users):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     users = np.concatenate([users] * 3, 1)
-    assert torch.equal(
-        talk(loaded, users, 18, max_context=300, compile=True)[1],
-        talk(loaded, users, 18, max_context=300)[1])
+    for temperature in (0.0, 1.0):
+        settings = dict(max_context=300, speech_temperature=temperature, text_temperature=temperature)
+        compiled = talk(loaded, users, 18, compile=True, **settings)[1]
+        assert torch.equal(compiled, talk(loaded, users, 18, **settings)[1])
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
 
 

@@ -8,6 +8,7 @@ import zlib
 
 import numpy as np
 
+PAIR_SEC = 1.0          # two files of one dialogue may differ by this much in length
 WIDE = '[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]'      # Chinese and Japanese, without spaces between words
 
 
@@ -73,9 +74,7 @@ def read_piece(file, name, sample_rate, start_sec=0.0, end_sec=None, whole_sec=N
         with soundfile.SoundFile(file) as audio:
             rate, n_sec = audio.samplerate, audio.frames / audio.samplerate
             end_sec = n_sec if end_sec is None else end_sec
-            if whole_sec is not None and abs(whole_sec - n_sec) > 0.1:
-                raise ValueError(f'{name} is {n_sec:.2f} s long, but {whole_sec:.2f} s by its manifest; '
-                                 'was it cut off, or replaced?')
+            check_length(name, n_sec, whole_sec)
             if not 0 <= start_sec < end_sec <= n_sec + 0.1:     # 0.1: manifests round
                 raise ValueError(f'{name} is {n_sec:.2f} s long; '
                                  f'there is nothing from {start_sec} s to {end_sec} s')
@@ -86,6 +85,28 @@ def read_piece(file, name, sample_rate, start_sec=0.0, end_sec=None, whole_sec=N
     if rate != sample_rate:
         waves = soxr.resample(waves, rate, sample_rate)
     return np.ascontiguousarray(waves.T)
+
+
+def check_length(name, n_sec, whole_sec):
+    if whole_sec is not None and abs(whole_sec - n_sec) > 0.1:
+        raise ValueError(f'{name} is {n_sec:.2f} s long, but {whole_sec:.2f} s by its manifest; '
+                         'was it cut off, or replaced?')
+
+
+def halves_of(path):
+    """a.wav -> [a.user.wav, a.assistant.wav], where a dialogue of two mono files would lie"""
+    stem, suffix = os.path.splitext(path)
+    return [f'{stem}.{role}{suffix}' for role in ('user', 'assistant')]
+
+
+def side_by_side(waves, paths, sample_rate):
+    """Two waves of files of their own -> float32 [2, n_sample]; the shorter gets silence at its end."""
+    one_sec, other_sec = (len(wave) / sample_rate for wave in waves)
+    if abs(one_sec - other_sec) > PAIR_SEC:
+        raise ValueError(f'{paths[0]} is {one_sec:.2f} s long and {paths[1]} {other_sec:.2f} s: '
+                         f'the two files of a dialogue start together and differ by {PAIR_SEC:g} s at most')
+    n_sample = max(map(len, waves))
+    return np.stack([np.pad(wave, (0, n_sample - len(wave))) for wave in waves])
 
 
 def turns_of(words, gap_sec):

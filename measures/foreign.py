@@ -3,10 +3,14 @@ Dialogues of any system, or of two people, become conversations (measures/turns.
 a folder for Full-Duplex-Bench. Files of one name, a.wav and a.jsonl, are one dialogue:
 
     a.wav       stereo, the user on channel user_channel; flac, ogg, mp3 likewise
+    a.user.wav  and a.assistant.wav: a mono file of each in its place
     a.jsonl     turns: {"role": "user", "start_sec": 0.4, "end_sec": 1.9, "text": "Hello."}, as of sample.py,
                 or words: {"role": "A", "start": 0.4, "end": 0.7, "word": "Hello"}
     a.tsv       words: role, start, end, word, with tabs between; .csv with commas, .txt with spaces
     a.json      a list of such objects, or moshi-finetune's {"alignments": [["Hello", [0.4, 0.7], "A"], …]}
+
+    b/input.wav and output.wav: a sample of Full-Duplex-Bench, in a folder of its own anywhere below, with the
+                user's words in transcription.json and the assistant's in output.json, if they are there
 
     words, or heard   ▓▓▓▓ ▓▓▓        ▓▓▓▓▓          ▓▓▓▓
     turns             └──────┘ gap_sec └───┘   gap   └──┘     a gap below gap_sec is a pause in a turn
@@ -26,7 +30,7 @@ import numpy as np
 
 from common.audio import read_audio, write_audio
 from common.files import some, whole, write_json
-from data.recordings import turns_of
+from data.recordings import halves_of, side_by_side, turns_of
 from flatten import ROLES
 from measures.turns import assess, stretches
 
@@ -57,15 +61,8 @@ def read_conversations(folder, rate_hz=25.0, user_channel=0, gap_sec=0.5, user_n
                          f'user_name {user_name!r}, assistant_name {assistant_name!r} (two names)')
     if not 0 < rate_hz <= WINDOW_HZ or not gap_sec >= 0:
         raise ValueError(f'rate_hz is {rate_hz} (above 0, up to {WINDOW_HZ}), gap_sec {gap_sec} (from 0)')
-    files = {}
-    for name in sorted(os.listdir(folder)):
-        stem, suffix = os.path.splitext(name)
-        kind = 'audio' if suffix.lower() in AUDIO else 'transcript' if suffix.lower() in TRANSCRIPT else None
-        if kind and kind in files.get(stem, {}):
-            raise ValueError(f'{folder} has two files of {kind} for {stem}: '
-                             f'{os.path.basename(files[stem][kind])} and {name}; remove one')
-        if kind:
-            files.setdefault(stem, {})[kind] = os.path.join(folder, name)
+    samples = list_samples(folder)
+    files = list_dialogues(folder, leave_out='samples.json' if samples else None) | samples
     if not files:
         raise ValueError(f'{folder} has no dialogue: no audio ({" ".join(AUDIO)}) and no transcript '
                          f'({" ".join(TRANSCRIPT)})')
@@ -74,9 +71,46 @@ def read_conversations(folder, rate_hz=25.0, user_channel=0, gap_sec=0.5, user_n
             for id, paths in sorted(files.items()))
 
 
+def list_dialogues(folder, leave_out):
+    """{id: dict(audio, transcript)} of the files of a folder. audio: the path of a stereo file, or of two
+    mono files, the user's first."""
+    names = [name for name in sorted(os.listdir(folder)) if name != leave_out]
+    parts = [os.path.splitext(name) for name in names]
+    heard = {stem for stem, suffix in parts if suffix.lower() in AUDIO}
+    files, halves = {}, {}
+    for name, (stem, suffix) in zip(names, parts):
+        kind = 'audio' if suffix.lower() in AUDIO else 'transcript' if suffix.lower() in TRANSCRIPT else None
+        if kind is None:
+            continue
+        path, (id, _, role) = os.path.join(folder, name), stem.rpartition('.')
+        is_half = kind == 'audio' and role in ROLES and all(f'{id}.{role}' in heard for role in ROLES)
+        place, key = (halves.setdefault(id, {}), role) if is_half else (files.setdefault(stem, {}), kind)
+        if key in place:
+            raise ValueError(f'{folder} has two files of {kind} for {stem}: '
+                             f'{os.path.basename(place[key])} and {name}; remove one')
+        place[key] = path
+    for id, pair in halves.items():
+        if 'audio' in files.setdefault(id, {}):
+            raise ValueError(f'{folder} has two kinds of audio for {id}: '
+                             f'{os.path.basename(files[id]["audio"])} and '
+                             f'{os.path.basename(pair["user"])}; remove one')
+        files[id]['audio'] = [pair[role] for role in ROLES]
+    return files
+
+
+def list_samples(folder):
+    """The same of Full-Duplex-Bench's folders, anywhere below: the id is the path, smooth_turn_taking/1."""
+    files = {}
+    for at, _, names in os.walk(folder):
+        if at != folder and {'input.wav', 'output.wav'} <= set(names):
+            audio = [os.path.join(at, name) for name in ('input.wav', 'output.wav')]
+            files[os.path.relpath(at, folder)] = dict(audio=audio, transcript=at)
+    return files
+
+
 def read_conversation(id, rate_hz, user_channel, gap_sec, names, vad, aggressiveness, audio=None,
                       transcript=None):
-    wave = read_stereo(audio)[:, [user_channel, 1 - user_channel]] if audio else None
+    wave = read_channels(audio, user_channel) if audio else None
     n_sec = len(wave) / SAMPLE_RATE if audio else None
     turns = read_transcript(transcript, names, gap_sec, n_sec) if transcript else []
     if not audio and not turns:
@@ -105,15 +139,25 @@ def read_conversation(id, rate_hz, user_channel, gap_sec, names, vad, aggressive
                 wave=wave, sample_rate=SAMPLE_RATE if audio else 0, chunk_frames=0)
 
 
-def read_stereo(path):
-    """-> float32 [n_sample, 2] at SAMPLE_RATE"""
-    left = read_audio(path, SAMPLE_RATE, 0)
+def read_channels(audio, user_channel):
+    """The path of a stereo file, or those of two mono files -> float32 [n_sample, 2] at SAMPLE_RATE, the user
+    first"""
     import soundfile
-    n_channel = soundfile.info(path).channels
-    if n_channel != 2:
-        raise ValueError(f'{path} has {n_channel} channel{"s" * (n_channel > 1)}, a dialogue has two: '
-                         'the user on one, the assistant on the other')
-    return np.stack([left, read_audio(path, SAMPLE_RATE, 1)], axis=1)
+    paths = [audio] if isinstance(audio, str) else audio
+    waves = [read_audio(path, SAMPLE_RATE, 0) for path in paths]
+    for path in paths:
+        n_channel = soundfile.info(path).channels
+        if len(paths) == 2 and n_channel != 1:
+            raise ValueError(f'{path} has {n_channel} channels, the file of one side has one')
+        if len(paths) == 1 and n_channel != 2:
+            halves = ' and '.join(map(os.path.basename, halves_of(path)))
+            raise ValueError(f'{path} has {n_channel} channel{"s" * (n_channel > 1)}, a dialogue has two: '
+                             'the user on one, the assistant on the other; two files of one channel are '
+                             f'to be called {halves}')
+    if len(paths) == 2:
+        return side_by_side(waves, paths, SAMPLE_RATE).T
+    waves.append(read_audio(audio, SAMPLE_RATE, 1))
+    return np.stack([waves[user_channel], waves[1 - user_channel]], axis=1)
 
 
 def rows_of(path):
@@ -145,11 +189,35 @@ def rows_of(path):
         raise ValueError(f'{path} is no transcript ({error}); other files have to lie elsewhere') from None
 
 
+def rows_of_sample(folder):
+    """The same of a folder of Full-Duplex-Bench. After an interruption output.json has only the words that
+    follow it: none are taken then, so that the assistant is heard."""
+    files = dict(user='transcription.json', assistant='output.json')
+    if os.path.exists(os.path.join(folder, 'interrupt.json')):
+        del files['assistant']
+    for role, name in files.items():
+        path = os.path.join(folder, name)
+        if not os.path.exists(path):
+            continue
+        try:
+            with open(path, encoding='utf-8') as file:
+                content = json.load(file)
+            words = [(chunk['text'].strip(), *chunk['timestamp'])
+                     for chunk in (content['chunks'] if isinstance(content, dict) else content)]
+            rows = [dict(role=role, start=start, end=end, word=text) for text, start, end in words]
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise ValueError(f'{path} is no list of words, [{{text, timestamp: [start, end]}}], '
+                             f'nor has it one as chunks ({error})') from None
+        yield from ((f'{path}, word {n}', row) for n, row in enumerate(rows, 1))
+
+
 def read_transcript(path, names, gap_sec, n_sec):
     """-> [turns], times in seconds. names: {what a role is called there: the role}. n_sec: of the audio, None
     where there is none."""
     turns, words = [], {role: [] for role in ROLES}
-    rows = list(rows_of(path))
+    is_sample = os.path.isdir(path)
+    rows = list(rows_of_sample(path) if is_sample else rows_of(path))
+    names = dict(zip(ROLES, ROLES)) if is_sample else names
     for where, row in rows:
         is_row = row is not None and 'role' in row and ('word' in row) != ('text' in row)
         if not is_row or not isinstance(row.get('word', row.get('text')), str):
@@ -168,7 +236,8 @@ def read_transcript(path, names, gap_sec, n_sec):
         if not 0 <= at['start_sec'] <= at['end_sec'] < math.inf:
             raise ValueError(f'{where}, is from {at["start_sec"]} s to {at["end_sec"]} s: '
                              'times count from 0, and an end is not before its start')
-        if n_sec is not None and at['end_sec'] > n_sec + 0.1:        # 0.1: transcripts round
+        # 0.1: transcripts round; a sample may end in the middle of a word
+        if not is_sample and n_sec is not None and at['end_sec'] > n_sec + 0.1:
             raise ValueError(f'{where}, ends at {at["end_sec"]} s, the audio beside it at {n_sec:.2f} s; '
                              'is it cut off, or the audio of another?')
         if 'text' in row:

@@ -197,6 +197,28 @@ def test_moshi_words_become_turns_at_pauses(tmp_path, prepare, small_codec):
     assert (records['stereo/a']['user'] == small_codec.encode(assistant)).all()
 
 
+def test_two_mono_files_in_place_of_a_stereo_file(tmp_path, prepare, small_codec):
+    """b's assistant is 0.5 s shorter, c's 1.2 s, d's file has two channels, e lacks the assistant's."""
+    waves = {}
+    for name, n_sec in (('a', 2.0), ('b', 1.5), ('c', 0.8), ('d', 2.0), ('e', 2.0)):
+        waves[name], = write_wav(tmp_path / f'talks/{name}.user.wav', hum(140, 2.0))
+        channels = [hum(220, n_sec)] * (1 + (name == 'd'))
+        if name != 'e':
+            write_wav(tmp_path / f'talks/{name}.assistant.wav', *channels)
+        words = [['Hi.', [0.2, 0.6], 'SPEAKER_MAIN']]
+        (tmp_path / f'talks/{name}.json').write_text(json.dumps(dict(alignments=words)))
+    rows = [dict(path=f'talks/{name}.wav', duration=2.0) for name in waves]
+    records, skipped = prepare(moshi, write_rows(tmp_path / 'data.jsonl', rows))
+    assert {id: (len(record['user']), len(record['assistant'])) for id, record in records.items()} == {
+        'talks/a': (50, 50), 'talks/b': (50, 50)}
+    assert (records['talks/a']['user'] == small_codec.encode(waves['a'])).all()
+    assert turns(records['talks/b']) == [('assistant', 5, 15, 'Hi.')]
+    check_reasons(skipped, {
+        'talks/c': 'c.assistant.wav 0.80 s: the two files of a dialogue start together and differ by 1 s',
+        'talks/d': 'd.assistant.wav has 2 channels, the file of one side has one',
+        'talks/e': 'e.assistant.wav'})
+
+
 # ------------------------------------------------------------------------------------------------------------
 # lhotse
 
@@ -294,6 +316,18 @@ def test_channels_of_a_stereo_recording_are_never_guessed(tmp_path, prepare, dup
         assert skipped.keys() == {'m'} and [turn['role'] for turn in records['s']['turns']] == expected
         assert (records['s']['user'] == small_codec.encode(wave[:, user])).all()
         assert (records['s']['assistant'] == small_codec.encode(wave[:, 1 - user])).all()
+
+
+def test_two_mono_sources_are_the_two_channels(tmp_path, prepare, duplex, small_codec):
+    """As Lhotse writes two files of one dialogue: a recording of two sources, a channel each."""
+    write_wav(tmp_path / 'wavs/other.wav', hum(220, 2.0))
+    pair = dict(recording('wavs/user.wav', 2.0), channel_ids=[0, 1])
+    pair['sources'] += recording('wavs/other.wav', 2.0, (1,))['sources']
+    said = [('A', 0.2, 0.8, 'Hi.', 0), ('B', 1.2, 0.6, 'Hello.', 1)]
+    path = write_rows(tmp_path / 'cuts.jsonl', [cut('s', pair, said=said, channel=[0, 1], kind='MultiCut')])
+    records, _ = prepare(lhotse_cuts, path, '--user_channel=0')
+    assert turns(records['s']) == [('user', 5, 25, 'Hi.'), ('assistant', 30, 45, 'Hello.')]
+    assert (records['s']['user'] == small_codec.encode(duplex[2])).all()
 
 
 def test_utterances_and_what_is_skipped(tmp_path, prepare, duplex):

@@ -69,6 +69,38 @@ def test_swapped_channels_are_the_same_conversation(tmp_path):
     assert spans(one, 'assistant') == spans(mirrored, 'user')
 
 
+def test_two_mono_files_are_the_two_channels(tmp_path):
+    """The assistant's file is 0.4 s shorter: silence. By 1.2 s it would be another dialogue's."""
+    for name in ('whole', 'halves'):
+        (tmp_path / name).mkdir()
+    write_dialogue(tmp_path / 'whole/a.wav')
+    wave, rate = soundfile.read(tmp_path / 'whole/a.wav')
+    wave[-6400:, 1] = 0
+    soundfile.write(tmp_path / 'whole/a.wav', wave, rate)
+    soundfile.write(tmp_path / 'halves/a.user.wav', wave[:, 0], rate)
+    soundfile.write(tmp_path / 'halves/a.assistant.wav', wave[:-6400, 1], rate)
+    whole, = foreign.read_conversations(tmp_path / 'whole', vad='energy')
+    for user_channel in (0, 1):     # the names say who is who
+        halves, = foreign.read_conversations(tmp_path / 'halves', vad='energy', user_channel=user_channel)
+        np.testing.assert_equal(halves, whole)
+
+    def refused(message):
+        with pytest.raises(ValueError) as error:
+            list(foreign.read_conversations(tmp_path / 'halves', vad='energy'))
+        assert message in str(error.value)
+
+    soundfile.write(tmp_path / 'halves/a.assistant.wav', wave[:-19200, 1], rate)
+    refused('a.user.wav is 6.00 s long and')
+    refused('a.assistant.wav 4.80 s: the two files of a dialogue start together and differ by 1 s at most')
+    soundfile.write(tmp_path / 'halves/a.assistant.wav', wave, rate)
+    refused('a.assistant.wav has 2 channels, the file of one side has one')
+    soundfile.write(tmp_path / 'halves/a.wav', wave, rate)
+    refused('has two kinds of audio for a: a.wav and a.user.wav; remove one')
+    for name in ('a.wav', 'a.assistant.wav'):
+        (tmp_path / 'halves' / name).unlink()
+    refused('two files of one channel are to be called a.user.user.wav and')
+
+
 def test_time_runs_both_ways():
     """
     What a detector finds in a recording played backwards is what it finds forwards: it holds on to neither
@@ -283,6 +315,28 @@ def test_full_duplex_bench_layout(tmp_path):
         np.testing.assert_allclose(wave, c['wave'][6400:70400, channel], atol=1e-4)
     with pytest.raises(ValueError, match='is there already, its old samples would be counted with the new'):
         foreign.export_full_duplex_bench([c], str(tmp_path / 'out'))
+
+
+def test_what_was_exported_comes_back(tmp_path):
+    """Times count from a sample's start. An assistant without words, or interrupted, is heard."""
+    c = conversation(tmp_path / 'in', SAID, n_sec=8.0)
+    foreign.export_full_duplex_bench([c], str(tmp_path / 'out'))
+    found = {talk['id']: talk for talk in foreign.read_conversations(tmp_path / 'out', vad='energy')}
+    assert found.keys() == {'pause_handling/1', 'smooth_turn_taking/1', 'user_interruption/1'}
+
+    def said(id, role):
+        return [(turn['start'], turn['end'], turn['text']) for turn in found[id]['turns']
+                if turn['role'] == role]
+    assert said('smooth_turn_taking/1', 'user') == said('pause_handling/1', 'user') == [(0, 40, 'Wait, why?')]
+    assert said('smooth_turn_taking/1', 'assistant') == [(50, 100, 'Because everything')]
+    assert said('user_interruption/1', 'user') == [(0, 40, 'Wait, why?'), (100, 130, 'Stop!')]
+    np.testing.assert_allclose(found['smooth_turn_taking/1']['wave'], c['wave'][6400:70400], atol=1e-4)
+    heard, before = found['user_interruption/1']['speaks'], c['speaks']
+    assert heard['assistant'].any() and (heard['user'] == before['user'][10:200]).all()
+
+    (tmp_path / 'out/pause_handling/1/transcription.json').write_text('[{"text": "Wait,"}]')
+    with pytest.raises(ValueError, match='pause_handling/1/transcription.json is no list of words'):
+        list(foreign.read_conversations(tmp_path / 'out', vad='energy'))
 
 
 def test_output_json_is_written_for_all_or_none(tmp_path):

@@ -2,7 +2,8 @@
 Folders in the form of kyutai's moshi-finetune become dialogues of two channels.
 
     data.jsonl      {"path": "stereo/a.wav", "duration": 24.5}; paths start at the folder of data.jsonl
-    stereo/a.wav    left: the assistant (Moshi), right: the user
+    stereo/a.wav    left: the assistant (Moshi), right: the user; or, in its place, two mono files,
+                    a.user.wav and a.assistant.wav
     stereo/a.json   {"alignments": [["Hello", [0.1, 0.5], "SPEAKER_MAIN"], …]}; rarely the user's words
 
     words    Hello there.      Well, yes.
@@ -20,7 +21,7 @@ import os
 from functools import partial
 
 from data import tokenise
-from data.recordings import by_id, read_piece, read_rows, turns_of
+from data.recordings import by_id, check_length, halves_of, read_piece, read_rows, side_by_side, turns_of
 
 
 def list_items(path):
@@ -38,12 +39,27 @@ def read_recording(item, codec, args):
     where, path, duration_sec = item
     if path is None or not isinstance(duration_sec, (int, float, type(None))):
         raise ValueError(f'{where}, is no object with a path and a duration in seconds')
-    waves = read_piece(path, path, codec.sample_rate, whole_sec=duration_sec)
-    if len(waves) != 2:
-        raise ValueError(f'{path} has {len(waves)} channels, not one for the user and one for the assistant')
+    user, assistant = read_channels(path, codec.sample_rate, duration_sec, args.user_channel)
     words = read_words(os.path.splitext(path)[0] + '.json', args.assistant_speakers)
-    user, assistant = waves[args.user_channel], waves[1 - args.user_channel]
     return tokenise.Recording(user, assistant, turns_of(words, args.gap_sec))
+
+
+def read_channels(path, sample_rate, duration_sec, user_channel):
+    """-> the user's wave and the assistant's: of a stereo file, or of two mono files in its place"""
+    halves = halves_of(path)
+    if os.path.isfile(path) or not any(map(os.path.isfile, halves)):
+        waves = read_piece(path, path, sample_rate, whole_sec=duration_sec)
+        if len(waves) != 2:
+            raise ValueError(f'{path} has {len(waves)} channels, not one for the user and one for the '
+                             f'assistant; two mono files are to be called {" and ".join(halves)}')
+        return waves[user_channel], waves[1 - user_channel]
+    found = [read_piece(half, half, sample_rate) for half in halves]
+    for half, waves in zip(halves, found):
+        if len(waves) != 1:
+            raise ValueError(f'{half} has {len(waves)} channels, the file of one side has one')
+    pair = side_by_side([wave for wave, in found], halves, sample_rate)
+    check_length(' with '.join(halves), pair.shape[1] / sample_rate, duration_sec)
+    return pair
 
 
 def read_words(path, assistant_speakers):

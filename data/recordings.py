@@ -8,6 +8,10 @@ import zlib
 
 import numpy as np
 
+WORD_FIELDS = dict(speaker='role', Word='word', BeginTime='start', EndTime='end')       # SpokenWOZ's: ours
+SWITCHBOARD_ROW = re.compile(r'sw\d+([AB])-ms98-a-\d+')
+SWITCHBOARD_FILE = re.compile(r'sw(\d+)([AB])-ms98-a-word\.text')
+NO_SPEECH = re.compile(r' *\[(?:silence|noise|laughter|vocalized-noise)\]')     # as Switchboard writes sounds
 PAIR_SEC = 1.0          # two files of one dialogue may differ by this much in length
 WIDE = '[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]'      # Chinese and Japanese, without spaces between words
 
@@ -99,6 +103,21 @@ def halves_of(path):
     return [f'{stem}.{role}{suffix}' for role in ('user', 'assistant')]
 
 
+def read_halves(path, sample_rate, whole_sec):
+    """-> float32 [2, n_sample] of the two mono files in the place of a stereo file, the user first; None
+    where there is the file itself, or neither of the two."""
+    halves = halves_of(path)
+    if os.path.isfile(path) or not any(map(os.path.isfile, halves)):
+        return None
+    found = [read_piece(half, half, sample_rate) for half in halves]
+    for half, waves in zip(halves, found):
+        if len(waves) != 1:
+            raise ValueError(f'{half} has {len(waves)} channels, the file of one side has one')
+    pair = side_by_side([wave for wave, in found], halves, sample_rate)
+    check_length(' with '.join(halves), pair.shape[1] / sample_rate, whole_sec)
+    return pair
+
+
 def side_by_side(waves, paths, sample_rate):
     """Two waves of files of their own -> float32 [2, n_sample]; the shorter gets silence at its end."""
     one_sec, other_sec = (len(wave) / sample_rate for wave in waves)
@@ -107,6 +126,44 @@ def side_by_side(waves, paths, sample_rate):
                          f'the two files of a dialogue start together and differ by {PAIR_SEC:g} s at most')
     n_sample = max(map(len, waves))
     return np.stack([np.pad(wave, (0, n_sample - len(wave))) for wave in waves])
+
+
+def plain_word(row):
+    """
+    A row of a word list -> the same in our names, role, start, end (seconds), word; others stay as they are.
+        {"speaker": "A", "Word": "hi", "BeginTime": 460, "EndTime": 1520}       SpokenWOZ, milliseconds
+        {"role": "sw2001A-ms98-a-0001", …}                                      Switchboard: side A
+    """
+    plain = {WORD_FIELDS.get(key, key): value for key, value in row.items()}
+    for key in ('BeginTime', 'EndTime'):
+        if isinstance(row.get(key), (int, float)):
+            plain[WORD_FIELDS[key]] = row[key] / 1000
+    side = SWITCHBOARD_ROW.fullmatch(str(plain.get('role')))
+    return dict(plain, role=side[1]) if side else plain
+
+
+def word_list(audio):
+    """[(word, start_sec, end_sec, 'A' or 'B')] of Switchboard's lists, one a side, that lie beside
+    sw02001.wav or sw2001.wav; [] of any other audio."""
+    folder, stem = os.path.split(os.path.splitext(audio)[0])
+    number, words = stem.removeprefix('sw').removeprefix('0'), []
+    for path in [os.path.join(folder, f'sw{number}{side}-ms98-a-word.text') for side in 'AB']:
+        if not os.path.isfile(path):
+            continue
+        with open(path, encoding='utf-8') as file:
+            for n, line in enumerate(file, 1):
+                try:
+                    id, start_sec, end_sec, word = line.split()
+                    words.append((word, float(start_sec), float(end_sec), SWITCHBOARD_ROW.fullmatch(id)[1]))
+                except (ValueError, TypeError):     # TypeError: another id
+                    raise ValueError(f'{path}, row {n}, is no word of Switchboard, as '
+                                     f'"sw2001A-ms98-a-0001 0.0 0.98 hi" is: {line.strip()!r:.80}') from None
+    return words
+
+
+def spoken(text):
+    """A text without Switchboard's sounds; [laughter-yeah] is a yeah with a laugh."""
+    return NO_SPEECH.sub('', re.sub(r'\[laughter-([^]]+)\]', r'\1', text)).strip()
 
 
 def turns_of(words, gap_sec):

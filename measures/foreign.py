@@ -7,7 +7,9 @@ a folder for Full-Duplex-Bench. Files of one name, a.wav and a.jsonl, are one di
     a.jsonl     turns: {"role": "user", "start_sec": 0.4, "end_sec": 1.9, "text": "Hello."}, as of sample.py,
                 or words: {"role": "A", "start": 0.4, "end": 0.7, "word": "Hello"}
     a.tsv       words: role, start, end, word, with tabs between; .csv with commas, .txt with spaces
-    a.json      a list of such objects, or moshi-finetune's {"alignments": [["Hello", [0.4, 0.7], "A"], …]}
+    a.json      a list of such objects, or moshi-finetune's {"alignments": [["Hello", [0.4, 0.7], "A"], …]},
+                or SpokenWOZ's words, [{"speaker": "A", "word": "Hello", "start": 0.4, "end": 0.7}, …]
+    sw2001A-ms98-a-word.text, sw2001B-ms98-a-word.text: Switchboard's word lists, for sw02001.wav
 
     b/input.wav and output.wav: a sample of Full-Duplex-Bench, in a folder of its own anywhere below, with the
                 user's words in transcription.json and the assistant's in output.json, if they are there
@@ -18,7 +20,7 @@ a folder for Full-Duplex-Bench. Files of one name, a.wav and a.jsonl, are one di
 Who speaks when is taken from a role's words. Where there are none, it is heard in the role's channel, and
 counts inside its turns if there are turns. A role without any row in the transcript is heard, too:
 moshi-finetune has few words of the user. A voice that leaks into the other channel is also heard there, so
-channels have to be clean, or transcribed.
+channels have to be clean, or transcribed. [silence], [noise], [laughter] and [vocalized-noise] are no words.
 """
 import csv
 import json
@@ -30,14 +32,13 @@ import numpy as np
 
 from common.audio import read_audio, write_audio
 from common.files import some, whole, write_json
-from data.recordings import halves_of, side_by_side, turns_of
+from data.recordings import SWITCHBOARD_FILE, halves_of, plain_word, side_by_side, spoken, turns_of
 from flatten import ROLES
 from measures.turns import assess, stretches
 
 AUDIO = '.wav', '.flac', '.ogg', '.mp3'
 TRANSCRIPT = '.jsonl', '.json', '.tsv', '.csv', '.txt'
 COLUMNS = ['role', 'start', 'end', 'word']
-NOT_SPOKEN = '[silence]', '[noise]'     # rows of Switchboard's word lists that are no words
 SAMPLE_RATE = 16000                     # what webrtcvad, Whisper and Full-Duplex-Bench listen to
 WINDOW_HZ = 100                         # speech is looked for in windows of 10 ms
 SHORTEST_SEC = 0.1                      # shorter gaps are closed, as in a "t", then shorter bursts dropped
@@ -72,30 +73,38 @@ def read_conversations(folder, rate_hz=25.0, user_channel=0, gap_sec=0.5, user_n
 
 
 def list_dialogues(folder, leave_out):
-    """{id: dict(audio, transcript)} of the files of a folder. audio: the path of a stereo file, or of two
-    mono files, the user's first."""
+    """{id: dict(audio, transcript)} of the files of a folder: a path, or a list of two where each side has a
+    file of its own, the user's first if the names say which that is."""
     names = [name for name in sorted(os.listdir(folder)) if name != leave_out]
-    parts = [os.path.splitext(name) for name in names]
-    heard = {stem for stem, suffix in parts if suffix.lower() in AUDIO}
-    files, halves = {}, {}
-    for name, (stem, suffix) in zip(names, parts):
-        kind = 'audio' if suffix.lower() in AUDIO else 'transcript' if suffix.lower() in TRANSCRIPT else None
-        if kind is None:
-            continue
-        path, (id, _, role) = os.path.join(folder, name), stem.rpartition('.')
-        is_half = kind == 'audio' and role in ROLES and all(f'{id}.{role}' in heard for role in ROLES)
-        place, key = (halves.setdefault(id, {}), role) if is_half else (files.setdefault(stem, {}), kind)
-        if key in place:
-            raise ValueError(f'{folder} has two files of {kind} for {stem}: '
-                             f'{os.path.basename(place[key])} and {name}; remove one')
-        place[key] = path
-    for id, pair in halves.items():
-        if 'audio' in files.setdefault(id, {}):
-            raise ValueError(f'{folder} has two kinds of audio for {id}: '
-                             f'{os.path.basename(files[id]["audio"])} and '
-                             f'{os.path.basename(pair["user"])}; remove one')
-        files[id]['audio'] = [pair[role] for role in ROLES]
+    heard = {stem for stem, suffix in map(os.path.splitext, names) if suffix.lower() in AUDIO}
+    found, files = {}, {}
+    for name in names:
+        id, kind, side = place_of(name, heard)
+        if kind:
+            found.setdefault((id, kind), []).append((side, name))
+    for (id, kind), parts in found.items():
+        sides = [side for side, _ in parts]
+        if len(set(sides)) < len(sides) or '' in sides and len(sides) > 1:
+            names = ' and '.join(name for _, name in parts)
+            raise ValueError(f'{folder} has more than one {kind} for {id}: {names}; keep one')
+        paths = [os.path.join(folder, name) for _, name in sorted(parts, reverse=True)]
+        files.setdefault(id, {})[kind] = paths[0] if sides == [''] else paths
     return files
+
+
+def place_of(name, heard):
+    """-> (id of its dialogue, kind: audio, transcript or None, side: '' if both are in it). heard: the names
+    of all audio, without .wav"""
+    stem, suffix = os.path.splitext(name)
+    id, _, side = stem.rpartition('.')
+    word_list = SWITCHBOARD_FILE.fullmatch(name)
+    if word_list:       # audio of sw2001A-ms98-a-word.text is sw02001.wav, as published, or sw2001.wav
+        number, side = word_list.groups()
+        return f'sw0{number}' if f'sw0{number}' in heard else f'sw{number}', 'transcript', side
+    if suffix.lower() in AUDIO:
+        is_half = side in ROLES and all(f'{id}.{role}' in heard for role in ROLES)
+        return (id, 'audio', side) if is_half else (stem, 'audio', '')
+    return stem, 'transcript' if suffix.lower() in TRANSCRIPT else None, ''
 
 
 def list_samples(folder):
@@ -165,7 +174,8 @@ def rows_of(path):
     name, suffix = os.path.basename(path), os.path.splitext(path)[1].lower()
     columns = COLUMNS
     split = {'.jsonl': json.loads, '.tsv': lambda line: line.split('\t'),
-             '.csv': lambda line: next(csv.reader([line])), '.txt': lambda line: line.split(None, 3)}
+             '.csv': lambda line: next(csv.reader([line])), '.txt': lambda line: line.split(None, 3),
+             '.text': lambda line: line.split(None, 3)}
     try:
         with open(path, encoding='utf-8-sig') as file:
             rows = json.load(file) if suffix == '.json' else [line.rstrip('\r\n') for line in file]
@@ -184,7 +194,7 @@ def rows_of(path):
                     columns = row
                     continue
                 row = dict(zip(columns, row)) if len(row) == len(columns) else None
-            yield f'{name}, row {n}', row if isinstance(row, dict) else None
+            yield f'{name}, row {n}', plain_word(row) if isinstance(row, dict) else None
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(f'{path} is no transcript ({error}); other files have to lie elsewhere') from None
 
@@ -215,8 +225,9 @@ def read_transcript(path, names, gap_sec, n_sec):
     """-> [turns], times in seconds. names: {what a role is called there: the role}. n_sec: of the audio, None
     where there is none."""
     turns, words = [], {role: [] for role in ROLES}
-    is_sample = os.path.isdir(path)
-    rows = list(rows_of_sample(path) if is_sample else rows_of(path))
+    paths = [path] if isinstance(path, str) else path
+    is_sample = os.path.isdir(paths[0])
+    rows = [row for each in paths for row in (rows_of_sample(each) if is_sample else rows_of(each))]
     names = dict(zip(ROLES, ROLES)) if is_sample else names
     for where, row in rows:
         is_row = row is not None and 'role' in row and ('word' in row) != ('text' in row)
@@ -240,12 +251,14 @@ def read_transcript(path, names, gap_sec, n_sec):
         if not is_sample and n_sec is not None and at['end_sec'] > n_sec + 0.1:
             raise ValueError(f'{where}, ends at {at["end_sec"]} s, the audio beside it at {n_sec:.2f} s; '
                              'is it cut off, or the audio of another?')
-        if 'text' in row:
-            turns.append(dict(at, role=names[str(row['role'])], text=row['text']))
-        elif row['word'] not in NOT_SPOKEN:
-            words[names[str(row['role'])]].append(dict(at, text=row['word']))
+        said = row.get('word', row.get('text'))
+        if not spoken(said) and said:
+            continue    # a sound, no speech
+        role, said = names[str(row['role'])], dict(at, text=spoken(said))
+        turns.append(dict(said, role=role)) if 'text' in row else words[role].append(said)
     if turns and any(words.values()):
-        raise ValueError(f'{path} has words and turns in one file; keep the words: turns follow from them')
+        raise ValueError(f'{paths[0]} has words and turns in one file; keep the words: '
+                         'turns follow from them')
     words = {role: sorted(said, key=lambda word: word['start_sec']) for role, said in words.items()}
     return turns or turns_of(words, gap_sec)
 

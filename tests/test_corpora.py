@@ -219,6 +219,30 @@ def test_two_mono_files_in_place_of_a_stereo_file(tmp_path, prepare, small_codec
         'talks/e': 'e.assistant.wav'})
 
 
+def test_word_lists_of_spokenwoz_and_switchboard(tmp_path, prepare):
+    words = [('A', 0.2, 0.6, 'Hi'), ('B', 1.0, 1.4, 'Hello'), ('B', 1.4, 1.8, '[laughter]')]
+    for name in ('a', 'ms', 'sw02001', 'sw2002'):
+        write_wav(tmp_path / f'{name}.wav', hum(140, 2.0), hum(220, 2.0))
+    keys = dict(a=('word', 'start', 'end', 1), ms=('Word', 'BeginTime', 'EndTime', 1000))
+    for name, (what, since, until, unit) in keys.items():
+        (tmp_path / f'{name}.json').write_text(json.dumps([
+            {'speaker': speaker, what: word, since: start * unit, until: end * unit}
+            for speaker, start, end, word in words]))
+    for side in 'AB':
+        (tmp_path / f'sw2001{side}-ms98-a-word.text').write_text(''.join(
+            f'sw2001{side}-ms98-a-0001 {start} {end} {word}\n'
+            for speaker, start, end, word in words if speaker == side))
+    (tmp_path / 'sw2002A-ms98-a-word.text').write_text('sw2002A-ms98-a-0001 0.0 hi\n')
+    rows = [dict(path=f'{name}.wav') for name in ('a', 'ms', 'sw02001', 'sw2002')]
+    path = write_rows(tmp_path / 'data.jsonl', rows)
+    records, skipped = prepare(moshi, path, '--assistant_speakers=B')
+    assert {id: turns(record) for id, record in records.items()} == dict.fromkeys(
+        ['a', 'ms', 'sw02001'], [('user', 5, 15, 'Hi'), ('assistant', 25, 35, 'Hello')])
+    check_reasons(skipped, dict(sw2002='word.text, row 1, is no word of Switchboard'))
+    with pytest.raises(ValueError, match='speakers A, B, none of them the assistant: --assistant_speakers=B'):
+        prepare(moshi, path)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # lhotse
 

@@ -95,7 +95,7 @@ def test_two_mono_files_are_the_two_channels(tmp_path):
     soundfile.write(tmp_path / 'halves/a.assistant.wav', wave, rate)
     refused('a.assistant.wav has 2 channels, the file of one side has one')
     soundfile.write(tmp_path / 'halves/a.wav', wave, rate)
-    refused('has two kinds of audio for a: a.wav and a.user.wav; remove one')
+    refused('has more than one audio for a: a.assistant.wav and a.user.wav and a.wav; keep one')
     for name in ('a.wav', 'a.assistant.wav'):
         (tmp_path / 'halves' / name).unlink()
     refused('two files of one channel are to be called a.user.user.wav and')
@@ -140,7 +140,14 @@ def rows(form):
     objects = [dict(role=role, start=start, end=end, word=word) for role, start, end, word in WORDS]
     silence = [['A', '0.0', '0.4', '[silence]']]
     alignments = [[word, [start, end], role] for role, start, end, word in WORDS]
+    spoken_woz = [dict(speaker=role, word=word, start=start, end=end) for role, start, end, word in WORDS]
+    in_ms = [dict(speaker=role, Word=word, BeginTime=round(1000 * start), EndTime=round(1000 * end))
+             for role, start, end, word in WORDS]
+    switchboard = [f'sw2001{role}-ms98-a-0001 {start} {end} {word}' for role, start, end, word in WORDS]
     return {
+        'SpokenWOZ': json.dumps(spoken_woz),
+        'SpokenWOZ, ms': json.dumps(in_ms),
+        'Switchboard': '\n'.join([*switchboard, 'sw2001B-ms98-a-0002 4.0 9.0 [silence]']),
         'jsonl': '\n'.join(map(json.dumps, objects)),
         'json': json.dumps(objects),
         'tsv': 'role\tstart\tend\tword\n' + '\n'.join(map('\t'.join, table)),
@@ -150,14 +157,17 @@ def rows(form):
     }[form]
 
 
-@pytest.mark.parametrize('form', ['jsonl', 'json', 'tsv', 'csv', 'txt', 'alignments'])
+SUFFIX = {'alignments': 'json', 'SpokenWOZ': 'json', 'SpokenWOZ, ms': 'json', 'Switchboard': 'txt'}
+
+
+@pytest.mark.parametrize('form', ['jsonl', 'json', 'tsv', 'csv', 'txt', *SUFFIX])
 def test_words_become_turns_in_any_form(tmp_path, form):
     """
     'is' ends at 0.88 s, 'that?' starts at 1.30: a gap of 0.42 s, a pause. 'mhm' starts 0.8 s after 'that?',
     'Yes.' 0.5 s after 'dog.': new turns. Frames are seconds * 25: 0.40 s is 10, 0.88 s is 22, 1.30 s is 32.5,
     to even: 32.
     """
-    (tmp_path / f'sw.{"json" if form == "alignments" else form}').write_text(rows(form))
+    (tmp_path / f'sw.{SUFFIX.get(form, form)}').write_text(rows(form))
     c, = foreign.read_conversations(tmp_path, user_name='A', assistant_name='B', gap_sec=0.45)
     assert [(turn['role'], turn['start'], turn['end'], turn['text']) for turn in c['turns']] == [
         ('user', 10, 40, 'What is that?'), ('assistant', 45, 70, 'A dog.'), ('user', 60, 65, 'mhm'),
@@ -168,6 +178,32 @@ def test_words_become_turns_in_any_form(tmp_path, form):
     assert c['n_frame'] == 92 and c['wave'] is None
     assert np.flatnonzero(c['speaks']['user']).tolist() == [*range(10, 22), *range(32, 40), *range(60, 65)]
     assert np.flatnonzero(c['speaks']['assistant']).tolist() == [*range(45, 70), *range(82, 92)]
+
+
+def test_both_word_lists_of_switchboard_are_one_dialogue(tmp_path):
+    """As they are published: a file a side, audio with a 0 more in its name."""
+    for side in 'AB':
+        said = [f'sw2001{side}-ms98-a-0001 {start} {end} {word}'
+                for role, start, end, word in WORDS if role == side]
+        (tmp_path / f'sw2001{side}-ms98-a-word.text').write_text('\n'.join(said))
+    alone, = foreign.read_conversations(tmp_path, user_name='A', assistant_name='B')
+    write_dialogue(tmp_path / 'sw02001.wav')
+    c, = foreign.read_conversations(tmp_path, user_name='A', assistant_name='B')
+    assert (alone['id'], c['id'], c['n_frame']) == ('sw2001', 'sw02001', 150)
+    assert c['turns'] == alone['turns'] and len(c['turns']) == 3
+
+
+def test_sounds_are_no_words(tmp_path):
+    words = [('A', 0.4, 0.8, 'Yes'), ('A', 0.8, 1.6, '[laughter]'), ('A', 2.0, 2.2, '[laughter-sure]'),
+             ('B', 1.0, 1.2, '[vocalized-noise]'), ('B', 3.0, 3.2, 'Mhm')]
+    (tmp_path / 'words.txt').write_text('\n'.join(' '.join(map(str, row)) for row in words))
+    texts = [(0, 1, 'Well [laughter] yes [noise]'), (2, 3, '[vocalized-noise]'), (4, 5, '')]
+    (tmp_path / 'turns.jsonl').write_text('\n'.join(
+        json.dumps(dict(role='A', start_sec=start, end_sec=end, text=text)) for start, end, text in texts))
+    of_turns, of_words = foreign.read_conversations(tmp_path, user_name='A', assistant_name='B', gap_sec=1.0)
+    assert [(turn['start'], turn['end'], turn['text']) for turn in of_words['turns']] == [
+        (10, 20, 'Yes'), (50, 55, 'sure'), (75, 80, 'Mhm')]
+    assert [(turn['start'], turn['text']) for turn in of_turns['turns']] == [(0, 'Well yes'), (100, '')]
 
 
 def test_what_sample_wrote_comes_back(tmp_path):
@@ -254,7 +290,7 @@ def test_folders_that_are_refused(tmp_path, monkeypatch):
     c, = foreign.read_conversations(tmp_path, vad='energy')
     assert spans(c, 'user') == [(12, 25)] and c['n_frame'] == 25 and not c['speaks']['assistant'].any()
     (tmp_path / 'a.tsv').write_text('')
-    refused('has two files of transcript for a: a.jsonl and a.tsv; remove one')
+    refused('has more than one transcript for a: a.jsonl and a.tsv; keep one')
     (tmp_path / 'a.tsv').unlink()
     refused("vad is 'silero' (webrtc or energy)", vad='silero')
     refused('aggressiveness 4 (0 to 3)', aggressiveness=4)

@@ -4,7 +4,9 @@ Folders in the form of kyutai's moshi-finetune become dialogues of two channels.
     data.jsonl      {"path": "stereo/a.wav", "duration": 24.5}; paths start at the folder of data.jsonl
     stereo/a.wav    left: the assistant (Moshi), right: the user; or, in its place, two mono files,
                     a.user.wav and a.assistant.wav
-    stereo/a.json   {"alignments": [["Hello", [0.1, 0.5], "SPEAKER_MAIN"], …]}; rarely the user's words
+    stereo/a.json   {"alignments": [["Hello", [0.1, 0.5], "SPEAKER_MAIN"], …]}; rarely the user's words;
+                    or SpokenWOZ's [{"speaker": "A", "word": "Hello", "start": 0.1, "end": 0.5}, …];
+                    or, beside sw02001.wav, Switchboard's sw2001A-ms98-a-word.text and …B…
 
     words    Hello there.      Well, yes.
              ├──────────┤ gap  ├────────┤        a pause longer than --gap_sec ends a turn
@@ -21,7 +23,7 @@ import os
 from functools import partial
 
 from data import tokenise
-from data.recordings import by_id, check_length, halves_of, read_piece, read_rows, side_by_side, turns_of
+from data.recordings import by_id, plain_word, read_halves, read_piece, read_rows, spoken, turns_of, word_list
 
 
 def list_items(path):
@@ -40,46 +42,57 @@ def read_recording(item, codec, args):
     if path is None or not isinstance(duration_sec, (int, float, type(None))):
         raise ValueError(f'{where}, is no object with a path and a duration in seconds')
     user, assistant = read_channels(path, codec.sample_rate, duration_sec, args.user_channel)
-    words = read_words(os.path.splitext(path)[0] + '.json', args.assistant_speakers)
+    words = read_words(path, args.assistant_speakers)
     return tokenise.Recording(user, assistant, turns_of(words, args.gap_sec))
 
 
 def read_channels(path, sample_rate, duration_sec, user_channel):
     """-> the user's wave and the assistant's: of a stereo file, or of two mono files in its place"""
-    halves = halves_of(path)
-    if os.path.isfile(path) or not any(map(os.path.isfile, halves)):
-        waves = read_piece(path, path, sample_rate, whole_sec=duration_sec)
-        if len(waves) != 2:
-            raise ValueError(f'{path} has {len(waves)} channels, not one for the user and one for the '
-                             f'assistant; two mono files are to be called {" and ".join(halves)}')
-        return waves[user_channel], waves[1 - user_channel]
-    found = [read_piece(half, half, sample_rate) for half in halves]
-    for half, waves in zip(halves, found):
-        if len(waves) != 1:
-            raise ValueError(f'{half} has {len(waves)} channels, the file of one side has one')
-    pair = side_by_side([wave for wave, in found], halves, sample_rate)
-    check_length(' with '.join(halves), pair.shape[1] / sample_rate, duration_sec)
-    return pair
+    halves = read_halves(path, sample_rate, duration_sec)
+    if halves is not None:
+        return halves
+    waves = read_piece(path, path, sample_rate, whole_sec=duration_sec)
+    if len(waves) != 2:
+        raise ValueError(f'{path} has {len(waves)} channels, not one for the user and one for the assistant; '
+                         'two mono files are to be called a.user.wav and a.assistant.wav')
+    return waves[user_channel], waves[1 - user_channel]
 
 
-def read_words(path, assistant_speakers):
-    """role -> its words in order"""
+def read_words(audio, assistant_speakers):
+    """role -> its words in order, from what lies beside the audio"""
+    path = os.path.splitext(audio)[0] + '.json'
+    found = word_list(audio) if not os.path.isfile(path) else []
+    found = found or read_json(path)
+    speakers = sorted({str(speaker) for *_, speaker in found})
+    if len(speakers) > 1 and not set(speakers) & set(assistant_speakers):
+        raise ValueError(f'the words of {audio} are of the speakers {", ".join(speakers)}, none of them the '
+                         f'assistant: --assistant_speakers={speakers[-1]} says who is')
     words = dict(user=[], assistant=[])
+    for text, start_sec, end_sec, speaker in found:
+        if not isinstance(text, str) or not math.isfinite(start_sec + end_sec):
+            raise ValueError(f'{path} has the word {text!r} from {start_sec} s to {end_sec} s')
+        role = 'assistant' if str(speaker) in assistant_speakers else 'user'
+        if spoken(text):
+            words[role].append(dict(text=spoken(text), start_sec=start_sec, end_sec=end_sec))
+    return {role: sorted(said, key=lambda word: word['start_sec']) for role, said in words.items()}
+
+
+def read_json(path):
+    """[(text, start_sec, end_sec, speaker)]"""
     try:
         with open(path, encoding='utf-8') as file:
             content = json.load(file)
-        alignments = [(text, start_sec, end_sec, speaker, math.isfinite(start_sec + end_sec))
-                      for text, (start_sec, end_sec), speaker in content['alignments']]
+        if isinstance(content, list):
+            rows = [plain_word(row) for row in content]
+            words = [(row['word'], row['start'], row['end'], row['role']) for row in rows]
+        else:
+            words = [(text, *span, speaker) for text, span, speaker in content['alignments']]
+        return [(text, start + 0.0, end + 0.0, speaker) for text, start, end, speaker in words]
     except json.JSONDecodeError as error:
         raise ValueError(f'{path} is no JSON ({error})')
-    except (KeyError, TypeError, ValueError) as error:      # ValueError: too few elements, or too many
-        raise ValueError(f'{path} has no alignments of the form [[word, [start, end], speaker], …] ({error})')
-    for text, start_sec, end_sec, speaker, is_finite in alignments:
-        if not is_finite or not isinstance(text, str):
-            raise ValueError(f'{path} has the word {text!r} from {start_sec} s to {end_sec} s')
-        role = 'assistant' if speaker in assistant_speakers else 'user'
-        words[role].append(dict(text=text, start_sec=start_sec, end_sec=end_sec))
-    return {role: sorted(said, key=lambda word: word['start_sec']) for role, said in words.items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:      # ValueError: too few, or too many
+        raise ValueError(f'{path} has no alignments of the form [[word, [start, end], speaker], …], '
+                         f'nor is it a list of {{speaker, word, start, end}} ({error})')
 
 
 def main():

@@ -33,8 +33,12 @@ SCHEMA = pa.schema([
 def save_dialogues(path, dialogues, codec, **notes):
     """Writes an Arrow file of dialogues, with the codec's description and notes in its metadata. The file
     appears whole or not at all."""
-    metadata = {'nanoduplex': json.dumps(dict(notes, codec=codec))}
-    table = pa.Table.from_pylist(list(dialogues), SCHEMA.with_metadata(metadata))
+    save_table(path, pa.Table.from_pylist(list(dialogues), SCHEMA), codec, **notes)
+
+
+def save_table(path, table, codec, **notes):
+    """The same of a table of SCHEMA."""
+    table = table.replace_schema_metadata({'nanoduplex': json.dumps(dict(notes, codec=codec))})
     with whole(path) as part, pa.OSFile(part, 'wb') as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
 

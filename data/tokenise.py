@@ -13,7 +13,8 @@ One process or a hundred write the same files. Each takes the next part that nob
 A part is claimed by a lock. When a process dies the system frees its lock, and another process takes over the
 part. (torchrun itself stops all processes when one dies; with --max_restarts=2 it starts them again.) A run
 that was killed goes on with the missing parts when the same command is given again. A recording that cannot
-be read is left out, and listed in skipped.jsonl with the reason.
+be read is left out, and listed in skipped.jsonl with the reason. The same command tries those again, when all
+else is done: what can be read by then is added, the rest stays as it is.
 """
 import argparse
 import fcntl
@@ -24,6 +25,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -32,11 +34,12 @@ import pyarrow.compute as pc
 
 from codec import load_codec
 from common.device import pick_device
-from common.files import read_json, whole, write_json
+from common.files import read_json, remove, whole, write_json
 from config import Parser
-from data.dialogues import SCHEMA, save_dialogues
+from data.dialogues import SCHEMA, save_table
 from flatten import ROLES, check
 
+SEVERAL = 'several speakers of one channel became one {}'      # a remark
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'vocab.json', 'merges.txt', 'config.json')
 
 
@@ -46,6 +49,7 @@ class Recording(NamedTuple):
     assistant: np.ndarray | None
     # dict(role, start_sec, end_sec, text) and, where known, words: [dict(text, start_sec, end_sec)]
     turns: list
+    remark: str = ''    # of what was done to it; printed once, at the end, with the number of such recordings
 
 
 def arguments(doc):
@@ -90,17 +94,18 @@ def run(items, read_recording, args, settings):
                   test_share=args.test_share, max_mismatch_sec=args.max_mismatch_sec, n_item=len(ids),
                   ids=hashlib.sha256('\n'.join(ids).encode()).hexdigest()[:16])
     marker, folder = os.path.join(args.out, 'prepared.json'), os.path.join(args.out, 'parts')
-    if is_prepared(marker, recipe):
-        return print(f'{args.out} is prepared already')
+    parts = [ids[at:at + args.part] for at in range(0, len(ids), args.part)]
+    reader = partial(read_one, items=items, read_recording=read_recording, codec=codec,
+                     max_mismatch_sec=args.max_mismatch_sec)
+    if is_prepared(marker, recipe) and not reopen(args, recipe, codec, parts, reader):
+        return
     os.makedirs(folder, exist_ok=True)
     recipe_path = os.path.join(folder, 'recipe.json')
-    if not is_prepared(recipe_path, recipe):    # every process writes it, each through a file of its own
-        with whole(recipe_path, f'.{os.getpid()}.part') as part, open(part, 'w') as file:
-            json.dump(dict(recipe=recipe), file)
-    parts = [ids[at:at + args.part] for at in range(0, len(ids), args.part)]
+    if not is_prepared(recipe_path, recipe):
+        write_recipe(recipe_path, recipe)
     with ThreadPoolExecutor(args.n_thread) as pool, open(os.path.join(args.out, '.lock'), 'w') as lock:
         def make(number, path):
-            return make_part(path, parts[number], items, read_recording, codec, args, pool)
+            return make_part(path, parts[number], reader, codec, args, pool)
 
         def finish_all():
             finish(args, recipe, codec, ids, len(parts))
@@ -143,17 +148,23 @@ def is_prepared(path, recipe):
     return True
 
 
+def write_recipe(path, recipe):
+    """Every process writes it, each through a file of its own."""
+    with whole(path, f'.{os.getpid()}.part') as part, open(part, 'w') as file:
+        json.dump(dict(recipe=recipe), file)
+
+
 class Claim:
     """Tries to lock byte `number` of a file for a with block, which gets whether it worked. The system frees
     the lock when its process ends, however it ends. POSIX locks work across machines on file systems that
     support them (NFS 4, Lustre)."""
 
-    def __init__(self, file, number):
-        self.file, self.number = file, number
+    def __init__(self, file, number, wait=False):
+        self.file, self.number, self.how = file, number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
 
     def __enter__(self):
         try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self.number)
+            fcntl.lockf(self.file, self.how, 1, self.number)
             return True
         except (BlockingIOError, PermissionError):      # another process has it
             self.file = None
@@ -188,21 +199,28 @@ class Progress:
 # ------------------------------------------------------------------------------------------------------------
 # one part
 
-def make_part(path, ids, items, read_recording, codec, args, pool):
-    """Reads, encodes and writes the recordings of a part. Returns the seconds of them."""
-    def read_one(id):
-        try:
-            return id, fit(read_recording(items[id], codec), codec, args.max_mismatch_sec)
-        except (ValueError, OSError) as error:
-            return id, str(error)
+def read_one(id, items, read_recording, codec, max_mismatch_sec):
+    """-> (id, its Recording or, as a string, why it cannot be read)"""
+    try:
+        return id, fit(read_recording(items[id], codec), codec, max_mismatch_sec)
+    except (ValueError, OSError) as error:
+        return id, str(error)
 
-    records, skipped, n_lost, n = [], [], 0, 4 * args.n_thread
+
+def make_part(path, ids, reader, codec, args, pool):
+    """Reads, encodes and writes the recordings of a part, but for those that it had before. Returns the
+    seconds of them."""
+    before, about = read_part(before_path(path)) if os.path.exists(before_path(path)) else (None, {})
+    there = set() if before is None else set(before['id'].to_pylist())
+    remarks, n_lost = about.get('remarks', {}), about.get('lost_turns', 0)
+    records, skipped, n = [], [], 4 * args.n_thread
     # while one group is encoded, the next is read
-    groups = [ids[at:at + n] for at in range(0, len(ids), n)]
-    coming = [pool.submit(read_one, id) for id in groups[0]]
+    missing = [id for id in ids if id not in there]
+    groups = [missing[at:at + n] for at in range(0, len(missing), n)]
+    coming = [pool.submit(reader, id) for id in groups[0]]
     for following in groups[1:] + [[]]:
         found = [future.result() for future in coming]
-        coming = [pool.submit(read_one, id) for id in following]
+        coming = [pool.submit(reader, id) for id in following]
         skipped += [dict(id=id, reason=reason) for id, reason in found if isinstance(reason, str)]
         good = [(id, recording) for id, recording in found if not isinstance(recording, str)]
         codes = encode([recording for _, recording in good], codec, args.batch_sec)
@@ -213,7 +231,12 @@ def make_part(path, ids, items, read_recording, codec, args, pool):
             check(record, codec.n_codes)
             records.append(record)
             n_lost += lost
-    save_dialogues(path, records, codec.describe(), skipped=skipped, lost_turns=n_lost)
+            if recording.remark:
+                add_remarks(remarks, {recording.remark: (1, id)})
+    table = pa.Table.from_pylist(records, SCHEMA)
+    if before is not None:
+        table = in_order(pa.concat_tables([before, table]), ids)
+    save_table(path, table, codec.describe(), skipped=skipped, lost_turns=n_lost, remarks=remarks)
     return sum(max(len(record['user']), len(record['assistant'])) for record in records) / codec.rate_hz
 
 
@@ -253,7 +276,7 @@ def fit(recording, codec, max_mismatch_sec):
         else:
             channels[role] = np.pad(channel.astype(np.uint16), (0, longest - len(channel)),
                                     constant_values=codec.silence_codes[0])
-    return Recording(channels.get('user'), channels.get('assistant'), recording.turns)
+    return recording._replace(**channels)
 
 
 def encode(recordings, codec, batch_sec):
@@ -303,6 +326,89 @@ def on_frames(turns, n_frame, rate_hz):
     return framed, n_lost
 
 
+def read_part(path):
+    """-> (the table of a part, what is noted of it)"""
+    table = pa.ipc.open_file(pa.memory_map(path)).read_all()
+    about = json.loads(table.schema.metadata[b'nanoduplex'])
+    return table.replace_schema_metadata(None), about
+
+
+def in_order(table, ids):
+    rows = {id: row for row, id in enumerate(table['id'].to_pylist())}
+    return table.take(pa.array([rows[id] for id in ids if id in rows], pa.int64()))
+
+
+def add_remarks(remarks, more):
+    """Both are {remark: (how many recordings, the id of the first)}; the first gets the sum."""
+    for remark, (n, first) in more.items():
+        n_before, first = remarks.get(remark, (0, first))
+        remarks[remark] = n_before + n, first
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what was skipped, again
+
+def reopen(args, recipe, codec, parts, reader):
+    """
+    Of a data folder that is finished, reads again what was skipped. If some of it can be read now, the folder
+    becomes unfinished, with all that it has in its parts, and True is returned.
+
+        000016.arrow            a part of which nothing was skipped
+        000017.before.arrow     what there is of a part that is to be made again
+    """
+    marker, path = (os.path.join(args.out, name) for name in ('prepared.json', 'skipped.jsonl'))
+    skipped = read_skipped(path)
+    with ThreadPoolExecutor(args.n_thread) as pool:
+        found = pool.map(reader, skipped)
+        first = next((id for id, what in found if not isinstance(what, str)), None)
+        pool.shutdown(cancel_futures=True)
+    if first is None:
+        left = f'; {len(skipped)} recordings still cannot be read, {path} says why' if skipped else ''
+        print(f'{args.out} is prepared already{left}')
+        return False
+    with open(os.path.join(args.out, '.lock'), 'w') as lock, Claim(lock, len(parts) + 1, wait=True):
+        if os.path.exists(marker) and first in read_skipped(path):      # else another process was here
+            print(f'{first}, which was skipped, can be read now: all {len(skipped)} that were skipped '
+                  'are tried again')
+            lay_out_parts(args.out, codec, parts, skipped)
+            write_recipe(os.path.join(args.out, 'parts', 'recipe.json'), recipe)
+            os.remove(marker)
+    return not is_prepared(marker, recipe)
+
+
+def read_skipped(path):
+    """{id: why}"""
+    if not os.path.isfile(path):
+        return {}
+    with open(path, encoding='utf-8') as file:
+        return {entry['id']: entry['reason'] for entry in map(json.loads, file)}
+
+
+def before_path(path):
+    return f'{os.path.splitext(path)[0]}.before.arrow'
+
+
+def lay_out_parts(out, codec, parts, skipped):
+    """Writes the parts of a finished data folder again; those of which something was skipped, unfinished."""
+    folder, number_of = os.path.join(out, 'parts'), {id: n for n, ids in enumerate(parts) for id in ids}
+    batches = [[] for _ in parts]
+    for split in ('train', 'val', 'test'):
+        table, _ = read_part(os.path.join(out, f'{split}.arrow'))
+        for batch in table.to_batches():
+            if len(batch):      # finish wrote a batch for each part
+                batches[number_of[batch['id'][0].as_py()]].append(batch)
+    done = read_json(os.path.join(out, 'prepared.json'))
+    about = dict(lost_turns=done['turns_outside_their_recording'], remarks=done.get('remarks', {}))
+    remove(folder)      # of a process that was killed here
+    os.makedirs(folder)
+    for number, ids in enumerate(parts):
+        path = os.path.join(folder, f'{number:06d}.arrow')
+        table = in_order(pa.Table.from_batches(batches[number], SCHEMA), ids)
+        save_table(path if skipped.keys().isdisjoint(ids) else before_path(path), table, codec.describe(),
+                   skipped=[], **about)
+        about = dict(lost_turns=0, remarks={})      # the first part has those of all
+
+
 # ------------------------------------------------------------------------------------------------------------
 # all parts
 
@@ -329,13 +435,12 @@ def count_kinds(skipped, n=10):
 
 def finish(args, recipe, codec, ids, n_part):
     """The parts become the data set, and a table of what is in it is printed."""
-    tables, skipped, lost_turns = [], [], 0
+    tables, skipped, lost_turns, remarks = [], [], 0, {}
     for number in range(n_part):
-        path = os.path.join(args.out, 'parts', f'{number:06d}.arrow')
-        table = pa.ipc.open_file(pa.memory_map(path)).read_all()
-        notes = json.loads(table.schema.metadata[b'nanoduplex'])
-        skipped += notes['skipped']
-        lost_turns += notes['lost_turns']
+        table, about = read_part(os.path.join(args.out, 'parts', f'{number:06d}.arrow'))
+        skipped += about['skipped']
+        lost_turns += about['lost_turns']
+        add_remarks(remarks, about['remarks'])
         tables.append(table)
     if len(skipped) == len(ids):
         shutil.rmtree(os.path.join(args.out, 'parts'))      # so that the same command tries again
@@ -369,7 +474,9 @@ def finish(args, recipe, codec, ids, n_part):
     if skipped:
         print(f'{len(skipped)} recordings were skipped, {os.path.join(args.out, "skipped.jsonl")} says why; '
               f'the first, {skipped[0]["id"]}: {skipped[0]["reason"]}')
-    write_json(os.path.join(args.out, 'prepared.json'), dict(recipe=recipe, **table))
+    for remark, (n, first) in remarks.items():
+        print(f'note: in {n} recordings {remark}; the first is {first}')
+    write_json(os.path.join(args.out, 'prepared.json'), dict(recipe=recipe, **table, remarks=remarks))
     shutil.rmtree(os.path.join(args.out, 'parts'))
     os.remove(os.path.join(args.out, '.lock'))
 

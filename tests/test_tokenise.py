@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,39 @@ def test_killed_and_continued_equals_uninterrupted(prepare, monkeypatch):
         prepare(ITEMS, read_hum, '--part=2')
     out = prepare(ITEMS, lambda k, codec: read_again.append(k) or read_hum(k, codec), '--part=2')
     assert len(read_again) == 6         # three of six parts were there
+    for name in ('train.arrow', 'val.arrow', 'test.arrow', 'prepared.json', 'skipped.jsonl'):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_what_was_skipped_is_added_by_the_same_command(prepare, capsys, monkeypatch):
+    """Five were skipped; four are back when one is still broken. Only these five are read again, also where
+    that is broken off, and the folder is as if all had been there at once."""
+    items, read_now = ITEMS | {'broken': -1}, []
+
+    def read(k, codec, missing=()):
+        read_now.append(k)
+        if k in missing:
+            raise OSError('no file')
+        return read_hum(k, codec)._replace(remark='both hum' if k > 0.62 else '')
+
+    settings, late = ('--part=3', '--test_share=0.2'), (ITEMS['u1'], ITEMS['u3'])     # u1 and u8, u3 and u10
+    whole = prepare(items, read, *settings, out='whole')
+    assert 'note: in 2 recordings both hum; the first is u5' in capsys.readouterr().out
+    out = prepare(items, partial(read, missing=late), *settings)
+    assert len((out / 'skipped.jsonl').read_text().splitlines()) == 5
+    capsys.readouterr()
+    prepare(items, partial(read, missing=late), *settings)
+    assert 'prepared already; 5 recordings still cannot be read' in capsys.readouterr().out
+
+    def die(path, *rest):
+        raise KeyboardInterrupt
+    read_now.clear()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tokenise, 'make_part', die)
+        prepare(items, read, *settings)
+    assert 'u1, which was skipped, can be read now: all 5' in capsys.readouterr().out
+    prepare(items, read, *settings)
+    assert set(read_now) == {*late, -1}
     for name in ('train.arrow', 'val.arrow', 'test.arrow', 'prepared.json', 'skipped.jsonl'):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
 

@@ -390,6 +390,26 @@ def test_utterances_and_what_is_skipped(tmp_path, prepare, duplex):
     assert len(skipped) == len(reasons) + 1       # and the x
 
 
+def test_several_speakers_in_one_channel_are_noted(tmp_path, prepare, duplex, capsys):
+    """Of c and d; e's two names are the user's by a setting, and f's second speaker has no name."""
+    said = {id: [(first, 0.2, 0.4, 'Hi'), (second, 1.0, 0.4, 'Ho')] for id, first, second in (
+        ('a', 'x', 'x'), ('c', 'x', 'y'), ('d', 'y', 'User'), ('e', 'user', 'User'), ('f', 'x', None))}
+    path = write_rows(tmp_path / 'cuts.jsonl', [
+        cut(id, duplex[0], said=turns_said) for id, turns_said in said.items()])
+    records, _ = prepare(lhotse_cuts, path)
+    assert len(records) == 5
+    note = 'note: in {} recordings several speakers of one channel became one user; the first is {}\n'
+    assert capsys.readouterr().out.count(note.format(2, 'c')) == 1
+
+    write_wav(tmp_path / 'a.wav', hum(140, 2.0), hum(220, 2.0))
+    write_wav(tmp_path / 'b.wav', hum(140, 2.0), hum(220, 2.0))
+    for name, third in (('a', 'B'), ('b', 'C')):
+        words = [['Hi', [0.2, 0.4], 'SPEAKER_MAIN'], ['Ho', [0.8, 1.0], 'B'], ['Hm', [1.5, 1.7], third]]
+        (tmp_path / f'{name}.json').write_text(json.dumps(dict(alignments=words)))
+    prepare(moshi, write_rows(tmp_path / 'data.jsonl', [dict(path='a.wav'), dict(path='b.wav')]))
+    assert note.format(1, 'b') in capsys.readouterr().out
+
+
 def test_words_are_kept(tmp_path, prepare, duplex):
     spoken = cut('u', duplex[0], said=[('7169', 0.2, 0.8, 'Hi you')])
     spoken['supervisions'][0]['alignment'] = {

@@ -5,7 +5,8 @@ What a cut becomes depends on it:
     a cut                                               user              assistant      roles of turns by
     with target_audio (NeMo speechlm2's duplex cuts)    recording         target_audio   supervision.speaker
     of two channels, as telephone corpora have          --user_channel    the other      supervision.channel
-    of one channel                                      one-sided: --role says whose it is
+    of one channel                                      one-sided: --role says whose it is; several
+                                                        speakers become one, which is noted at the end
 
     cuts.jsonl.gz (or .json)                                    a cut a line
     recordings.jsonl.gz --supervisions=supervisions.jsonl.gz
@@ -159,11 +160,12 @@ def read_recording(item, codec, args):
         waves[args.role] = heard[0]
     for turn, supervision in zip(turns, cut.supervisions):
         turn['role'] = role_of(supervision, waves, by_channel, args, where)
+    remark = remark_on(turns, cut.supervisions, args)
     if len(waves) < 2:      # from one side alone nothing is learned without its text
         turns = [turn for turn in turns if turn['text']]
     if not turns:
         raise ValueError(f'{where}, has no supervision{"" if len(waves) == 2 else " with a text"}')
-    return tokenise.Recording(waves.get('user'), waves.get('assistant'), turns)
+    return tokenise.Recording(waves.get('user'), waves.get('assistant'), turns, remark)
 
 
 def parse(cut, where, audio_dir):
@@ -283,9 +285,22 @@ def load(recording, channels, cut, sample_rate, where):
     return [waves[channel] for channel in channels]
 
 
+def roles_by_name(args):
+    return dict.fromkeys(args.user_speakers, 'user') | dict.fromkeys(args.assistant_speakers, 'assistant')
+
+
+def remark_on(turns, supervisions, args):
+    """Are several people one role? Those whom a setting calls by that role are one."""
+    roles, people = roles_by_name(args), {}
+    for turn, supervision in zip(turns, supervisions):
+        if supervision.speaker is not None:
+            name = roles.get(supervision.speaker, supervision.speaker)
+            people.setdefault(turn['role'], set()).add(name)
+    return ' and '.join(tokenise.SEVERAL.format(role) for role, names in people.items() if len(names) > 1)
+
+
 def role_of(supervision, waves, by_channel, args, where):
-    speakers = dict.fromkeys(args.user_speakers, 'user') | dict.fromkeys(args.assistant_speakers, 'assistant')
-    by_speaker = speakers.get(supervision.speaker)
+    by_speaker = roles_by_name(args).get(supervision.speaker)
     if len(waves) == 1:
         role, = waves
         if by_speaker not in (None, role):

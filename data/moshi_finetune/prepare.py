@@ -42,8 +42,9 @@ def read_recording(item, codec, args):
     if path is None or not isinstance(duration_sec, (int, float, type(None))):
         raise ValueError(f'{where}, is no object with a path and a duration in seconds')
     user, assistant = read_channels(path, codec.sample_rate, duration_sec, args.user_channel)
-    words = read_words(path, args.assistant_speakers)
-    return tokenise.Recording(user, assistant, turns_of(words, args.gap_sec))
+    words, n_user = read_words(path, args.assistant_speakers)
+    remark = tokenise.SEVERAL.format('user') if n_user > 1 else ''
+    return tokenise.Recording(user, assistant, turns_of(words, args.gap_sec), remark)
 
 
 def read_channels(path, sample_rate, duration_sec, user_channel):
@@ -59,7 +60,7 @@ def read_channels(path, sample_rate, duration_sec, user_channel):
 
 
 def read_words(audio, assistant_speakers):
-    """role -> its words in order, from what lies beside the audio"""
+    """-> (role -> its words in order, how many speakers are the user), from what lies beside the audio"""
     path = os.path.splitext(audio)[0] + '.json'
     found = word_list(audio) if not os.path.isfile(path) else []
     found = found or read_json(path)
@@ -74,7 +75,8 @@ def read_words(audio, assistant_speakers):
         role = 'assistant' if str(speaker) in assistant_speakers else 'user'
         if spoken(text):
             words[role].append(dict(text=spoken(text), start_sec=start_sec, end_sec=end_sec))
-    return {role: sorted(said, key=lambda word: word['start_sec']) for role, said in words.items()}
+    words = {role: sorted(said, key=lambda word: word['start_sec']) for role, said in words.items()}
+    return words, len(set(speakers) - set(assistant_speakers))
 
 
 def read_json(path):

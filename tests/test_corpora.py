@@ -579,6 +579,30 @@ def test_rounds_become_a_dialogue_where_the_user_can_be_heard(tmp_path, prepare,
     assert turns(records['other.jsonl, row 1']) == [('assistant', 0, 2, 'Yes.')]
 
 
+def test_codes_in_other_forms(tmp_path, prepare):
+    """One field of an object; all that is readable is the same three codes."""
+    good = [[12, 5, 7], [[12, 5, 7]], [[[12, 5, 7]]], '12 5 7', ' 12,5, 7\n']
+    bad = [[[12, 5], [7, 1]], '12 five', '', 'a.npy', [1.5], {'a': 1}, None]
+    path = write_rows(tmp_path / 'rows.jsonl', [
+        dict(answer=dict(codes=tokens, text='Yes.')) for tokens in [*good, *bad]])
+    fields = '--codes=answer.codes', '--text=answer.text'
+    records, skipped = prepare(codes, path, *fields, '--one_sided')
+    assert [record['assistant'].tolist() for record in records.values()] == [[12, 5, 7]] * len(good)
+    assert {turns(record)[0] for record in records.values()} == {('assistant', 0, 3, 'Yes.')}
+    reasons = ['has 2 lists in answer.codes: a codec of one codebook has one code a frame', *[
+        '"12 45 7" and "12,45,7" are read; --codes=FIELD names another field'] * (len(bad) - 1)]
+    check_reasons(skipped, {
+        f'rows.jsonl, row {n}': reason for n, reason in enumerate(reasons, len(good) + 1)})
+
+    both = dict(answer=dict(codes='1 2', text='Yes.'), ask=dict(codes=[[3, 4, 5]], text='What?'), n=dict(i=1))
+    plain = {'answer.codes': [1], 'answer.text': 'A name with a dot.'}
+    path = write_rows(tmp_path / 'both.jsonl', [both, plain])
+    records, _ = prepare(codes, path, *fields, '--user_codes=ask.codes', '--user_text=ask.text',
+                         '--dialogue_fields=n.i')
+    assert turns(records['1']) == [('user', 0, 3, 'What?'), ('assistant', 3, 5, 'Yes.')]
+    assert turns(records['both.jsonl, row 2']) == [('assistant', 0, 1, 'A name with a dot.')]
+
+
 @real
 def test_real_rows_become_dialogues_flatten_and_come_back(tmp_path, prepare):
     """

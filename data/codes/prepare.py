@@ -8,6 +8,11 @@ CosyVoice at 50 Hz.
     user       ▓ round 1 ▓                    ▓ round 2 ▓
     assistant             ▓ target_token ▓ gap            ▓ target_token ▓
 
+Other fields are named by settings, with a dot into an object. Codes are a list of integers, such a list alone
+in another, or a string, "12 45 7" or "12,45,7":
+
+    {"answer": {"codes": [[12, 45, 7]], "text": "Hello."}}      --codes=answer.codes --text=answer.text
+
 An index whose rounds all have the user's codes or audio becomes a dialogue of two channels. Of any other
 index each row becomes a one-sided utterance of the assistant.
 
@@ -20,6 +25,7 @@ codes of another rate look the same.
 """
 import json
 import os
+import re
 from functools import partial
 
 import numpy as np
@@ -39,7 +45,7 @@ def list_items(args):
     audio_dir = args.audio_dir or os.path.dirname(os.path.abspath(args.manifest))
     dialogues, counts = {}, dict(dialogues=0, rounds=0, one_sided=0)
     for where, row, offset in read_rows(args.manifest):
-        key = [str((row or {}).get(name, '')) for name in args.dialogue_fields]
+        key = [str('' if row is None else value_of(row, name, '')) for name in args.dialogue_fields]
         heard = not args.one_sided and row is not None and has_user(row, args, audio_dir)
         dialogues.setdefault('-'.join(key) if any(key) else where, []).append((where, offset, heard))
 
@@ -62,11 +68,22 @@ def list_items(args):
     return items
 
 
+def value_of(row, name, default=None):
+    """What a field holds; answer.codes is the field codes of the object in the field answer."""
+    if name in row:
+        return row[name]
+    for part in name.split('.'):
+        if not isinstance(row, dict) or part not in row:
+            return default
+        row = row[part]
+    return row
+
+
 def has_user(row, args, audio_dir):
-    if row.get(args.user_codes):
+    if value_of(row, args.user_codes):
         return True
     try:
-        return bool(find_audio(row.get(args.user_audio), audio_dir))
+        return bool(find_audio(value_of(row, args.user_audio), audio_dir))
     except ValueError:
         return False
 
@@ -88,21 +105,21 @@ def read_recording(item, codec, args):
     rows = [(where, read_row(args.manifest, where, offset)) for where, offset in places]
     if not is_dialogue:
         (where, row), = rows
-        codes = take_codes(row, args.codes, codec, where)
+        codes = take_codes(row, 'codes', args, codec, where)
         text = take_text(row, args.text, where)
         return tokenise.Recording(None, codes, [turn('assistant', 0, len(codes), text, codec)])
 
-    rounds = [row.get(args.round, 1) for _, row in rows]
+    rounds = [value_of(row, args.round, 1) for _, row in rows]
     if not all(type(number) is int for number in rounds) or sorted(rounds) != list(range(1, len(rows) + 1)):
         raise ValueError(f'{rows[0][0]}, begins a dialogue of the rounds {rounds}, not 1 to {len(rows)}')
-    rows.sort(key=lambda pair: pair[1].get(args.round, 1))
+    rows.sort(key=lambda pair: value_of(pair[1], args.round, 1))
     audio_dir = args.audio_dir or os.path.dirname(os.path.abspath(args.manifest))
     users, answers, turns, at = [], [], [], 0       # at: the frame
     for where, row in rows:
         if turns:
             at += round(args.gap_sec * codec.rate_hz)
         user = take_user(row, codec, args, audio_dir, where)
-        codes = take_codes(row, args.codes, codec, where)
+        codes = take_codes(row, 'codes', args, codec, where)
         n_user = len(user) if user.dtype.kind != 'f' else -(-len(user) // hop(codec))
         # before the last <USER>: the text repeats the earlier rounds
         user_text = take_text(row, args.user_text, where).rsplit('<USER>:', 1)[-1].strip()
@@ -138,9 +155,9 @@ def turn(role, start, end, text, codec):
 
 
 def take_user(row, codec, args, audio_dir, where):
-    if row.get(args.user_codes):
-        return take_codes(row, args.user_codes, codec, where)
-    path = find_audio(row[args.user_audio], audio_dir)
+    if value_of(row, args.user_codes):
+        return take_codes(row, 'user_codes', args, codec, where)
+    path = find_audio(value_of(row, args.user_audio), audio_dir)
     waves = read_piece(path, path, codec.sample_rate)
     if len(waves) != 1:
         raise ValueError(f'{path} has {len(waves)} channels, the user is one')
@@ -148,18 +165,31 @@ def take_user(row, codec, args, audio_dir, where):
 
 
 def take_text(row, name, where):
-    if not isinstance(row.get(name), str):
-        found = f'{name} {row[name]!r:.80}, no text' if row.get(name) is not None else f'no {name}'
+    text = value_of(row, name)
+    if not isinstance(text, str):
+        found = f'{name} {text!r:.80}, no text' if text is not None else f'no {name}'
         raise ValueError(f'{where}, has {found}')
-    return row[name]
+    return text
 
 
-def take_codes(row, name, codec, where):
-    codes = row.get(name)
+def take_codes(row, key, args, codec, where):
+    """key: the setting that names the field, codes or user_codes"""
+    name = getattr(args, key)
+    codes = found = value_of(row, name)
     if codes is None:
-        raise ValueError(f'{where}, has no {name}')
+        raise ValueError(f'{where}, has no {name}; --{key}=FIELD names another field, --{key}=answer.codes one '
+                         'in an object')
+    while isinstance(codes, list) and len(codes) == 1 and isinstance(codes[0], list):
+        codes = codes[0]        # [[1, 2, 3]], as of a batch of one
+    if isinstance(codes, str) and re.fullmatch(r'\s*\d+([\s,]+\d+)*\s*', codes):
+        codes = [int(code) for code in re.findall(r'\d+', codes)]
+    if isinstance(codes, list) and len(codes) > 1 and all(isinstance(each, list) for each in codes):
+        raise ValueError(f'{where}, has {len(codes)} lists in {name}: a codec of one codebook has one code a '
+                         'frame; keep the first codebook, or join the pieces, to one list')
     if not isinstance(codes, list) or not codes or not all(type(code) is int for code in codes):
-        raise ValueError(f'{where}, has {name} {codes!r:.80}, no list of codes')
+        raise ValueError(f'{where}, has {name} {found!r:.80}, no list of codes: [12, 45, 7], [[12, 45, 7]], '
+                         f'"12 45 7" and "12,45,7" are read; --{key}=FIELD names another field, '
+                         f'--{key}=answer.codes one in an object')
     for frame, code in enumerate(codes):
         if not 0 <= code < codec.n_codes:
             raise ValueError(f'{where}, has code {code} at frame {frame} of {name}; '
@@ -182,7 +212,8 @@ def main():
     parser.add_argument('--dialogue_fields', type=lambda names: names.split(','), default='split_name,index',
                         help='that rounds of a dialogue share (split_name,index)')
     for key, name in FIELDS.items():
-        parser.add_argument(f'--{key}', metavar='FIELD', default=name, help=f'name of that field ({name})')
+        parser.add_argument(f'--{key}', metavar='FIELD', default=name,
+                            help=f'name of that field; a.b is b in the object a ({name})')
     args = parser.parse_args()
     settings = ('manifest', 'audio_dir', 'one_sided', 'gap_sec', 'dialogue_fields', *FIELDS)
     recipe = {key: getattr(args, key) for key in settings}

@@ -298,7 +298,8 @@ def test_both_forms_of_nemo_cuts_are_the_same_dialogue(tmp_path, prepare, duplex
     other, _ = prepare(lhotse_cuts, write_rows(tmp_path / 'docs.jsonl', [nemo_docs(whole)]))
     (tmp_path / 'cuts.json').write_text(json.dumps([whole]))
     as_list, _ = prepare(lhotse_cuts, tmp_path / 'cuts.json')
-    assert str(one) == str(other) == str(as_list)
+    old, _ = prepare(lhotse_cuts, write_rows(tmp_path / 'old.jsonl', [whole | {'type': 'Cut'}]))
+    assert str(one) == str(other) == str(as_list) == str(old)
     assert turns(one['c']) == [('user', 5, 25, 'Hi there'), ('assistant', 30, 45, 'Hello.')]
     assert len(one['c']['assistant']) == 50 and (one['c']['user'] == small_codec.encode(wave)).all()
 
@@ -369,6 +370,8 @@ def test_utterances_and_what_is_skipped(tmp_path, prepare, duplex):
         cut('nan', user, said=[('x', float('nan'), 1.0, 'x')]),
         cut('shar', recording('', 2.0, kind='shar')),
         {'id': 'empty'},
+        cut('bare', None),
+        {key: value for key, value in cut('features', user).items() if key != 'recording'},
         cut('mono', recording('wavs/both.wav', 2.0))]
     path = write_rows(tmp_path / 'cuts.jsonl', [spoken, *bad, 'x'])
     records, skipped = prepare(lhotse_cuts, path, '--role=assistant')
@@ -385,6 +388,8 @@ def test_utterances_and_what_is_skipped(tmp_path, prepare, duplex):
         nan='not all finite',
         shar='give that folder',
         empty='TypeError',
+        bare='has no recording, and so no audio: "lhotse cut simple -r RECORDINGS -s SUPERVISIONS CUTS"',
+        features='or give the recordings themselves, with --supervisions=FILE',
         mono='has 2 channels, not [0]')
     assert {id: skipped.get(id) for id, reason in reasons.items() if reason not in skipped.get(id, '')} == {}
     assert len(skipped) == len(reasons) + 1       # and the x

@@ -12,7 +12,8 @@ What a cut becomes depends on it:
     recordings.jsonl.gz --supervisions=supervisions.jsonl.gz
     folder/cuts.000000.jsonl.gz recording.000000.tar …          Lhotse Shar: give the folder
 
-Cuts may be as Lhotse writes them, or as NeMo's documentation prints them: "path" for "sources", no "type".
+Cuts may be as Lhotse writes them, before 0.8 as "Cut", or as NeMo's documentation prints them: "path" for
+"sources", no "type".
 
     python data/lhotse/prepare.py duplex/cuts.jsonl.gz --codec=codecs/s3 --out=data/duplex
     python data/lhotse/prepare.py fisher_shar --user_channel=0 --codec=codecs/s3 --out=data/fisher
@@ -137,7 +138,9 @@ def read_recording(item, codec, args):
         if recording is not None:
             recordings[field] = recording
     if 'recording' not in recordings:
-        raise ValueError(f'{where}, has no recording')
+        raise ValueError(f'{where}, has no recording, and so no audio: "lhotse cut simple -r RECORDINGS -s '
+                         'SUPERVISIONS CUTS" makes cuts that have one, or give the recordings themselves, '
+                         'with --supervisions=FILE')
 
     channels = [cut.channel] if isinstance(cut.channel, int) else list(cut.channel)
     heard = load(recordings['recording'], channels, cut, codec.sample_rate, where)
@@ -176,9 +179,11 @@ def parse(cut, where, audio_dir):
         raise ValueError(f'{where}, is a recording, no cut: what is said in it, --supervisions=FILE says')
     custom = cut.get('custom') or {}
     keys = ('id', 'start', 'duration', 'channel', 'recording', 'supervisions')
-    kept = {key: cut[key] for key in keys if key in cut}
+    kept = {key: cut[key] for key in keys if cut.get(key) is not None}
     kept['custom'] = {key: custom[key] for key in ('target_audio',) if key in custom}
     kept['type'] = cut.get('type', 'MonoCut')
+    if kept['type'] == 'Cut':       # what a MonoCut was called before Lhotse 0.8
+        kept['type'] = 'MonoCut'
     if kept['type'] not in ('MonoCut', 'MultiCut'):
         raise ValueError(f'{where}, is a {kept["type"]}, whose audio is only made when it is read: '
                          'write it out with CutSet.save_audios first')

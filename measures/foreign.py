@@ -12,7 +12,8 @@ a folder for Full-Duplex-Bench. Files of one name, a.wav and a.jsonl, are one di
     sw2001A-ms98-a-word.text, sw2001B-ms98-a-word.text: Switchboard's word lists, for sw02001.wav
 
     b/input.wav and output.wav: a sample of Full-Duplex-Bench, in a folder of its own anywhere below, with the
-                user's words in transcription.json and the assistant's in output.json, if they are there
+                user's words in transcription.json and the assistant's in output.json, if they are there;
+                only where none of the other files lie in the folder itself
 
     words, or heard   ▓▓▓▓ ▓▓▓        ▓▓▓▓▓          ▓▓▓▓
     turns             └──────┘ gap_sec └───┘   gap   └──┘     a gap below gap_sec is a pause in a turn
@@ -63,7 +64,7 @@ def read_conversations(folder, rate_hz=25.0, user_channel=0, gap_sec=0.5, user_n
     if not 0 < rate_hz <= WINDOW_HZ or not gap_sec >= 0:
         raise ValueError(f'rate_hz is {rate_hz} (above 0, up to {WINDOW_HZ}), gap_sec {gap_sec} (from 0)')
     samples = list_samples(folder)
-    files = list_dialogues(folder, leave_out='samples.json' if samples else None) | samples
+    files = list_dialogues(folder, leave_out='samples.json' if samples else None) or samples
     if not files:
         raise ValueError(f'{folder} has no dialogue: no audio ({" ".join(AUDIO)}) and no transcript '
                          f'({" ".join(TRANSCRIPT)})')

@@ -370,6 +370,9 @@ def test_what_was_exported_comes_back(tmp_path):
     heard, before = found['user_interruption/1']['speaks'], c['speaks']
     assert heard['assistant'].any() and (heard['user'] == before['user'][10:200]).all()
 
+    foreign.export_full_duplex_bench([c], str(tmp_path / 'in/export'))      # does not count twice
+    assert [talk['id'] for talk in foreign.read_conversations(tmp_path / 'in', vad='energy')] == ['sw']
+
     (tmp_path / 'out/pause_handling/1/transcription.json').write_text('[{"text": "Wait,"}]')
     with pytest.raises(ValueError, match='pause_handling/1/transcription.json is no list of words'):
         list(foreign.read_conversations(tmp_path / 'out', vad='energy'))

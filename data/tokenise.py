@@ -235,7 +235,7 @@ def make_part(path, ids, reader, codec, args, pool):
                 add_remarks(remarks, {recording.remark: (1, id)})
     table = pa.Table.from_pylist(records, SCHEMA)
     if before is not None:
-        table = in_order(pa.concat_tables([before, table]), ids)
+        table = in_order(pa.concat_tables([before, table], promote_options='default'), ids)
     save_table(path, table, codec.describe(), skipped=skipped, lost_turns=n_lost, remarks=remarks)
     return sum(max(len(record['user']), len(record['assistant'])) for record in records) / codec.rate_hz
 
@@ -403,7 +403,9 @@ def lay_out_parts(out, codec, parts, skipped):
     os.makedirs(folder)
     for number, ids in enumerate(parts):
         path = os.path.join(folder, f'{number:06d}.arrow')
-        table = in_order(pa.Table.from_batches(batches[number], SCHEMA), ids)
+        # folders that were prepared before there were prompts lack that column
+        table = pa.Table.from_batches(batches[number]) if batches[number] else SCHEMA.empty_table()
+        table = in_order(table, ids)
         save_table(path if skipped.keys().isdisjoint(ids) else before_path(path), table, codec.describe(),
                    skipped=[], **about)
         about = dict(lost_turns=0, remarks={})      # the first part has those of all

@@ -143,8 +143,8 @@ def test_rows_of_all_names_become_utterances_and_bad_ones_are_named(tmp_path, pr
 def test_nothing_is_called_none():
     with pytest.raises(ValueError, match='^row 1, has no text$'):
         codes.take_text(dict(text=None), 'text', 'row 1')
-    with pytest.raises(ValueError, match='^row 1, has no codes$'):
-        codes.take_codes({}, 'codes', None, 'row 1')
+    with pytest.raises(ValueError, match='^row 1, has no codes: '):
+        codes.take_codes({}, 'codes', Namespace(codes='codes'), None, 'row 1')
     args = Namespace(user_speakers=['user'], assistant_speakers=['agent'])
     with pytest.raises(ValueError, match='^row 1, has a turn without a speaker; --user_speakers'):
         lhotse_cuts.role_of(Namespace(speaker=None, channel=None), [0, 1], {}, args, 'row 1')

@@ -176,9 +176,6 @@ def take_codes(row, key, args, codec, where):
     """key: the setting that names the field, codes or user_codes"""
     name = getattr(args, key)
     codes = found = value_of(row, name)
-    if codes is None:
-        raise ValueError(f'{where}, has no {name}; --{key}=FIELD names another field, --{key}=answer.codes one '
-                         'in an object')
     while isinstance(codes, list) and len(codes) == 1 and isinstance(codes[0], list):
         codes = codes[0]        # [[1, 2, 3]], as of a batch of one
     if isinstance(codes, str) and re.fullmatch(r'\s*\d+([\s,]+\d+)*\s*', codes):
@@ -187,9 +184,9 @@ def take_codes(row, key, args, codec, where):
         raise ValueError(f'{where}, has {len(codes)} lists in {name}: a codec of one codebook has one code a '
                          'frame; keep the first codebook, or join the pieces, to one list')
     if not isinstance(codes, list) or not codes or not all(type(code) is int for code in codes):
-        raise ValueError(f'{where}, has {name} {found!r:.80}, no list of codes: [12, 45, 7], [[12, 45, 7]], '
-                         f'"12 45 7" and "12,45,7" are read; --{key}=FIELD names another field, '
-                         f'--{key}=answer.codes one in an object')
+        what = f'no {name}' if found is None else f'{name} {found!r:.80}, no list of codes'
+        raise ValueError(f'{where}, has {what}: [12, 45, 7], [[12, 45, 7]], "12 45 7" and "12,45,7" are '
+                         f'read; --{key}=FIELD names another field, --{key}=answer.codes one in an object')
     for frame, code in enumerate(codes):
         if not 0 <= code < codec.n_codes:
             raise ValueError(f'{where}, has code {code} at frame {frame} of {name}; '

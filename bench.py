@@ -594,6 +594,22 @@ def decoding(bench, n_row):
         for ours in our_names if name not in our_names else ():
             bench.ratio(f'{name} / {ours}, batch {n_row}', seconds, name, ours)
 
+def users(bench):
+    """How many can talk to one device at once: a chunk of all may take as long as it lasts, 400 ms."""
+    context, most = bench.pick(44, 1012), 0
+    for n_row in bench.pick((1, 2), (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)):
+        rng = np.random.default_rng(0)
+        loop = decoding_loops(bench, n_row, context, rng)['ours']()
+        codes = rng.integers(0, bench.vocab.n_codes, (n_row, 10))
+        seconds = bench.measure(dict(ours=partial(loop.step, codes)), bench.pick(2, 40)).get('ours')
+        if seconds is None:
+            break       # out of memory
+        bench.add(f'{n_row} users: a chunk', 1e3 * seconds, 'ms', f'{context} tokens before')
+        if np.quantile(seconds, 0.99) > 0.4:
+            break
+        most = n_row
+    bench.add('users within 400 ms', most, 'users', 'p99 of their chunks, numbers doubled')
+
 def decoding_loops(bench, n_row, context, rng):
     """-> {name: function that makes a loop, which has read context tokens; its step takes (n_row, 10)}"""
     vocab = make_vocabulary(bench.vocab.code_start, bench.vocab.n_codes)
@@ -647,6 +663,7 @@ GPU_ROWS = dict(
     decode64=(partial(decoding, n_row=64), 40, 90),
     decode256=(partial(decoding, n_row=256), 40, 90),
     decode16=(partial(decoding, n_row=16), 40, 90),
+    users=(users, 90, 90),
     packing=(packing, 40, 40),
 )
 

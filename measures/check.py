@@ -230,7 +230,8 @@ def duplex(bench):
 # training
 
 def group(bench):
-    """A process group of one: broadcast, all-reduce in bf16 and fp32, barrier."""
+    """A process group of one: broadcast, all-reduce in bf16 and fp32, barrier; and a graph captured beside
+    it, as listening does in training."""
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group('nccl' if bench.is_cuda else 'gloo', rank=0, world_size=1,
                                 init_method=f'file://{folder}/store')
@@ -243,8 +244,14 @@ def group(bench):
             work.wait()
             dist.barrier()
             wrong += float((x - y).abs().sum())
+        if bench.is_cuda:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode='thread_local'):
+                doubled = 2 * x
+            graph.replay()
+            wrong += float((doubled - 2 * x).abs().sum())
         dist.destroy_process_group()
-    verify(bench, 'broadcast, all-reduce, barrier', wrong, 0.0)
+    verify(bench, 'broadcast, all-reduce, barrier, capture', wrong, 0.0)
 
 
 def no_waits(bench):

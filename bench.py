@@ -21,10 +21,8 @@ dialogues, 2,698 tokens on average, for rows of 8,192.
 """
 import argparse
 import gc
-import importlib.metadata
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -39,6 +37,7 @@ from torch.nn import functional as F
 
 from common.device import pick_dtype
 from common.files import read_json, read_jsonl, write_json
+from common.origin import describe_run, installed_versions
 from config import Parser
 from data.dialogues import Dialogues
 from data.loader import Loader, pack
@@ -57,8 +56,6 @@ DEMO = dict(n_layer=4, n_head=3, n_kv_head=1, n_embd=192, n_inner=512)          
 # an error of these kinds, as from a peer's changed interface, becomes a line of the table; others still run
 FAILURES = (RuntimeError, OSError, ImportError, ValueError, TypeError, AttributeError, LookupError,
             AssertionError, subprocess.SubprocessError)
-VERSIONS = ('torch', 'numpy', 'tiktoken', 'safetensors', 'pyarrow', 'triton', 'transformers', 'accelerate',
-            'trl', 'liger-kernel', 'vllm')
 
 
 class Bench:
@@ -149,29 +146,12 @@ class Bench:
         return resident_bytes('VmHWM') - before
 
     def save(self, path):
-        git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
-        gpu = torch.cuda.get_device_name() if self.is_cuda else None
-        versions = {name: version for name, version in installed_versions().items() if name in VERSIONS}
-        result = dict(
-            command=' '.join(['python', 'bench.py', *sys.argv[1:]]),
-            date=time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime(self.start)),
-            commit=git(['git', 'rev-parse', 'HEAD']).stdout.strip() or None,
-            uncommitted=bool(git(['git', 'status', '--porcelain', '-uno']).stdout),
-            machine=dict(cpu=cpu_name(), cores=os.cpu_count(), gpu=gpu, system=platform.platform()),
-            versions=dict(python=platform.python_version(), **versions),
+        result = describe_run() | dict(
             dtype=str(self.dtype).removeprefix('torch.'), threads=torch.get_num_threads(),
             tiny=self.args.tiny, sec=time.time() - self.start, figures=self.figures, missing=self.missing,
             failed=self.failed)
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         write_json(path, result)
-
-def installed_versions():
-    return {dist.metadata['Name']: dist.version for dist in importlib.metadata.distributions()}
-
-def cpu_name():
-    with open('/proc/cpuinfo' if os.path.exists('/proc/cpuinfo') else os.devnull) as file:
-        names = [line.split(': ')[1].strip() for line in file if line.startswith('model name')]
-    return names[0] if names else platform.machine()
 
 def resident_bytes(key):
     with open('/proc/self/status') as file:

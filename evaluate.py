@@ -30,6 +30,7 @@ from checkpoint import check_codec, last_state, load_checkpoint
 from common.device import Place, pick_device, pick_dtype
 from common.files import read_json, write_json
 from common.linear import pick_linear
+from common.origin import describe_run
 from data.dialogues import Dialogues
 from data.loader import STREAMS, Loader
 from decode import Sampling, converse, for_decoding, render
@@ -333,10 +334,11 @@ def main(cfg):
         said = words.said_as_written(conversations, cfg.whisper, device=pick_device(cfg.device))
         metrics |= dict(said_wer=said['wer'], said_cer=said['cer'])
     os.makedirs(out, exist_ok=True)
-    write_json(os.path.join(out, 'metrics.json'), metrics)
+    origin = describe_run()
+    write_json(os.path.join(out, 'metrics.json'), dict(origin=origin, **metrics))
     if conversations and cfg.judge_url:     # last: a server that fails does not take the rest along
         metrics |= ask_judge(cfg, conversations, os.path.join(out, 'judge.jsonl'))
-        write_json(os.path.join(out, 'metrics.json'), metrics)
+        write_json(os.path.join(out, 'metrics.json'), dict(origin=origin, **metrics))
     rows = table(metrics)
     print('\n' + format_table(rows))
     if conversations and cfg.n_report:

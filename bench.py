@@ -64,6 +64,7 @@ class Bench:
     def __init__(self, args):
         self.args, self.start, self.row, self.figures, self.missing = args, time.time(), None, [], []
         self.failed = []    # of --check: 'row: name'
+        self.origin = describe_run()    # now, as the results may lie in the clone, and make it look changed
         self.is_cuda = torch.cuda.is_available() and not args.cpu
         self.device = torch.device('cuda' if self.is_cuda else 'cpu')
         self.dtype = pick_dtype('auto', self.device)
@@ -146,7 +147,7 @@ class Bench:
         return resident_bytes('VmHWM') - before
 
     def save(self, path):
-        result = describe_run() | dict(
+        result = self.origin | dict(
             dtype=str(self.dtype).removeprefix('torch.'), threads=torch.get_num_threads(),
             tiny=self.args.tiny, sec=time.time() - self.start, figures=self.figures, missing=self.missing,
             failed=self.failed)

@@ -71,6 +71,7 @@ class Dialogues:
             self.codec = codec
             self.parts += columns
         self.firsts = [0, *accumulate(map(len, self.parts))]
+        self.has_prompts = any(part.prompt for part in self.parts)
         self.n_frame = []       # of the user's channels, and of the assistant's
         for role in ('user', 'assistant'):
             lengths = [np.diff(part.codes[role][0]) for part in self.parts]
@@ -78,6 +79,8 @@ class Dialogues:
 
     def prompt(self, i):
         """The prompt of record i, '' where it has none."""
+        if not self.has_prompts:
+            return ''
         part = bisect_right(self.firsts, i) - 1
         prompts, i = self.parts[part].prompt, i - self.firsts[part]
         return prompts[i:i + 1][0] if prompts else ''

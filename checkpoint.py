@@ -208,6 +208,8 @@ def find_state(out_dir, place):
             raise ValueError(f'out_dir={out_dir} holds one run where process {source} runs and another where '
                              f'process {rank} does: rename the folder that is not to go on')
     if seen[0][0] < newest:
+        if place.is_main and os.path.exists(out_dir):
+            print(f'{out_dir} was behind the run of process {source}, moved to {move_aside(out_dir)}')
         send_folder(out_dir, source, out_dir if place.is_main else None, place)
         seen = see_states(out_dir, place)       # now also that of others on the first process's node
     is_lacking = seen[place.rank][0] < newest

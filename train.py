@@ -375,7 +375,7 @@ def open_out_dir(cfg, place, resume_from, state):
     place.barrier()
     # a state that is still there lies on a disk of this node, from when the first process of a run was here
     if not resume_from and place.local_rank == 0 and checkpoint.last_state(cfg.out_dir):
-        checkpoint.move_aside(cfg.out_dir)
+        print(f'{cfg.out_dir} held another run on this node, moved to {checkpoint.move_aside(cfg.out_dir)}')
     if not place.is_main:
         return
     if resume_from and state['best_step'] == state['step']:

@@ -66,7 +66,10 @@ def test_a_run_goes_on_wherever_its_first_process_is(toy, tmp_path):
     shutil.copytree(folders['a'] / 'run', folders['c'] / 'run')
     resumed = replace(toy, resume=True)
     two_nodes([resumed] * 2, [folders['a'], folders['b']])
+    (folders['d'] / 'run').mkdir()
+    (folders['d'] / 'run/notes.txt').write_text('precious')
     two_nodes([resumed] * 2, [folders['d'], folders['c']])
+    assert (folders['d'] / 'run.1/notes.txt').read_text() == 'precious'     # moved aside, not replaced
     expected = weights(folders['whole'], 15)
     assert equal(weights(folders['a'], 15), expected) and equal(weights(folders['d'], 15), expected)
     # the log came along, the state that was sent to the other node is deleted there

@@ -691,6 +691,7 @@ def main():
         if needed_sec[args.peers] > left_sec and not args.tiny:
             bench.miss(name, f'left out: it takes {needed_sec[args.peers]} s; '
                              f'of --budget={budget:.0f}, {left_sec:.0f} s are left')
+            bench.failed.append(f'{name}, left out')    # of --check: what did not run is not right
         else:
             signal.alarm(int(args.row_sec) + 1)
             try:

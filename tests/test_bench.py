@@ -71,6 +71,10 @@ def test_a_check_that_fails_ends_with_its_name(monkeypatch, capsys, tmp_path):
         bench.main()
     printed = capsys.readouterr().out
     assert printed.count('FAIL') == 2 and printed.count('pass: at most 1') == 1
+    monkeypatch.setattr(bench_check, 'ROWS', dict(late=(row, 9999, 9999)))      # no time is left for it
+    monkeypatch.setattr('sys.argv', ['bench.py', '--check', '--cpu', f'--save={tmp_path}/b.json'])
+    with pytest.raises(SystemExit, match='1 failed: late, left out'):
+        bench.main()
 
 
 def test_a_row_that_fails_is_a_line_and_the_others_run(monkeypatch, capsys, tmp_path):

@@ -30,16 +30,16 @@ import torch.distributed as dist
 
 import checkpoint
 import config
-from common.device import PEAK_FLOPS, Place, join
+from common.device import Place, join, peak_flops
 from common.files import remove
 from common.memory import check_memory, find_batch_size, peak_bytes
 from data.dialogues import Dialogues
-from data.loader import STREAMS, Loader, Mixture, Prefetch
+from data.loader import Loader, Mixture, Prefetch
 from flatten import get_layout
 from measures.draw import show_rows
 from measures.listen import Listener
-from measures.logger import Logger
-from measures.losses import by_stream, format_losses, loss_sums, stream_sums, token_weights
+from measures.logger import Logger, print_stage
+from measures.losses import Meter, by_stream, format_losses, loss_sums, token_weights
 from model import ModelConfig, Qwen2
 from parallel import Copies, Shards
 from vocabulary import CONTROL, Vocabulary
@@ -210,8 +210,7 @@ def main(cfg):
     if cfg.show:
         if place.is_main:
             for stage in stages:
-                print(f'stage {stage.name}')
-                show_rows(stage.loader, stage.layouts, vocab, cfg.text_weight, cfg.show)
+                show_rows(stage, vocab, cfg.text_weight, cfg.show)
         return {}
     optimizer = make_optimizer(model, cfg)
     state = dict(run_id=uuid4().hex, step=0, loader=None, best=None, best_step=None, sec_heard=0.0,
@@ -478,23 +477,6 @@ def save_and_listen(run, stage):
 # ------------------------------------------------------------------------------------------------------------
 # what is printed and logged
 
-class Meter:
-    """What came together since the last line of the log."""
-
-    def __init__(self, batches, device):
-        self.batches = batches
-        self.sums = torch.zeros(2, len(STREAMS), dtype=torch.float64, device=device)    # see stream_sums
-        self.restart()
-
-    def restart(self):
-        self.sums.zero_()
-        self.sec, self.n_step, self.start, self.waited_sec = 0.0, 0, time.time(), self.batches.wait_sec
-
-    def add(self, batch, losses):
-        self.sums += stream_sums(losses, batch, losses.device)
-        self.sec += batch.sec
-
-
 def log_training(run, stage, meter, lr, grad_norm, batch, n_learned):
     """Prints and logs the steps since the last line. Raises ValueError where the loss is not finite."""
     cfg, state = run.cfg, run.state
@@ -536,13 +518,12 @@ def log_evaluation(run, stage, metrics):
 def utilisation(run, batch, n_learned, tokens_per_sec):
     """MFU: the FLOPs that these tokens require, over the most that the GPU can do. None for other devices."""
     device, world_size = run.place.device, run.place.world_size
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
-    peak_flops = next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
-    if not peak_flops:
+    _, most = peak_flops(device)
+    if not most:
         return None
     mean_keys = float((batch.pos + 1).double().mean())
     flops = run.model.flops_per_token(n_learned * world_size / run.cfg.batch_tokens, mean_keys)
-    return tokens_per_sec * flops / (peak_flops * world_size)
+    return tokens_per_sec * flops / (most * world_size)
 
 
 def print_start(run, state_bytes):
@@ -552,33 +533,6 @@ def print_start(run, state_bytes):
               f'{state_bytes / 1e9:.2g} GB of weights, gradients and moments each; '
               f'{count_micro_steps(cfg, place)} micro-steps of {cfg.batch_size} x {cfg.block_size} x '
               f'{place.world_size} = {cfg.batch_tokens} tokens a step, {run.n_step} steps')
-
-
-def print_stage(run, stage):
-    """What the stage goes through, and notes on settings that make no sense together."""
-    cfg, c, n_step = run.cfg, stage.counts, stage.last - stage.first
-    n_dialogue = sum(len(loader.dialogues) for loader in stage.loader.loaders)
-    padding = 1 - c['tokens'] / (c['rows'] * cfg.block_size + c['documents'])
-    run.print(f'stage {stage.name}, steps {stage.first} to {stage.last}: an epoch has {c["dialogues"]} of '
-              f'{n_dialogue} dialogues, {c["documents"]} documents, {c["sec"] / 3600:.2f} h, '
-              f'{c["tokens"]} tokens, {c["learned"] / c["tokens"]:.0%} learned, '
-              + (f'{padding:.1%} padding, ' if is_padded(cfg, run.place) else 'no padding, ')
-              + f'{c["too_long"]} documents too long, {c["text_dropped"]} text tokens dropped; '
-              f'it takes {stage.epoch_steps:.3g} steps, the stage {n_step / stage.epoch_steps:.3g} epochs')
-    if n_step < 100 and stage.epoch_steps < 10:
-        run.print(f'note: {n_step} steps in all, as a step takes {cfg.batch_tokens} tokens and an epoch has '
-                  f'{c["tokens"]}: a model hardly moves in so few; a --batch_tokens of '
-                  f'{c["tokens"] / 100:.2g} would make 100 an epoch')
-    if n_step > 50 * stage.epoch_steps:
-        run.print(f'note: the stage goes through its data {n_step / stage.epoch_steps:.0f} times: '
-                  'it will know it by heart')
-    if cfg.warmup_steps > run.n_step / 2:
-        run.print(f'note: warmup_steps={cfg.warmup_steps} of {run.n_step} steps: the learning rate hardly '
-                  f'gets to {cfg.learning_rate}')
-    n_document = c['too_long'] + c['documents']
-    if c['too_long'] > 0.05 * n_document:
-        run.print(f'note: {c["too_long"]} of {n_document} documents are longer than '
-                  f'block_size={cfg.block_size} and left out: raise it')
 
 
 if __name__ == '__main__':

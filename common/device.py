@@ -30,6 +30,12 @@ def pick_device(name):
     return device
 
 
+def peak_flops(device):
+    """-> the name of the GPU in PEAK_FLOPS and its FLOP/s; None, None for another device"""
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
+    return next(((gpu, flops) for gpu, flops in PEAK_FLOPS.items() if gpu in name), (None, None))
+
+
 def pick_dtype(name, device):
     """'auto' is bfloat16 where the hardware multiplies it, else float32; other names are torch's own."""
     if name != 'auto':

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from common.device import PEAK_FLOPS, Place
+from common.device import Place, peak_flops
 from data.dialogues import Dialogues
 from data.loader import Loader
 from data.made_up import make_codec, make_vocabulary, write_data
@@ -325,8 +325,8 @@ def speed(bench):
 
 def add_mfu(bench, name, rates, flops):
     """rates: tokens a second; flops: of a token"""
-    device = torch.cuda.get_device_name()
-    limits = [(limit, f'the {gpu}') for gpu, limit in PEAK_FLOPS.items() if gpu in device][:1]
+    gpu, most = peak_flops(bench.device)
+    limits = [(most, f'the {gpu}')] if gpu else []
     measured = [figure['median'] for figure in bench.figures if figure['unit'] == 'TFLOP/s']
     if measured:
         limits.append((1e12 * max(measured), 'the largest matmul measured'))

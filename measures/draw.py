@@ -164,18 +164,19 @@ def draw_batch(batch, layouts, vocab, streams, weights, n_row=1, columns=110, cl
     return '\n'.join(lines)
 
 
-def show_rows(loader, layouts, vocab, text_weight, n_row):
-    """Prints the first n_row rows of a data.loader.Mixture, from the tensors that the model would get."""
+def show_rows(stage, vocab, text_weight, n_row):
+    """Prints the first n_row rows of a stage of train.py, from the tensors that the model would get."""
+    print(f'stage {stage.name}')
     columns, n_shown = shutil.get_terminal_size((110, 24)).columns, 0
-    clean = copy(loader)        # the same without user_noise, to see what it replaced
+    clean = copy(stage.loader)      # the same without user_noise, to see what it replaced
     clean.loaders, clean.taken = [copy(each) for each in clean.loaders], list(clean.taken)
     for each in clean.loaders:
         each.user_noise = 0.0
     while n_shown < n_row:
-        batch, clean_idx = loader.next_batch(), clean.next_batch().idx
+        batch, clean_idx = stage.loader.next_batch(), clean.next_batch().idx
         n = min(len(batch.idx), n_row - n_shown)
         weights = token_weights(batch, text_weight)
-        print_coloured(draw_batch(batch, layouts, vocab, STREAMS, weights, n, columns, clean_idx))
+        print_coloured(draw_batch(batch, stage.layouts, vocab, STREAMS, weights, n, columns, clean_idx))
         n_shown += n
 
 

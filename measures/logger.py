@@ -1,4 +1,7 @@
-"""Writes a run's figures: lines in out_dir/log.jsonl, and, if the settings say so, tensorboard and wandb."""
+"""
+Writes a run's figures: lines in out_dir/log.jsonl, and, if the settings say so, tensorboard and wandb. Prints
+what a stage goes through.
+"""
 import json
 import os
 from dataclasses import asdict
@@ -75,3 +78,30 @@ def open_wandb(cfg):
     # wandb's own counter only goes up, but a resumed training goes back to its last checkpoint
     run.define_metric('*', step_metric='step')
     return run
+
+
+def print_stage(run, stage):
+    """What a stage of train.py goes through, and notes on settings that make no sense together."""
+    cfg, c, n_step = run.cfg, stage.counts, stage.last - stage.first
+    n_dialogue = sum(len(loader.dialogues) for loader in stage.loader.loaders)
+    padding = 1 - c['tokens'] / (c['rows'] * cfg.block_size + c['documents'])
+    run.print(f'stage {stage.name}, steps {stage.first} to {stage.last}: an epoch has {c["dialogues"]} of '
+              f'{n_dialogue} dialogues, {c["documents"]} documents, {c["sec"] / 3600:.2f} h, '
+              f'{c["tokens"]} tokens, {c["learned"] / c["tokens"]:.0%} learned, '
+              + (f'{padding:.1%} padding, ' if stage.loader.loaders[0].padded else 'no padding, ')
+              + f'{c["too_long"]} documents too long, {c["text_dropped"]} text tokens dropped; '
+              f'it takes {stage.epoch_steps:.3g} steps, the stage {n_step / stage.epoch_steps:.3g} epochs')
+    if n_step < 100 and stage.epoch_steps < 10:
+        run.print(f'note: {n_step} steps in all, as a step takes {cfg.batch_tokens} tokens and an epoch has '
+                  f'{c["tokens"]}: a model hardly moves in so few; a --batch_tokens of '
+                  f'{c["tokens"] / 100:.2g} would make 100 an epoch')
+    if n_step > 50 * stage.epoch_steps:
+        run.print(f'note: the stage goes through its data {n_step / stage.epoch_steps:.0f} times: '
+                  'it will know it by heart')
+    if cfg.warmup_steps > run.n_step / 2:
+        run.print(f'note: warmup_steps={cfg.warmup_steps} of {run.n_step} steps: the learning rate hardly '
+                  f'gets to {cfg.learning_rate}')
+    n_document = c['too_long'] + c['documents']
+    if c['too_long'] > 0.05 * n_document:
+        run.print(f'note: {c["too_long"]} of {n_document} documents are longer than '
+                  f'block_size={cfg.block_size} and left out: raise it')

@@ -3,6 +3,7 @@ Losses by stream (text, speech, silence), in nats a token, and of all in bits a 
 second compare across layouts, which lay the same second out as different numbers of tokens.
 """
 import math
+import time
 
 import torch
 
@@ -48,3 +49,20 @@ def format_losses(values):
     """'loss  0.024 text  0.026 speech  0.024 silence  0.023 |     1.0 b/s'"""
     streams = ' '.join(f'{key} {values[key]:6.3f}' if key in values else f'{key}    -  ' for key in STREAMS)
     return f'loss {values["loss"]:6.3f} {streams} | {values["bits_per_sec"]:7.1f} b/s'
+
+
+class Meter:
+    """What came together since the last line of the log."""
+
+    def __init__(self, batches, device):
+        self.batches = batches
+        self.sums = torch.zeros(2, len(STREAMS), dtype=torch.float64, device=device)    # see stream_sums
+        self.restart()
+
+    def restart(self):
+        self.sums.zero_()
+        self.sec, self.n_step, self.start, self.waited_sec = 0.0, 0, time.time(), self.batches.wait_sec
+
+    def add(self, batch, losses):
+        self.sums += stream_sums(losses, batch, losses.device)
+        self.sec += batch.sec

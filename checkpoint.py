@@ -75,7 +75,8 @@ def load_checkpoint(folder, device='cpu'):
     if not info:
         raise ValueError(f'{folder}/config.json has no entry "nanoduplex": train.py did not write this '
                          'model, so its layout and codec are unknown')
-    vocab = Vocabulary.load(folder, info.n_codes)
+    control = [name for layout in info.layouts for name in layout.control]
+    vocab = Vocabulary.load(folder, info.n_codes, control)
     model = Qwen2.from_pretrained(folder).to(device).eval()
     check_vocabulary(folder, model, vocab)
     codec = load_codec(os.path.join(folder, 'codec'))
@@ -87,7 +88,7 @@ def load_checkpoint(folder, device='cpu'):
 
 def check_vocabulary(folder, model, vocab):
     """Ids must mean the same to the weights and to the tokenizer."""
-    if model.config.vocab_size != vocab.size:
+    if model.config.vocab_size > vocab.size or (model.config.vocab_size < vocab.size and not vocab.untrained):
         raise ValueError(f'{folder}: its model has {model.config.vocab_size} ids, its tokenizer with '
                          f'{vocab.n_codes} codes {vocab.size}: the checkpoint is of another vocabulary')
 

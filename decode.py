@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+import templates
 from common.files import whole
 from common.linear import Int8, pick_linear
 from flatten import ROLES, lay_prompt, unflatten
@@ -42,19 +43,20 @@ class SlotHead(nn.Module):
     The part of the model's head from which one kind of slot, text or speech, is chosen: in a speech slot of
     Qwen2-0.5B these are 4,097 ids of 156,032. forward: x (n_row, C) -> logits (n_row, n_id) of ids start,
     start + 1 …
+        ranges      of the ids that the slot allows: (first, end), …
     """
 
-    def __init__(self, model, vocab, kind, sampling, linear):
+    def __init__(self, model, vocab, kind, ranges, sampling, linear):
         super().__init__()
-        codes = vocab.code_start, vocab.code_start + vocab.n_codes
-        first, end = (0, vocab.n_text) if kind == 'text' else codes
-        silent = vocab.control[f'<|silent_{kind}|>']
         # rows are taken in one stretch, as a view; ids in it that the slot does not allow get -inf
-        stretch = slice(min(first, silent), max(end, silent + 1))
+        stretch = slice(min(first for first, _ in ranges), max(end for _, end in ranges))
         rows = (model.lm_head or model.model.embed_tokens).weight[stretch]      # (n_id, C)
         bias = torch.full((stretch.stop,), -torch.inf, device=rows.device)
-        bias[first:end] = 0.0
-        bias[silent] = math.log(sampling.text_weight) if kind == 'text' else sampling.silence_bias
+        for first, end in ranges:
+            bias[first:end] = 0.0
+        silent = vocab.control[f'<|silent_{kind}|>']
+        if silent < stretch.stop:       # stays forbidden where it is
+            bias[silent] += math.log(sampling.text_weight) if kind == 'text' else sampling.silence_bias
         self.start, self.bias = stretch.start, bias[stretch]
         if linear:
             self.linear = linear(rows)
@@ -112,10 +114,10 @@ class Duplex:
     """
 
     def __init__(self, model, vocab, layout, n_row=1, sampling=None, max_context=None, dtype=None,
-                 compile=False, prompt=''):
-        if layout.order != 'chunks':
-            raise ValueError(f'layout {layout.name} has no chunks: it cannot listen and talk at once; '
-                             'sample from a duplex3 or duplex2 checkpoint')
+                 compile=False, prompt='', is_mute=False):
+        if not layout.period:
+            raise ValueError(f'layout {layout.name} has no chunks of one length: it cannot listen and talk '
+                             'at once; sample from a duplex3 or duplex2 checkpoint')
         max_context = max_context or model.config.block_size
         prompt = lay_prompt(prompt, vocab)
         if max_context < 2 * layout.period + len(prompt):
@@ -123,10 +125,14 @@ class Duplex:
                              + f' behind a prompt of {len(prompt)}' * bool(prompt))
         weight = model.model.norm.weight
         self.vocab, self.layout, self.n_row, self.device = vocab, layout, n_row, weight.device
+        self.is_mute = is_mute      # writes, but never speaks
         linear, rest = pick_linear(dtype or weight.dtype, self.device, compile)
         self.model = for_decoding(model, rest, linear)
-        sampling, kinds = sampling or Sampling(), ('text', 'speech')
-        self.heads = {kind: SlotHead(self.model, vocab, kind, sampling, linear) for kind in kinds}
+        sampling, self.heads = sampling or Sampling(), {}
+        for slot, place in self.places():       # one for each kind of slot, and each place of a frame
+            ranges = templates.allowed(slot, layout, vocab)[place]
+            kind = 'speech' if slot.kind == 'speech' else 'text'
+            self.heads[self.key(slot, place)] = SlotHead(self.model, vocab, kind, ranges, sampling, linear)
         self.generator = torch.Generator(self.device).manual_seed(sampling.seed)
         cache_dtype = torch.bfloat16 if linear is Int8 else rest    # attention reads half as much
         bucket = 32 if self.device.type == 'cpu' else 1024
@@ -140,6 +146,10 @@ class Duplex:
         self.graphs = {}            # on a GPU: shape of a pass -> what was captured
         self.uses_graphs = self.device.type == 'cuda'
         self.pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
+        # of the user's last chunks, ids (n_row, n, codes of a frame), as some codes are laid late
+        silent = vocab.control['<|silent_speech|>']
+        empty = self.unfed.new_full((n_row, layout.speech_chunk, layout.codes_per_frame), silent)
+        self.n_chunk, self.heard, self.is_stopped = 0, [empty] * layout.n_late, None
         self.read_one = self.model.run_blocks_cached
         self.compile = compile
         if compile:
@@ -151,68 +161,104 @@ class Duplex:
         the cache."""
         self.read_one = torch.compile(self.model.run_blocks_cached, dynamic=True, fullgraph=True)
         random = self.generator.get_state()
-        self.sample('speech', self.unfed.new_zeros(self.n_row, 1))
+        self.sample(next(iter(self.heads)), self.unfed.new_zeros(self.n_row, 1))
         self.generator.set_state(random)        # as if nothing had been drawn
         self.cache.len = self.cache.next_pos = 0
 
+    def places(self):
+        """(slot, place in its frame) of each token of a chunk that the model chooses"""
+        return [(slot, place) for slot, size in zip(self.layout.chunk, self.layout.sizes)
+                for place in list(range(size // slot.n)) * slot.n if slot.learned and slot.role != 'user']
+
+    @staticmethod
+    def key(slot, place):
+        return slot.kind + f' {place}' * (place > 0)    # of a head: 'text', 'speech', 'speech 1', …
+
     def passes(self, n_chunk):
-        """(kind, T, slots) of each pass in the first n_chunk chunks of a conversation: what is chosen, how
+        """(head, T, slots) of each pass in the first n_chunk chunks of a conversation: what is chosen, how
         many ids are read for it, and how many slots of the cache."""
         n_unfed, n_read = self.n_prompt, 0
-        for _ in range(n_chunk):
-            for slot in self.layout.chunk:
-                if not slot.learned:
-                    n_unfed += slot.n
-                    continue
-                for _ in range(slot.n):
-                    n_read += n_unfed
-                    yield slot.kind, n_unfed, self.cache.count_slots(n_read)
-                    n_unfed = 1
+        for c in range(n_chunk):
+            for slot, size in zip(self.layout.chunk, self.layout.sizes):
+                for place in list(range(size // slot.n)) * slot.n:
+                    if self.is_chosen(slot, place, c) and n_unfed:
+                        n_read += n_unfed
+                        yield self.key(slot, place), n_unfed, self.cache.count_slots(n_read)
+                        n_unfed = 0
+                    n_unfed += 1
+
+    def is_chosen(self, slot, place, n_chunk):
+        """Does the model choose the token there? Not before the first frame of a place that is late."""
+        late = slot.delays[place % len(slot.delays)] if slot.delays else 0
+        return slot.learned and slot.role != 'user' and n_chunk >= late
 
     @torch.inference_mode()
     def warm_up(self, n_chunk):
         """Captures all that n_chunk chunks need. Before the conversation only: it overwrites the cache."""
-        for kind, T, n_slot in dict.fromkeys(self.passes(n_chunk)) if self.uses_graphs else ():
-            noise = torch.ones(self.n_row, len(self.heads[kind].bias), device=self.device)
+        for key, T, n_slot in dict.fromkeys(self.passes(n_chunk)) if self.uses_graphs else ():
+            noise = torch.ones(self.n_row, len(self.heads[key].bias), device=self.device)
             self.cache.n_slot = n_slot
-            self.graphs[kind, T, n_slot] = self.capture(
-                kind, self.unfed.new_zeros(self.n_row, T), noise if self.heads[kind].temperature else None)
+            self.graphs[key, T, n_slot] = self.capture(
+                key, self.unfed.new_zeros(self.n_row, T), noise if self.heads[key].temperature else None)
 
     @torch.inference_mode()
-    def step(self, user_codes):
-        layout, vocab = self.layout, self.vocab
+    def step(self, user_codes, text=None):
+        """text: ids (n_row, m), where what is written in this chunk is known before"""
+        layout, vocab, n = self.layout, self.vocab, self.layout.speech_chunk
         user_codes = np.asarray(user_codes, np.int64).reshape(self.n_row, -1)
-        n_frame = user_codes.shape[1]
-        if n_frame != layout.speech_chunk or user_codes.min() < 0 or user_codes.max() >= vocab.n_codes:
-            raise ValueError(f'a chunk is {layout.speech_chunk} codes from 0 to {vocab.n_codes - 1} '
+        n_code = n * layout.codes_per_frame
+        if user_codes.shape[1] != n_code or user_codes.min() < 0 or user_codes.max() >= vocab.n_codes:
+            raise ValueError(f'a chunk is {n_code} codes from 0 to {vocab.n_codes - 1} '
                              f'for each of {self.n_row} users')
         heard = torch.as_tensor(user_codes + vocab.code_start).to(self.device)
+        self.heard.append(heard.view(self.n_row, n, -1))
         while self.cache.len + self.unfed.shape[1] + layout.period > self.cache.max_len:
             self.cache.drop(self.n_prompt or layout.period)
             self.n_prompt = 0
-        said = dict(text=[], speech=[])
-        for slot in layout.chunk:
-            if not slot.learned:
-                self.feed(heard)
+        said = dict(text=[], speech=[], state=[])
+        for slot, size in zip(layout.chunk, layout.sizes):
+            if slot.role == 'user':
+                late = slot.delays or (0,) * layout.codes_per_frame
+                late = np.resize(late, layout.codes_per_frame)
+                block = [self.heard[-1 - steps][:, :, place] for place, steps in enumerate(late)]
+                self.feed(torch.stack(block, -1).view(self.n_row, size))
                 continue
-            for _ in range(slot.n):
-                ids, self.unfed = self.unfed, self.unfed[:, :0]
-                token = self.sample(slot.kind, ids)     # (n_row, 1)
-                said[slot.kind].append(token)
+            for i in range(size):
+                token = self.write(slot, i % (size // slot.n), None if text is None else text[:, i:i + 1])
+                said.setdefault(slot.kind, []).append(token)
                 self.feed(token)
-        n_text = len(said['text'])
+        self.heard, self.n_chunk, n_text = self.heard[1:], self.n_chunk + 1, len(said['text'])
         # the only line that waits for the device
-        tokens = torch.cat(said['text'] + said['speech'], dim=1).cpu().numpy()      # (n_row, m + n)
-        text, speech = tokens[:, :n_text], tokens[:, n_text:]
+        tokens = torch.cat(said['text'] + said['speech'] + said['state'], dim=1).cpu().numpy()
+        text, speech = np.split(tokens[:, :n_text + len(said['speech'])], [n_text], 1)  # (n_row, m), (…, n)
         return text, np.where(speech == vocab.control['<|silent_speech|>'], -1, speech - vocab.code_start)
+
+    def write(self, slot, place, text=None):
+        """-> the next token of a slot, (n_row, 1): the known text, what can only be silence, or a choice"""
+        silent = self.vocab.control['<|silent_text|>' if slot.kind == 'text' else '<|silent_speech|>']
+        if slot.kind == 'text' and text is not None:
+            return text
+        if slot.kind not in ('text', 'speech', 'state'):
+            return self.unfed.new_full((self.n_row, 1), self.vocab.control[slot.what])
+        is_first = not self.unfed.shape[1]      # of a conversation that begins with the assistant
+        is_mute = self.is_mute and slot.kind == 'speech'
+        if is_first or is_mute or not self.is_chosen(slot, place, self.n_chunk):
+            return self.unfed.new_full((self.n_row, 1), silent)
+        ids, self.unfed = self.unfed, self.unfed[:, :0]
+        token = self.sample(self.key(slot, place), ids)
+        if slot.kind == 'state':
+            self.is_stopped = token == self.vocab.control['<|irq|>']
+        if slot.kind == 'speech' and self.is_stopped is not None:
+            token = token.masked_fill(self.is_stopped, silent)
+        return token
 
     def feed(self, ids):
         self.unfed = torch.cat([self.unfed, ids], dim=1)
         self.ids.append(ids)
 
-    def sample(self, kind, ids):
-        """Reads ids (n_row, T) and chooses one token, (n_row, 1)."""
-        noise, head = None, self.heads[kind]
+    def sample(self, key, ids):
+        """Reads ids (n_row, T) and chooses one token, (n_row, 1), by the head of that key."""
+        noise, head = None, self.heads[key]
         if head.temperature:
             noise = torch.empty(self.n_row, len(head.bias), device=self.device)
             noise.exponential_(generator=self.generator)
@@ -220,10 +266,10 @@ class Duplex:
         for x in (ids, *self.cache.keys, *self.cache.values) if self.compile else ():
             torch._dynamo.mark_static(x, [*range(1, x.dim())])    # only n_row and cache.n_slot change
         if not self.uses_graphs:
-            return self.next_token(kind, ids, noise)
-        shape = kind, ids.shape[1], self.cache.n_slot
+            return self.next_token(key, ids, noise)
+        shape = key, ids.shape[1], self.cache.n_slot
         if shape not in self.graphs:
-            self.graphs[shape] = self.capture(kind, ids, noise)
+            self.graphs[shape] = self.capture(key, ids, noise)
         graph, inputs, token = self.graphs[shape]
         for static, new in zip(inputs, (ids, noise)):
             if static is not None:
@@ -231,58 +277,63 @@ class Duplex:
         graph.replay()
         return token.clone()
 
-    def capture(self, kind, *inputs):
+    def capture(self, key, *inputs):
         """-> a CUDA graph of next_token, the tensors that it reads, the one that it writes. next_token runs
         twice here, which is harmless: the same keys go into the same slots of the cache."""
         inputs = [x if x is None else x.clone() for x in inputs]
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):   # libraries allocate workspaces now, as a capture does not allow it
-            self.next_token(kind, *inputs)
+            self.next_token(key, *inputs)
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # One pool for all: they run one after the other, and what one writes is copied before the next runs.
         # thread_local: when a model is heard in training, the loader's thread allocates at the same time
         with torch.cuda.graph(graph, self.pool, capture_error_mode='thread_local'):
-            token = self.next_token(kind, *inputs)
+            token = self.next_token(key, *inputs)
         return graph, inputs, token
 
-    def next_token(self, kind, ids, noise):
+    def next_token(self, key, ids, noise):
         read = self.read_one if ids.shape[1] == 1 else self.model.run_blocks_cached
         x = self.model.model.norm(read(ids, self.cache)[:, -1])     # (n_row, C)
-        head = self.heads[kind]
+        head = self.heads[key]
         return head.choose(head(x), noise)
 
     def keep(self, n_row):
         """Goes on with the first n_row users only."""
         self.cache.keep(n_row)
         self.n_row, self.unfed, self.graphs = n_row, self.unfed[:n_row], {}
-        self.ids = [ids[:n_row] for ids in self.ids]
+        self.ids, self.heard = ([x[:n_row] for x in each] for each in (self.ids, self.heard))
+        self.is_stopped = None      # the next chunk says
 
 
-def converse(model, vocab, layout, users, silence_code, on_chunk=lambda: None, prompts=None, **settings):
+def converse(model, vocab, layout, users, silence_code, on_chunk=lambda: None, prompts=None, text_model=None,
+             **settings):
     """
     users: [codes of each] -> ([dialogue as decoded], seconds each chunk took); settings are Duplex's. All
     users are listened to side by side, those of one prompt after those of another. A user's last chunk is
     filled up with silence; users who have ended leave. prompts: of each; None: there are none
+    text_model: a model that listens, too, and writes the text, but never speaks, as Mini-Omni has it
     """
     if len(set(prompts or [])) > 1:
         decoded, chunk_sec = [None] * len(users), []
         for prompt in dict.fromkeys(prompts):
             group = [i for i, each in enumerate(prompts) if each == prompt]
             said, sec = converse(model, vocab, layout, [users[i] for i in group], silence_code, on_chunk,
-                                 [prompt], **settings)
+                                 [prompt], text_model, **settings)
             chunk_sec += sec
             for i, dialogue in zip(group, said):
                 decoded[i] = dialogue
         return decoded, chunk_sec
-    n = layout.speech_chunk
-    n_chunk = [-(-len(codes) // n) for codes in users]
+    n, n_chunk = layout.speech_chunk, [layout.n_chunk(len(codes)) for codes in users]
     order = sorted(range(len(users)), key=lambda i: -n_chunk[i])    # the longest first: last rows end first
-    heard = np.full((len(users), max(n_chunk) * n), silence_code, np.int64)
+    heard = np.empty((len(users), max(n_chunk) * n, *np.shape(users[0])[1:]), np.int64)
+    heard[:] = silence_code
     for row, i in zip(heard, order):
         row[:len(users[i])] = users[i]
-    duplex = Duplex(model, vocab, layout, len(users), prompt=prompts[0] if prompts else '', **settings)
+    settings['prompt'] = prompts[0] if prompts else ''
+    duplex = Duplex(model, vocab, layout, len(users), **settings)
+    writer = text_model and Duplex(text_model, vocab, layout, len(users), is_mute=True, **settings)
     n_prompt = duplex.n_prompt
     duplex.warm_up(max(n_chunk))
     chunk_sec, ids = [], [None] * len(users)
@@ -293,10 +344,12 @@ def converse(model, vocab, layout, users, silence_code, on_chunk=lambda: None, p
             rows = torch.cat(duplex.ids, dim=1).cpu().numpy()       # (n_row, chunks * K)
             for row, i in zip(rows, order[:duplex.n_row]):
                 ids[i] = row[:n_prompt + n_chunk[i] * layout.period]
-            duplex.keep(n_row)
+            for each in (duplex, writer) if writer else (duplex,):
+                each.keep(n_row)
         if n_row:
-            start = time.perf_counter()
-            duplex.step(heard[:duplex.n_row, c * n:c * n + n])
+            start, chunk = time.perf_counter(), heard[:duplex.n_row, c * n:c * n + n]
+            known = dict(text=torch.as_tensor(writer.step(chunk)[0]).to(duplex.device)) if writer else {}
+            duplex.step(chunk, **known)
             chunk_sec.append(time.perf_counter() - start)
             on_chunk()
     decoded = [to_dialogue(row, layout, vocab, silence_code, len(codes)) for row, codes in zip(ids, users)]

@@ -58,118 +58,21 @@ A vocabulary is anything with .control, .code_start, .n_codes, .encode(text) and
 vocabulary.py, or Letters.
 """
 import argparse
-import difflib
 import json
-import re
 import signal
 import sys
-from dataclasses import dataclass
-from functools import cached_property
-from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 
+import clock
+import templates
+from clock import is_broken_off
 from common.files import read_jsonl
+from common.record import START, check
 from config import Parser
+from layouts import LAYOUTS, ROLES, get_layout
 from vocabulary import CONTROL, Vocabulary
-
-ROLES = ('user', 'assistant')
-
-# ------------------------------------------------------------------------------------------------------------
-# layouts
-
-# name: (order, streams). The orders: 'turn', each turn is a document of its own; 'turns', all turns follow
-# each other in one document; 'chunks', portions of the streams take turns for as long as the dialogue lasts.
-# A stream belongs to a role, or, without a dot, to the speaker of the turn. ~ is fed, not learned: the user
-# is listened to, not imitated (paper, section 3.3: training is steadier so, as the user's channel is noisy).
-LAYOUTS = {
-    'asr':         ('turn',   '<|asr|> <|sos|> ~speech <|eos|> <|sot|> text <|eot|>'),
-    'tts':         ('turn',   '<|tts|> <|sot|> ~text <|eot|> <|sos|> speech <|eos|>'),
-    'half_duplex': ('turns',  {'user':      '<|sos|> ~speech <|eos|> <|sot|> text <|eot|>',
-                               'assistant': '<|sot|> text <|eot|> <|sos|> speech <|eos|>'}),
-    'duplex3':     ('chunks', '~user.speech 10, assistant.text 2, assistant.speech 10'),
-    'duplex2':     ('chunks', '~user.speech 10, assistant.speech 10'),
-}
-SLOT = re.compile(r'(~?)([^\s,~]+)(?: (\d+))?')
-
-
-class Slot(NamedTuple):
-    what: str       # a control token such as <|sos|>, or a stream: user.speech, assistant.text, …
-    n: int          # tokens a chunk; 0: as many as the turn has
-    learned: bool
-
-    @property
-    def role(self):
-        return self.what.split('.')[0]
-
-    @property
-    def kind(self):
-        return self.what.split('.')[-1]     # 'speech', 'text', or the control token itself
-
-
-@dataclass(frozen=True)
-class Layout:
-    name: str
-    order: str
-    slots: dict     # role -> [Slot]; in chunks both roles have the same list
-    learn_user_text: bool = True
-
-    @cached_property
-    def chunk(self):
-        return self.slots['assistant'] if self.order == 'chunks' else []
-
-    @cached_property
-    def period(self):
-        return sum(slot.n for slot in self.chunk)   # tokens a chunk; 0 for layouts by turns
-
-    @cached_property
-    def learned(self):
-        return np.repeat([slot.learned for slot in self.chunk], [slot.n for slot in self.chunk])    # [K]
-
-    @cached_property
-    def speech_chunk(self):
-        return next((slot.n for slot in self.chunk if slot.kind == 'speech'), 0)    # frames a chunk
-
-    @cached_property
-    def text_chunk(self):
-        return next((slot.n for slot in self.chunk if slot.kind == 'text'), 0)      # text tokens a chunk
-
-    def settings(self):
-        """-> a dict; get_layout(**settings) makes this layout again"""
-        return dict(name=self.name, speech_chunk=self.speech_chunk or None,
-                    text_chunk=self.text_chunk or None, learn_user_text=self.learn_user_text)
-
-
-def get_layout(name, speech_chunk=None, text_chunk=None, learn_user_text=True):
-    """
-    The layout of that name; 'asr.user' or 'tts.assistant' takes the turns of one role only. Raises ValueError
-    for an unknown name or a chunk size below 1.
-    speech_chunk, text_chunk: frames and text tokens a chunk; None: as many as LAYOUTS says
-    learn_user_text: does half_duplex learn what the user says, as a recognition task; the paper doesn't say
-    """
-    name, _, only_role = name.partition('.')
-    if name not in LAYOUTS:
-        near = difflib.get_close_matches(name, LAYOUTS, 1, 0)[0]
-        raise ValueError(f'no layout {name!r}; did you mean {near!r}? (known: {", ".join(LAYOUTS)})')
-    if only_role and (only_role not in ROLES or LAYOUTS[name][0] != 'turn'):
-        raise ValueError(f'no layout {name}.{only_role}: a role, {" or ".join(ROLES)}, goes with asr and tts')
-    sizes = {'speech': speech_chunk, 'text': text_chunk}
-    for kind, n in sizes.items():
-        if n is not None and n < 1:
-            raise ValueError(f'{kind}_chunk is {n}: a chunk holds at least one {kind} token')
-    order, streams = LAYOUTS[name]
-    slots = {}
-    for role in [only_role] if only_role else ROLES:
-        text = streams if isinstance(streams, str) else streams[role]
-        slots[role] = [Slot(what, int(n or 0), not mark) for mark, what, n in SLOT.findall(text)]
-        if order == 'chunks':
-            slots[role] = [slot._replace(n=sizes[slot.kind] or slot.n) for slot in slots[role]]
-        elif role == 'user' and not learn_user_text:
-            slots[role] = [slot._replace(learned=False) if slot.kind == 'text' else slot
-                           for slot in slots[role]]
-    return Layout(name + ('.' + only_role if only_role else ''), order, slots, learn_user_text)
-
 
 # ------------------------------------------------------------------------------------------------------------
 # dialogue -> ids
@@ -177,90 +80,63 @@ def get_layout(name, speech_chunk=None, text_chunk=None, learn_user_text=True):
 class Document(NamedTuple):
     ids: np.ndarray         # int32 [T]
     learned: np.ndarray     # bool [T], is this id a target of the loss
-    n_dropped: int          # text tokens that found no room (see lay_text)
+    n_dropped: int = 0      # text tokens that found no room (see lay_text)
+    cuts: tuple = ()        # where it may be cut, if its chunks differ in length
 
 
-TURN = [('role', str), ('start', (int, np.integer)), ('end', (int, np.integer)), ('text', str)]
-START = itemgetter('start')
-
-
-def check(dialogue, n_codes):
-    """Raises ValueError, one sentence with the id, unless the dialogue is a record as in docs/format.md."""
-    name = f'dialogue {dialogue.get("id")!r}'
-    for key in ('id', 'user', 'assistant', 'turns'):
-        if key not in dialogue:
-            raise ValueError(f'{name} has no field {key!r}')
-    try:
-        channels = {role: np.asarray(dialogue[role]) for role in ROLES}
-    except ValueError:
-        raise ValueError(f'{name}: a channel is a list of lists; each is one list of codes')
-    for role, codes in channels.items():
-        if codes.ndim != 1 or (len(codes) and codes.dtype.kind not in 'iu'):
-            raise ValueError(f'{name}: the {role} channel is not a list of whole numbers')
-        if len(codes) and not (codes.max() < n_codes and (codes.dtype.kind == 'u' or codes.min() >= 0)):
-            at = int(np.argmax((codes < 0) | (codes >= n_codes)))
-            raise ValueError(f'{name}: {role} code {codes[at]} at frame {at} is out of range, '
-                             f'the codec has 0 to {n_codes - 1}')
-    n_user, n_assistant = map(len, channels.values())
-    if n_user != n_assistant and n_user and n_assistant:
-        raise ValueError(f'{name}: channels of unequal length, user {n_user} frames and assistant '
-                         f'{n_assistant}; cut or pad them to one clock (a one-sided utterance leaves '
-                         'the other empty)')
-    if not isinstance(dialogue.get('prompt', ''), str):
-        raise ValueError(f'{name}: its prompt is {dialogue["prompt"]!r}, and has to be a text')
-    check_turns(name, dialogue['turns'], {role: len(codes) for role, codes in channels.items()})
-
-
-def check_turns(name, turns, n_frame):
-    """n_frame: {role: length of its channel}"""
-    if not isinstance(turns, (list, tuple)) or not all([isinstance(turn, dict) for turn in turns]):
-        raise ValueError(f'{name}: turns is not a list of objects with role, start, end and text')
-    for key, kind in TURN:
-        for turn in turns:
-            if not isinstance(turn.get(key), kind):
-                raise ValueError(f'{name}: a turn has {key} {turn.get(key)!r}; it needs role, start, end '
-                                 '(whole frames) and text')
-    last_end = dict.fromkeys(ROLES, 0)
-    for turn in sorted(turns, key=START):
-        role, start, end = turn['role'], turn['start'], turn['end']
-        if role not in ROLES:
-            raise ValueError(f'{name}: a turn has role {role!r}, known are {" and ".join(ROLES)}')
-        if not 0 <= start < end <= n_frame[role]:
-            raise ValueError(f'{name}: {role} turn {start} to {end} does not lie in its channel of '
-                             f'{n_frame[role]} frames')
-        if start < last_end[role]:
-            raise ValueError(f'{name}: {role} turns overlap, one starts at frame {start} before the last '
-                             f'ended at {last_end[role]}')
-        last_end[role] = end
-
-
-def flatten(dialogue, layout, vocab, is_checked=False):
-    """dialogue -> [Document]: one, or one per turn for layouts of order 'turn'. Raises ValueError where check
-    does; is_checked leaves it out, as a loader needs it once and it takes a tenth of the time."""
+def flatten(dialogue, layout, vocab, is_checked=False, rng=None):
+    """
+    dialogue -> [Document]: one, or one for each turn or pair of turns, as the layout's order says. Raises
+    ValueError where check does, and where the dialogue lacks what the layout needs.
+    is_checked  leaves the check out: a loader needs it once, and it takes a tenth of the time
+    rng         a numpy Generator, for layouts that draw; None: always the same draws
+    """
     if not is_checked:
-        check(dialogue, vocab.n_codes)
+        check(dialogue, vocab.n_codes, layout.codes_per_frame)
     if layout.order == 'chunks':
         if len(dialogue['user']) != len(dialogue['assistant']):
             raise ValueError(f'dialogue {dialogue["id"]!r} has one channel only, {layout.name} needs both')
         return [lay_chunks(dialogue, layout, vocab)]
     turns = sorted([turn for turn in dialogue['turns'] if turn['role'] in layout.slots], key=START)
-    documents = [lay_turn(dialogue, turn, layout.slots[turn['role']], vocab) for turn in turns]
+    if layout.order == 'pair':
+        pairs = [pair for pair in zip(turns, turns[1:]) if (pair[0]['role'], pair[1]['role']) == ROLES]
+        spoken = [dict(zip(ROLES, pair)) for pair in pairs]
+    else:
+        spoken = [{'': turn, turn['role']: turn} for turn in turns]
+    # a turn without speech is none for a layout that needs the speech; all turns of a line have a role
+    spoken = [turns for turns in spoken if has_speech(turns, layout)]
+    if layout.order == 'segments':
+        rng = rng or np.random.default_rng(0)
+        return [join(templates.lay_segments(dialogue, turns[''], layout, vocab, rng)) for turns in spoken]
+    documents = [lay_line(layout.slots[[*turns][-1]], dialogue, turns, vocab, layout) for turns in spoken]
     if layout.order == 'turns' and documents:
-        ids, learned, _ = zip(*documents)
-        documents = [Document(np.concatenate(ids), np.concatenate(learned), 0)]
+        start = layout.slots.get('start')
+        if start:
+            documents.insert(0, lay_line(start, dialogue, {'': dict(role='start')}, vocab, layout))
+        ids, learned, *_ = zip(*documents)
+        documents = [Document(np.concatenate(ids), np.concatenate(learned))]
     return documents
 
 
-def lay_turn(dialogue, turn, slots, vocab):
-    codes = np.asarray(dialogue[turn['role']][turn['start']:turn['end']], np.int32)
-    streams = dict(speech=codes + np.int32(vocab.code_start), text=vocab.encode(turn['text']))
-    parts = [streams[slot.kind] if slot.kind in streams else [vocab.control[slot.what]] for slot in slots]
-    n = sum(map(len, parts))
+def has_speech(turns, layout):
+    """Is there speech wherever the layout's line for these turns {role: turn} needs some?"""
+    roles = [slot.role for slot in layout.spoken[[*turns][-1]]]
+    return all([turns[role]['start'] < turns[role]['end'] for role in roles])
+
+
+def lay_line(items, dialogue, turns, vocab, layout):
+    """A line of a layout -> Document. turns: {role: turn}, and '' for whoever speaks"""
+    return join(templates.lay(items, dialogue, turns, vocab, layout))
+
+
+def join(parts):
+    """[(ids, learned)] -> Document"""
+    n = sum([len(part) for part, _ in parts])
     ids, learned, at = np.empty(n, np.int32), np.empty(n, bool), 0
-    for slot, part in zip(slots, parts):
-        ids[at:at + len(part)], learned[at:at + len(part)] = part, slot.learned
+    for part, is_learned in parts:
+        ids[at:at + len(part)], learned[at:at + len(part)] = part, is_learned
         at += len(part)
-    return Document(ids, learned, 0)
+    return Document(ids, learned)
 
 
 def lay_prompt(prompt, vocab):
@@ -277,45 +153,62 @@ def count_prompt(ids, vocab):
 
 
 def lay_chunks(dialogue, layout, vocab):
-    n_chunk = -(-len(dialogue['user']) // layout.speech_chunk)
-    ids = np.empty((n_chunk, layout.period), np.int32)      # (N chunks, K tokens a chunk)
-    learned = np.empty((n_chunk, layout.period), bool)
+    n_chunk = layout.n_chunk(len(dialogue['user']))
+    ids = np.empty((n_chunk, len(layout.learned)), np.int32)    # (N chunks, K tokens a chunk)
+    learned = np.empty(ids.shape, bool)
     learned[:] = layout.learned
     n_dropped = at = 0
-    for slot in layout.chunk:
-        if slot.kind == 'speech':
-            stream = lay_speech(dialogue, slot.role, n_chunk * slot.n, vocab)
+    for slot, size in zip(layout.chunk, layout.sizes):
+        part = slice(at, at + size)
+        stream, lost = lay_stream(dialogue, slot, n_chunk - layout.n_late, layout, vocab)
+        n_dropped += lost
+        if layout.n_late:
+            ids[:, part], learned[:, part] = clock.shift(stream, slot, layout, vocab)
         else:
-            stream, n_dropped = lay_text(dialogue, slot.role, n_chunk, slot.n, layout.speech_chunk, vocab)
-        ids[:, at:at + slot.n] = stream.reshape(n_chunk, slot.n)
-        at += slot.n
+            ids[:, part] = stream.reshape(n_chunk, size)
+        at += size
+    cuts = ()
+    if layout.is_ragged:
+        ids, learned, cuts = clock.drop_repeats(ids, learned, layout)
     prompt = np.array(lay_prompt(dialogue.get('prompt', ''), vocab), np.int32)
+    cuts = tuple(len(prompt) + cut for cut in cuts)
     learned = np.concatenate([np.zeros(len(prompt), bool), learned.reshape(-1)])
-    return Document(np.concatenate([prompt, ids.reshape(-1)]), learned, n_dropped)
+    return Document(np.concatenate([prompt, ids.reshape(-1)]), learned, n_dropped, cuts)
 
 
-def lay_speech(dialogue, role, n, vocab):
-    """-> n ids. The user's channel is fed as it is: its silence is real audio. Of the assistant's channel
-    only the turns are fed; its other frames become <|silent_speech|>, a token that can be learned. So do the
-    frames that the last chunk lacks, in both channels."""
-    codes = np.asarray(dialogue[role])
-    stream = np.empty(n, np.int32)
+def lay_stream(dialogue, slot, n_chunk, layout, vocab):
+    """-> the ids of a slot in all n_chunk chunks, [n_chunk * tokens], and how many tokens found no room"""
+    n = layout.speech_chunk
+    if slot.kind == 'speech':
+        stream = lay_speech(dialogue, slot, n_chunk * n, vocab)
+        return clock.mark_turns(stream, dialogue, slot.role, n, vocab) if slot.way == 'turn' else stream, 0
+    if slot.kind == 'text':
+        lay = {'': lay_text, 'turn': clock.lay_turns, 'word': clock.lay_words}[slot.way]
+        return lay(dialogue, slot.role, n_chunk, slot.n, n, vocab)
+    if slot.kind == 'state':
+        return clock.lay_state(dialogue, n_chunk, n, vocab), 0
+    return np.full(n_chunk, vocab.control[slot.what]), 0
+
+
+def lay_speech(dialogue, slot, n, vocab):
+    """
+    -> n frames of ids, [n] or, with several codes a frame, [n, codes]. The user's channel is fed as it is:
+    its silence is real audio. Of the assistant's channel only the turns are fed; its other frames become
+    <|silent_speech|>, a token that can be learned. So do the frames that the last chunk lacks, in both.
+    """
+    codes = np.asarray(dialogue[slot.role])
+    stream = np.empty((n, *codes.shape[1:]), np.int32)
     stream.fill(vocab.control['<|silent_speech|>'] - vocab.code_start)
-    if role == 'user':
+    if slot.role == 'user' or slot.way in ('real', 'turn'):
         stream[:len(codes)] = codes
+        if slot.way == 'dedup':     # the last chunk is then as long as the others when it is read back
+            stream[len(codes):] = codes[-1:]
     else:
         for turn in dialogue['turns']:
-            if turn['role'] == role:
+            if turn['role'] == slot.role:
                 stream[turn['start']:turn['end']] = codes[turn['start']:turn['end']]
     stream += vocab.code_start
     return stream
-
-
-def is_broken_off(turn, turns):
-    """Does the other role speak into this turn, and still when it ends? That is a barge-in; a backchannel
-    ("mhm") is over before."""
-    start, end, role = turn['start'], turn['end'], turn['role']
-    return any([start < other['start'] < end <= other['end'] for other in turns if other['role'] != role])
 
 
 def lay_text(dialogue, role, n_chunk, text_chunk, speech_chunk, vocab):
@@ -363,74 +256,49 @@ def unflatten(ids, layout, vocab, silence_code=0, id=''):
     ids = np.asarray(ids, np.int64)
     if layout.order == 'chunks':
         return dict(id=id, **parse_chunks(ids, layout, vocab, silence_code, name))
-    channels, turns, at, n_frame = {role: [] for role in ROLES}, [], 0, 0
-    while at < len(ids):
-        firsts = {vocab.control[slots[0].what]: role for role, slots in layout.slots.items()}
-        if ids[at] not in firsts:
-            raise ValueError(f'{name}: token {at} is {ids[at]}, where a turn has to start')
-        # in tts and asr both roles start alike: the voice is the assistant's, the ear is for the user
-        role = {'tts': 'assistant', 'asr': 'user'}.get(layout.name, firsts[ids[at]])
-        at, codes, text = parse_turn(ids, at, layout.slots[role], vocab, name)
-        turns.append(dict(role=role, start=n_frame, end=n_frame + len(codes), text=text))
-        channels[role] += codes
-        if layout.order == 'turns':
-            channels[ROLES[1 - ROLES.index(role)]] += [silence_code] * len(codes)
-        n_frame += len(codes)
-    return dict(id=id, **channels, turns=turns)
-
-
-def parse_turn(ids, at, slots, vocab, name):
-    """-> where the turn that starts at `at` ends, its codes, its text"""
-    codes, text = [], ''
-    for slot, following in zip(slots, slots[1:] + [None]):
-        if slot.kind not in ('speech', 'text'):
-            if at >= len(ids) or ids[at] != vocab.control[slot.what]:
-                found = ids[at] if at < len(ids) else 'missing'
-                raise ValueError(f'{name}: token {at} is {found}, where {slot.what} has to stand')
-            at += 1
-            continue
-        stops = np.flatnonzero(ids[at:] == vocab.control[following.what])   # a stream ends at a control token
-        if not len(stops):
-            raise ValueError(f'{name}: no {following.what} after token {at}')
-        part, at = ids[at:at + stops[0]], at + int(stops[0])
-        if slot.kind == 'speech':
-            codes = to_codes(part, vocab, name).tolist()
-        else:
-            text = vocab.decode(part.tolist())
-    return at, codes, text
-
-
-def to_codes(ids, vocab, name):
-    codes = ids - vocab.code_start
-    if len(codes) and not (0 <= codes.min() and codes.max() < vocab.n_codes):
-        raise ValueError(f'{name}: an id in a speech slot is no speech code ({vocab.code_start} to '
-                         f'{vocab.code_start + vocab.n_codes - 1})')
-    return codes
+    return dict(id=id, **templates.parse(ids, layout, vocab, silence_code, name))
 
 
 def parse_chunks(ids, layout, vocab, silence_code, name):
     n_prompt = count_prompt(ids, vocab)
     prompt, ids = vocab.decode(ids[1:n_prompt - 1].tolist()) if n_prompt else '', ids[n_prompt:]
-    if len(ids) % layout.period:
+    if layout.is_ragged:
+        ids = templates.fill_chunks(ids, layout, vocab, name)
+    elif len(ids) % layout.period:
         raise ValueError(f'{name}: {len(ids)} ids are no whole number of chunks of {layout.period}')
-    chunks = ids.reshape(-1, layout.period)     # (N chunks, K tokens a chunk)
-    streams, at = {}, 0
-    for slot in layout.chunk:
-        streams[slot.what] = chunks[:, at:at + slot.n]
-        at += slot.n
-    user, said = streams['user.speech'].reshape(-1), streams['assistant.speech'].reshape(-1)
-    heard = np.flatnonzero(user != vocab.control['<|silent_speech|>'])
+    chunks = ids.reshape(-1, len(layout.learned))       # (N chunks, K tokens a chunk)
+    streams, at = {}, 0                                 # name -> (N, tokens of the slot)
+    for slot, size in zip(layout.chunk, layout.sizes):
+        part = chunks[:, at:at + size]
+        streams[slot.what] = clock.unshift(part, slot, layout) if layout.n_late else part
+        at += size
+    silent = vocab.control['<|silent_speech|>']
+    speech = {what.partition('.')[0]: ids.reshape(-1, layout.codes_per_frame)    # (n_frame, codes)
+              for what, ids in streams.items() if '.speech' in what}
+    heard = np.flatnonzero((speech['user'] != silent).any(1))
     n_frame = int(heard[-1]) + 1 if len(heard) else 0       # what fills up the last chunk is left out
-    speaks = said[:n_frame] != vocab.control['<|silent_speech|>']
-    runs = np.flatnonzero(np.diff(speaks, prepend=False, append=False)).reshape(-1, 2).tolist()
-    turns = [dict(role='assistant', start=start, end=end, text='') for start, end in runs]
-    if 'assistant.text' in streams:
-        turns = match_text(runs, streams['assistant.text'], layout.speech_chunk, vocab)
-    assistant = np.full(n_frame, silence_code)
-    assistant[speaks] = to_codes(said[:n_frame][speaks], vocab, name)
-    user = to_codes(user[:n_frame], vocab, name)
-    dialogue = dict(user=user.tolist(), assistant=assistant.tolist(), turns=turns)
+    dialogue = dict(user=templates.to_codes(speech['user'][:n_frame], layout, vocab, name).tolist())
+    said = speech.get('assistant', np.full_like(speech['user'], silent))[:n_frame]
+    turns = find_turns(streams, said, n_frame, layout, vocab, silence_code)
+    marks = [silent, vocab.control['<|sos|>'], vocab.control['<|eos|>']]
+    said = np.where(np.isin(said, marks), np.add(silence_code, vocab.code_start), said)
+    dialogue.update(assistant=templates.to_codes(said, layout, vocab, name).tolist(), turns=turns)
     return dialogue | (dict(prompt=prompt) if prompt else {})
+
+
+def find_turns(streams, said, n_frame, layout, vocab, silence_code):
+    """-> the turns that a document in chunks carries. streams: name -> ids (N chunks, tokens); said: ids of
+    the assistant's speech (n_frame, codes)"""
+    turns = clock.find_turns(streams, layout.speech_chunk, n_frame, vocab)
+    if turns is not None:
+        return turns
+    is_real = 'assistant.speech@real' in streams
+    silence = np.add(silence_code, vocab.code_start) if is_real else vocab.control['<|silent_speech|>']
+    speaks = (said != silence).any(1)
+    runs = np.flatnonzero(np.diff(speaks, prepend=False, append=False)).reshape(-1, 2).tolist()
+    if 'assistant.text' in streams:
+        return match_text(runs, streams['assistant.text'], layout.speech_chunk, vocab)
+    return [dict(role='assistant', start=start, end=end, text='') for start, end in runs]
 
 
 def match_text(runs, text, speech_chunk, vocab):
@@ -478,11 +346,21 @@ def split_run(run, following, starts, written, speech_chunk):
 # ------------------------------------------------------------------------------------------------------------
 # drawings
 
+class Names(dict):
+    """Control tokens, each of which gets its id when it is first asked for."""
+
+    def __missing__(self, name):
+        self[name] = Letters.n_text + len(self)
+        return self[name]
+
+
 class Letters:
     """A vocabulary that can be read without a tokenizer, for drawings and tests: ids are code points."""
-    n_codes = 64
-    control = {name: 0xE000 + i for i, name in enumerate(CONTROL)}      # in Unicode's private use area
-    code_start = 0x110000                                               # after the last code point
+    n_text = 0x110000           # after the last code point
+    code_start = 0x120000
+
+    def __init__(self, n_codes=64):
+        self.n_codes, self.control = n_codes, Names({name: self.n_text + i for i, name in enumerate(CONTROL)})
 
     def encode(self, text):
         return [ord(letter) for letter in text]
@@ -493,32 +371,36 @@ class Letters:
 
 def spell(i, vocab):
     """One id in few letters: a code's number, a text token's letters, · for silence, or a control token."""
-    i = int(i)
-    names = {id: name for name, id in vocab.control.items()}
+    i, names = int(i), {id: name for name, id in vocab.control.items()}
     if i in names:
         return '·' if 'silent' in names[i] else names[i]
     return str(i - vocab.code_start) if i >= vocab.code_start else vocab.decode([i]).replace('\n', '⏎') or '∅'
 
 
 def draw(document, layout, vocab):
-    """The document as text, with + after what is learned. Chunks are drawn as a grid, a line a stream."""
+    """The document as text, with + after what is learned. Chunks of one length are drawn as a grid, a line a
+    stream."""
     words = [spell(i, vocab) + '+' * int(learned) for i, learned in zip(document.ids, document.learned)]
-    if layout.order != 'chunks':
+    if not layout.period:
         return ' '.join(words)
     n_prompt = count_prompt(document.ids, vocab)
     prompt, words = ' '.join(words[:n_prompt]), words[n_prompt:]
     words = [word if word.endswith('+') else word + ' ' for word in words]
     cell = max(map(len, words), default=2)
     wide = max(slot.n for slot in layout.chunk) * (cell + 1) - 1
-    margin = max(len(slot.what) for slot in layout.chunk)
     chunks = [words[at:at + layout.period] for at in range(0, len(words), layout.period)]
-    lines = [f'{"chunk":{margin}}' + ''.join(f' | {c:>{wide}}' for c in range(len(chunks)))]
-    at = 0
-    for slot in layout.chunk:
-        portions = [' '.join(f'{word:>{cell}}' for word in chunk[at:at + slot.n]) for chunk in chunks]
-        lines.append(f'{slot.what:{margin}}' + ''.join(f' | {portion:{wide}}' for portion in portions))
-        at += slot.n
-    return '\n'.join([prompt] * bool(prompt) + [line.rstrip() for line in lines])
+    lines, at = [('chunk', [f'{c:>{wide}}' for c in range(len(chunks))])], 0
+    for slot, size in zip(layout.chunk, layout.sizes):
+        places = size // slot.n         # where a frame has several codes, each has a line
+        for place in range(places):
+            portions = [' '.join(f'{word:>{cell}}' for word in chunk[at + place:at + size:places])
+                        for chunk in chunks]
+            name = slot.what + f' {place}' * (places > 1)
+            lines.append((name, [f'{portion:{wide}}' for portion in portions]))
+        at += size
+    margin = max(len(name) for name, _ in lines)
+    lines = [' | '.join([f'{name:{margin}}', *cells]).rstrip() for name, cells in lines]
+    return '\n'.join([prompt] * bool(prompt) + lines)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -137,8 +137,9 @@ class Config:
                 raise ValueError(f'data: {part!r} is not FOLDER or FOLDER:WEIGHT with a weight above 0')
         return sets
 
-    def curriculum(self):
-        """stages -> [([Layout], steps or None, epochs or None)]. Raises ValueError for what is none."""
+    def curriculum(self, codec=None):
+        """stages -> [([Layout], steps or None, epochs or None)], for data of that codec. Raises ValueError
+        for what is none."""
         stages = []
         for part in map(str.strip, self.stages.split(',')):
             names, _, length = part.partition(':')
@@ -149,6 +150,7 @@ class Config:
                                  'LAYOUT+LAYOUT:STEPS')
             settings = self.speech_chunk, self.text_chunk, self.learn_user_text
             layouts = [get_layout(name.strip(), *settings) for name in names.split('+')]
+            layouts = [layout.bind(codec) for layout in layouts] if codec else layouts
             stages.append((layouts, None, float(n)) if unit else (layouts, int(n), None))
         return stages
 
@@ -283,24 +285,28 @@ def build_model(cfg, place, dialogues, resume_from):
     if folder and not os.path.isdir(folder):
         raise ValueError(f'init_from: no folder {folder}; download the model, and give the folder with its '
                          'config.json')
-    vocab = Vocabulary.load(folder or os.path.join(dialogues.folder, 'tokenizer'), dialogues.codec['n_codes'])
+    info = checkpoint.read_info(folder) if folder else None
+    layouts = sum((layouts for layouts, *_ in cfg.curriculum()), info.layouts if info else [])
+    control = dict.fromkeys(name for layout in layouts for name in layout.control)
+    vocab = Vocabulary.load(folder or os.path.join(dialogues.folder, 'tokenizer'), dialogues.codec['n_codes'],
+                            control)
     names = 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner'
     if not folder:
         sizes = {name: getattr(cfg, name) for name in names}
         return cfg, Qwen2(ModelConfig(vocab.size, cfg.block_size, **sizes)).to(device), vocab
-    model, info = Qwen2.from_pretrained(folder), checkpoint.read_info(folder)
-    notes = []
+    model, notes = Qwen2.from_pretrained(folder), []
     if cfg.block_size > model.config.block_size:
         notes.append(f'note: block_size={cfg.block_size}, {folder} has seen contexts of at most '
                      f'{model.config.block_size}')
     if info:
         checkpoint.check_vocabulary(folder, model, vocab)
         checkpoint.check_codec(folder, info.codec, dialogues)
-    else:
-        new = vocab.untrained + list(range(model.config.vocab_size, vocab.size))
+    if vocab.untrained or not info:     # of a checkpoint of ours: the control tokens of another layout
+        new = list(dict.fromkeys([*vocab.untrained, *range(model.config.vocab_size, vocab.size)]))
         notes.append(f'{folder}: {len(new)} ids are new of {vocab.size}, '
                      f'their rows start from {cfg.new_rows}')
-        descriptions = {vocab.control[name]: vocab.encode(text) for name, text in CONTROL.items()}
+        descriptions = {i: vocab.encode(CONTROL.get(name) or name.strip('<|>').replace('_', ' '))
+                        for name, i in vocab.control.items()}
         words = {i: ids for i, ids in descriptions.items() if i in vocab.untrained}
         model.grow(vocab.size, new, vocab.n_text, cfg.new_rows, cfg.new_rows_scale, words, cfg.seed)
     for note in notes if place.is_main else ():
@@ -330,7 +336,7 @@ def plan_stages(cfg, place, vocab, train_data, val_data):
     before = checkpoint.read_info(cfg.init_from) if cfg.init_from else None
     trained = {layout.name: layout for layout in before.layouts} if before else {}
     stages, first = [], 0
-    for layouts, n_step, n_epoch in cfg.curriculum():
+    for layouts, n_step, n_epoch in cfg.curriculum(train_data[0].codec):
         loaders = [Loader(data, layouts, *shape, cfg.user_noise, padded) for data in train_data]
         val_loaders = [Loader(data, layouts, *shape, padded=padded) for data in val_data]
         loader, val_loader = Mixture(loaders, weights), Mixture(val_loaders, weights)

@@ -45,7 +45,7 @@ class Vocabulary:
     size                    rows of a model's embedding
     """
 
-    def __init__(self, tokens, merges, pattern, added, settings, n_row, code_start, n_codes):
+    def __init__(self, tokens, merges, pattern, added, settings, n_row, code_start, n_codes, control=()):
         self.tokens, self.merges, self.pattern, self.settings = tokens, merges, pattern, settings
         ranks = {token.translate(BYTE_OF_CHAR).encode('latin-1'): i for i, token in enumerate(tokens)}
         self.bpe = tiktoken.Encoding('bpe', pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
@@ -59,23 +59,23 @@ class Vocabulary:
             n_codes = next(n for n in count() if named.get(f'<|s_{n}|>') != code_start + n)
         is_ours = re.compile(r'<\|(s|reserved)_\d+\|>').fullmatch
         self.added = [entry for entry in added if not is_ours(entry['content'])]
-        free = count(max([self.n_text - 1] + [entry['id'] for entry in self.added]) + 1)
-        self.control = {name: named[name] if name in named else next(free) for name in CONTROL}
+        first = max([self.n_text - 1] + [entry['id'] for entry in self.added]) + 1
+        codes = range(0) if code_start is None else range(code_start, code_start + n_codes)
+        free = (i for i in count(first) if i not in codes)
+        names = dict.fromkeys([*CONTROL, *control])     # those of single layouts behind those of all
+        self.control = {name: named[name] if name in named else next(free) for name in names}
         self.untrained = [i for name, i in self.control.items() if name not in named]
-        first = next(free)
-        if code_start is None:
-            code_start = max(first, n_row)
-        if code_start < first:
-            raise ValueError(f'speech codes start at {code_start}, but special tokens go up to {first - 1}')
-        self.code_start, self.n_codes = code_start, n_codes
-        self.size = -(-(code_start + n_codes) // 128) * 128     # multiples of 128 are fast on GPUs
+        self.code_start = max(next(free), n_row) if code_start is None else code_start
+        self.n_codes, last = n_codes, max(self.code_start + n_codes - 1, *self.control.values())
+        self.size = (last // 128 + 1) * 128     # multiples of 128 are fast on GPUs
 
     @classmethod
-    def load(cls, folder, n_codes=0):
+    def load(cls, folder, n_codes=0, control=()):
         """
         Reads tokenizer.json, or vocab.json and merges.txt. Codes start at the vocab_size of the folder's
         config.json, if any: the rows of its model are left alone. A folder that has codes already (a
-        checkpoint of ours) says itself where and how many, and n_codes is ignored.
+        checkpoint of ours) says itself where and how many, and n_codes is ignored. control: names of control
+        tokens besides CONTROL, those of Layout.control
         """
         folder = Path(folder)
         names = 'config.json', 'tokenizer_config.json', 'tokenizer.json', 'vocab.json'
@@ -99,7 +99,7 @@ class Vocabulary:
             tokens = in_merge_order({token: i for token, i in vocab.items() if i not in added_ids}, merges)
             ours = config.get('nanoduplex') or {}
             return cls(tokens, merges, pattern, added, settings, config.get('vocab_size') or 0,
-                       ours.get('code_start'), ours.get('n_codes', n_codes))
+                       ours.get('code_start'), ours.get('n_codes', n_codes), control)
         except ValueError as error:
             raise ValueError(f'{folder}: {error}') from None
 
@@ -149,7 +149,7 @@ class Vocabulary:
         # without a None, Qwen2Tokenizer would add its <|endoftext|> after our last id
         settings = dict.fromkeys(('bos_token', 'eos_token', 'pad_token', 'unk_token')) | self.settings
         extra = settings.pop('extra_special_tokens', [])    # a list of transformers 5, which 4 cannot read
-        special = [*settings.get('additional_special_tokens', []), *extra, *CONTROL]
+        special = [*settings.get('additional_special_tokens', []), *extra, *self.control]
         settings |= {
             'tokenizer_class':
                 'Qwen2Tokenizer' if self.pattern == QWEN2_PATTERN else 'PreTrainedTokenizerFast',

@@ -59,6 +59,7 @@ class Dialogues:
         if shards and len(shards) != int(shards[0][-11:-6]):
             raise ValueError(f'{folder} holds {len(shards)} of the {int(shards[0][-11:-6])} files of {split}')
         self.folder, self.split, self.parts, self.codec = folder, split, [], None
+        self.with_words = False
         for path in paths:
             try:
                 table = pa.ipc.open_file(pa.memory_map(path)).read_all()

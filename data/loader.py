@@ -140,13 +140,15 @@ class Loader:
         self.seed, self.rank, self.world_size, self.user_noise = seed, rank, world_size, user_noise
         # a third of the time is BPE; 65,536 texts of 24 tokens take about 70 MB
         self.vocab.encode = lru_cache(2 ** 16)(vocab.encode)
+        self.codes_per_frame = sum(dialogues.codec.get('levels', [1]))
         self.n_window = -(-len(dialogues) // self.window)
         self.state = dict(epoch=0, window=0, row=0)
         self.places = np.arange(block_size)
         self.is_checked = bytearray(len(dialogues))     # records do not change: one check is enough
+        dialogues.with_words |= any(layout.needs_words for layout in layouts)
         for layout in layouts:
-            if layout.period > block_size + 1:
-                raise ValueError(f'a chunk of {layout.name} has {layout.period} tokens, '
+            if len(layout.learned) > block_size + 1:
+                raise ValueError(f'a chunk of {layout.name} has {len(layout.learned)} tokens, '
                                  f'more than block_size {block_size}')
         self.counts = {}
         self.rows, self.loaded = self.read_window(0, 0), (0, 0)
@@ -169,8 +171,8 @@ class Loader:
                 if layout.order == 'chunks' and is_one_sided:   # an utterance for the alignment stage
                     counts['one_sided'] += 1
                     continue
-                in_chunks = layout.order == 'chunks'
-                for parts in [self.cut(i, n_user, layout)] if in_chunks else self.take(i, layout):
+                for parts in ([self.cut(i, n_user, layout)] if layout.period else
+                              self.take(i, layout, epoch)):
                     counts['too_long'] += not parts
                     pieces += parts
         packed = pack([piece.n - 1 for piece in pieces], self.block_size)   # the last id is a target only
@@ -181,20 +183,27 @@ class Loader:
                            rows=len(rows), sec=sum(piece.sec for piece in pieces))
         return rows
 
-    def take(self, i, layout):
-        """For each document of dialogue i, by turns: [its one Piece], or [] if it does not fit into a row."""
-        rate_hz, pieces = self.dialogues.codec['rate_hz'], []
-        for document in self.flatten(i, layout):
-            n, n_code = len(document.ids), np.count_nonzero(document.ids >= self.vocab.code_start)
-            piece = Piece(lambda document=document: document, 0, n, n_code / rate_hz)
-            pieces.append([piece] if 1 < n <= self.block_size + 1 else [])
+    def take(self, i, layout, epoch):
+        """For each document of dialogue i: [its Pieces, one where it cannot be cut], or [] if it does not fit
+        into a row."""
+        code_hz, pieces = self.dialogues.codec['rate_hz'] * layout.codes_per_frame, []
+        for document in self.flatten(i, layout, epoch):
+            n, parts, at = len(document.ids), [], 0
+            ends = [*document.cuts[1:], n]
+            for end, following in zip(ends, [*ends[1:], None]):     # as many chunks as fit into a row
+                if not following or following - at > self.block_size + 1:
+                    n_code = np.count_nonzero(self.is_speech(document.ids[at:end]))
+                    parts.append(Piece(lambda document=document: document, at, end - at, n_code / code_hz))
+                    at = end
+            fits = n > 1 and max(piece.n for piece in parts) <= self.block_size + 1
+            pieces.append(parts if fits else [])
         return pieces
 
     def cut(self, i, n_frame, layout):
         """Dialogue i, in chunks -> [Piece], cut at chunk borders so that each fits into a row. The first has
         the prompt; if that leaves no room for a chunk: []."""
         n_prompt = len(lay_prompt(self.dialogues.prompt(i), self.vocab))
-        n_chunk, n_most = -(-n_frame // layout.speech_chunk), (self.block_size + 1) // layout.period
+        n_chunk, n_most = layout.n_chunk(n_frame), (self.block_size + 1) // layout.period
         n_first = max(0, self.block_size + 1 - n_prompt) // layout.period   # chunks that fit after the prompt
         if not n_first or not n_chunk:
             return []
@@ -205,20 +214,24 @@ class Loader:
             lay = cache(lay)            # several rows share it
         pieces, at = [], 0
         for first, end in pairwise([0, *range(n_first, n_chunk, n_most), n_chunk]):
-            sec = (end - first) * layout.speech_chunk / self.dialogues.codec['rate_hz']
+            sec = (end - first) * layout.speech_chunk / layout.rate_hz
             to = n_prompt + end * layout.period
             pieces.append(Piece(lay, at, to - at, sec))
             at = to
         return pieces
 
-    def flatten(self, i, layout):
+    def flatten(self, i, layout, epoch=0):
+        rng = np.random.default_rng([3, self.seed, epoch, i]) if layout.order == 'segments' else None
         try:
-            documents = flatten(self.dialogues[i], layout, self.vocab, self.is_checked[i])
+            documents = flatten(self.dialogues[i], layout, self.vocab, self.is_checked[i], rng)
         except ValueError as error:
             path = os.path.join(self.dialogues.folder, self.dialogues.split)
             raise ValueError(f'{path}.arrow: record {i}: {error}')
         self.is_checked[i] = True
         return documents
+
+    def is_speech(self, ids):
+        return (ids >= self.vocab.code_start) & (ids < self.vocab.code_start + self.vocab.n_codes)
 
     def next_rows(self, n):
         """-> the next n rows [(row, place)], of all ranks together. A place is (epoch, window, row)."""
@@ -254,9 +267,10 @@ class Loader:
             document = lay()
             ids, learned = document.ids[at:at + n], document.learned[at:at + n]
             if rng:
-                hit = ~learned & (ids >= self.vocab.code_start) & (rng.random(n) < self.user_noise)
-                noise = self.vocab.code_start + rng.integers(self.vocab.n_codes, size=n, dtype=np.int32)
-                ids = np.where(hit, noise, ids)
+                hit = ~learned & self.is_speech(ids) & (rng.random(n) < self.user_noise)
+                size = self.vocab.n_codes // self.codes_per_frame   # a code stays in its place of the frame
+                first = ids - (ids - self.vocab.code_start) % size
+                ids = np.where(hit, first + rng.integers(size, size=n, dtype=np.int32), ids)
             documents.append((ids, learned, sec))
         return documents
 
@@ -306,7 +320,7 @@ class Loader:
         targets = following.take(learn)
         silent = [self.vocab.control[name] for name in ('<|silent_text|>', '<|silent_speech|>')]
         is_silent = (targets == silent[0]) | (targets == silent[1])
-        is_speech = targets >= self.vocab.code_start
+        is_speech = self.is_speech(targets)
         stream = (is_speech.view(np.int8) + 2 * is_silent.view(np.int8)).astype(np.int64)   # as in STREAMS
         shape = (B if self.padded else 1, -1)
         arrays = [*(x.reshape(shape) for x in (idx, pos, doc)), learn, targets, stream]

@@ -29,6 +29,7 @@ from data.dialogues import Dialogues
 from data.loader import STREAMS
 from flatten import ROLES, count_prompt, flatten, get_layout, spell
 from measures.losses import token_weights
+from templates import Reader, allowed, is_in
 from vocabulary import Vocabulary
 
 GREY, GREEN, YELLOW, CYAN, RED, BOLD, PLAIN = (f'\033[{n}m' for n in (90, 32, 33, 36, 31, 1, 0))
@@ -56,13 +57,13 @@ def show(dialogue, layout, vocab, rate_hz, columns=110):
     rows = [('seconds', '', [f'{c * n / rate_hz:.1f}' for c in range(len(chunks))]),
             ('user words', '', in_chunks['user words'])]
     at = 0
-    for slot in layout.chunk:
-        if slot.kind == 'text':
-            cells = [''.join(spell(i, vocab) for i in ids[at:at + slot.n]) for ids in chunks]
-        else:
+    for slot, size in zip(layout.chunk, layout.sizes):
+        if slot.kind == 'speech':
             cells = in_chunks[slot.role]
+        else:
+            cells = [''.join(spell(i, vocab) for i in ids[at:at + size]) for ids in chunks]
         rows.append((slot.what, GREEN if slot.learned else GREY, cells))
-        at += slot.n
+        at += size
     head = (f'{BOLD}{dialogue["id"]}{PLAIN}  {len(chunks)} chunks of {n} frames, {document.ids.size} tokens, '
             f'{document.learned.sum()} learned, {document.n_dropped} text tokens dropped')
     told = [f'prompt: {dialogue["prompt"]}'] if dialogue.get('prompt') else []
@@ -208,7 +209,7 @@ def draw_document(document, layouts, vocab, columns):
     else:
         name += f'{RED}! no document of {"+".join(layout.name for layout in layouts)}{PLAIN}'
     fed, following = mark_tokens(document, vocab)
-    if layout and layout.order == 'chunks':
+    if layout and layout.period:
         n = count_prompt(document.idx, vocab)
         prompt = lay_out_in_order(fed[:n], following[:n], columns) if n else []
         return [name, *prompt, *lay_out_chunks(fed[n:], following[n:], layout, columns)]
@@ -235,16 +236,19 @@ def mark_tokens(document, vocab):
 
 def fits(ids, layout, vocab):
     """Could ids be a document of this layout? The end of the document may be missing."""
-    if layout.order != 'chunks':
-        first = [vocab.control[slots[0].what] for slots in layout.slots.values()]
-        return ids[0] in first
-    ids = ids[count_prompt(ids, vocab):]
-    in_chunk = [slot.kind == 'speech' for slot in layout.chunk for _ in range(slot.n)]
-    needs_speech = np.resize(in_chunk, len(ids))
-    control = np.isin(ids, list(vocab.control.values()))
-    is_speech = (ids >= vocab.code_start) | (ids == vocab.control['<|silent_speech|>'])
-    is_text = ~control & (ids < vocab.code_start) | (ids == vocab.control['<|silent_text|>'])
-    return bool(np.where(needs_speech, is_speech, is_text).all())
+    if not layout.period:
+        reader = Reader(layout, vocab)
+        lines = [layout.slots['start']] if 'start' in layout.slots else layout.slots.values()
+        ids = ids[count_prompt(ids, vocab):] if layout.order == 'chunks' else ids
+        return any(is_in(ids[0], reader.firsts(line)) for line in lines)
+    ids, at = ids[count_prompt(ids, vocab):], 0
+    chunks = ids[:len(ids) // layout.period * layout.period].reshape(-1, layout.period)
+    for slot, size in zip(layout.chunk, layout.sizes):
+        ranges = [range(*each) for place in allowed(slot, layout, vocab) for each in place]
+        if not all(any(i in each for each in ranges) for i in chunks[:, at:at + size].reshape(-1).tolist()):
+            return False
+        at += size
+    return True
 
 
 def lay_out_chunks(fed, following, layout, columns):
@@ -255,9 +259,9 @@ def lay_out_chunks(fed, following, layout, columns):
     fed, following = (cells + [('', PLAIN)] * n_missing for cells in (fed, following))
     widths = [max(len(text) for text, _ in fed[k::K] + following[k::K]) for k in range(K)]
     streams, at = [], 0     # (name, its places in a chunk, how wide they are)
-    for slot in layout.chunk:
-        end = at + slot.n
-        streams.append((slot.what, range(at, end), sum(widths[at:end]) + slot.n - 1))
+    for slot, size in zip(layout.chunk, layout.sizes):
+        end = at + size
+        streams.append((slot.what, range(at, end), sum(widths[at:end]) + size - 1))
         at = end
     margin, chunk_width = max(len(name) for name, _, _ in streams), max(width for _, _, width in streams)
     n_shown, lines = max(1, (columns - margin) // (chunk_width + 3)), []

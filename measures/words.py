@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from common.files import read_json
-from flatten import ROLES, check, get_layout, is_broken_off, lay_turn
+from flatten import ROLES, check, get_layout, is_broken_off, lay_line
 from model import KVCache
 
 # Thai, Lao, Burmese, Khmer, kana, Han
@@ -129,8 +129,8 @@ def complete_batch(model, prompts, limits, stop, stretch, choose):
 def make_prompt(layout, vocab, codes=(), text=''):
     """-> the ids of an asr document that stand before its text, or of a tts document before its codes"""
     # with nothing to say, a document is the prompt and the control token that ends it
-    turn = dict(role='user', start=0, end=len(codes), text=text)
-    return lay_turn(dict(user=codes), turn, get_layout(layout).slots['user'], vocab).ids[:-1]
+    turn, layout = dict(role='user', start=0, end=len(codes), text=text), get_layout(layout)
+    return lay_line(layout.slots['user'], dict(user=codes), {'': turn}, vocab, layout).ids[:-1]
 
 
 def transcribe(model, vocab, utterances, batch_size=32):

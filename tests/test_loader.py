@@ -377,7 +377,7 @@ def test_a_dialogue_is_checked_once(small_data, tmp_path, monkeypatch):
     """In the first epoch, not in the next; one that is refused is refused whenever it is read."""
     seen = []
     monkeypatch.setattr('flatten.check',
-                        lambda dialogue, n_codes: seen.append(dialogue['id']) or check(dialogue, n_codes))
+                        lambda dialogue, *sizes: seen.append(dialogue['id']) or check(dialogue, *sizes))
     loader = make_loader(small_data, batch_size=1)
     for _ in range(3 * len(loader.rows)):
         loader.next_batch()

@@ -33,6 +33,7 @@ Words one by one, with the codes in which each is said:
 h+ i+ <|sot|>+ y+ o+ <|eot|>+ h+ i+ <|sos|>+ 1+ <|eos|>+ y+ o+ <|sos|>+ 2+ 3+ <|eos|>+ <|eot|>+
 """
 import re
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -100,7 +101,7 @@ def say_words(dialogue, turn, layout):
     if not turn.get('words'):
         raise ValueError(f'dialogue {dialogue["id"]!r}: the {turn["role"]} turn at frame {turn["start"]} has '
                          f'no words with their times, which {layout.name} needs (docs/corpora.md)')
-    ends = [word['end'] for word in turn['words'][:-1]] + [turn['end']]
+    ends = list(accumulate([word['end'] for word in turn['words'][:-1]], max)) + [turn['end']]
     return [dict(role=turn['role'], start=start, end=end, text=word['text'])
             for word, start, end in zip(turn['words'], [turn['start'], *ends], ends)]
 
@@ -184,8 +185,9 @@ def whole_words(dialogue, turn, layout):
     neighbours, a word without frames to its neighbours."""
     words = [dict(word) for word in turn.get('words') or say_words(dialogue, turn, layout)]
     words[0]['start'], words[-1]['end'] = turn['start'], turn['end']
-    for word, following in zip(words, words[1:]):
-        word['end'] = following['start'] = (word['end'] + following['start'] + 1) // 2
+    for word, following in zip(words, words[1:]):       # words may overlap
+        middle = (min(word['end'], turn['end']) + following['start'] + 1) // 2
+        word['end'] = following['start'] = max(middle, word['start'])
     i = 0
     while i < len(words) and len(words) > 1:
         if words[i]['start'] < words[i]['end']:

@@ -71,3 +71,18 @@ def check_turns(name, turns, n_frame):
             raise ValueError(f'{name}: {role} turns overlap, one starts at frame {start} before the last '
                              f'ended at {last_end[role]}')
         last_end[role] = end
+        if turn.get('words'):
+            check_words(name, turn)
+
+
+def check_words(name, turn):
+    """Its words lie in it, one after the other by their starts. A short one may have no frame of its own."""
+    words, last_start = turn['words'], turn['start']
+    for word in words if isinstance(words, (list, tuple)) else [words]:
+        text, start, end = map(word.get, ('text', 'start', 'end')) if isinstance(word, dict) else [None] * 3
+        is_word = isinstance(text, str) and all([isinstance(at, (int, np.integer)) for at in (start, end)])
+        if not is_word or not last_start <= start <= end <= turn['end']:
+            raise ValueError(f'{name}: {turn["role"]} turn {turn["start"]} to {turn["end"]} has the word '
+                             f'{word!r:.80}; each needs text, start and end (whole frames) in its turn, and '
+                             'starts with the last one or later')
+        last_start = start

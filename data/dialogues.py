@@ -45,9 +45,10 @@ def save_table(path, table, codec, **notes):
 
 class Dialogues:
     """The records of one split of a data folder; [i] -> dict(id, user uint16 [n_frame], assistant, turns, and
-    prompt, if it has one). .codec is the description of the codec that they were made with."""
+    prompt, if it has one). .codec is the description of the codec that they were made with. with_words, which
+    may be set at any time: turns have their words, too, where the file has them. Reading is slower then."""
 
-    def __init__(self, folder, split):
+    def __init__(self, folder, split, with_words=False):
         shards = sorted(glob.glob(os.path.join(glob.escape(folder), f'{split}-?????-of-?????.arrow')))
         paths = shards or [os.path.join(folder, f'{split}.arrow')]
         if not os.path.isdir(folder):
@@ -59,7 +60,7 @@ class Dialogues:
         if shards and len(shards) != int(shards[0][-11:-6]):
             raise ValueError(f'{folder} holds {len(shards)} of the {int(shards[0][-11:-6])} files of {split}')
         self.folder, self.split, self.parts, self.codec = folder, split, [], None
-        self.with_words = False
+        self.with_words = with_words
         for path in paths:
             try:
                 table = pa.ipc.open_file(pa.memory_map(path)).read_all()
@@ -93,7 +94,11 @@ class Dialogues:
         if not 0 <= i < len(self):
             raise IndexError(i)
         part = bisect_right(self.firsts, i) - 1
-        return self.parts[part][i - self.firsts[part]]
+        columns, i = self.parts[part], i - self.firsts[part]
+        record = columns[i]
+        if self.with_words:
+            columns.add_words(i, record['turns'])
+        return record
 
 
 class Columns:
@@ -115,6 +120,14 @@ class Columns:
         prompts = columns.get('prompt')
         self.prompt = Strings(prompts) if prompts and prompts.null_count < len(prompts) else None
         self.role, self.text = Strings(fields['role']), Strings(fields['text'])
+        self.words = None
+        words = turns.values.field('words') if turns.type.value_type.get_field_index('words') >= 0 else None
+        if words and len(words.values):
+            fields = {key: words.values.field(key) for key in ('text', 'start', 'end')}
+            if any(values.null_count for values in fields.values()):
+                raise ValueError('a word has no text, start or end')
+            self.word_offsets = words.offsets.to_numpy()
+            self.words = Strings(fields['text']), fields['start'].to_numpy(), fields['end'].to_numpy()
 
     def __len__(self):
         return len(self.turn_offsets) - 1
@@ -126,6 +139,20 @@ class Columns:
         turns = [dict(role=role, start=start, end=end, text=text) for role, start, end, text in columns]
         prompt = self.prompt[i:i + 1][0] if self.prompt else ''
         return dict(id=self.id[i:i + 1][0], **codes, turns=turns) | (dict(prompt=prompt) if prompt else {})
+
+    def add_words(self, i, turns):
+        """To the turns of record i, where the file has them."""
+        if self.words is None:
+            return
+        first = self.turn_offsets[i]
+        offsets = self.word_offsets[first:first + len(turns) + 1].tolist()
+        of = slice(offsets[0], offsets[-1])
+        texts, starts, ends = self.words
+        words = [dict(text=text, start=start, end=end) for text, start, end
+                 in zip(texts[of], starts[of].tolist(), ends[of].tolist())]
+        for turn, start, end in zip(turns, offsets, offsets[1:]):
+            if start < end:
+                turn['words'] = words[start - of.start:end - of.start]
 
 
 class Strings:

@@ -266,10 +266,14 @@ def fit(recording, codec, max_mismatch_sec):
         if turn['role'] not in channels:
             raise ValueError(f'a turn of the {turn["role"]} at {turn["start_sec"]} s, '
                              'but there is no such channel')
-        spans = [turn, *(turn.get('words') or [])]
-        times = (span[key] for span in spans for key in ('start_sec', 'end_sec'))
+        words = turn.get('words') or []
+        times = (span[key] for span in [turn, *words] for key in ('start_sec', 'end_sec'))
         if not all(isinstance(sec, (int, float)) and np.isfinite(sec) for sec in times):
             raise ValueError(f'a turn or a word of the {turn["role"]} has a time that is no number: {turn}')
+        for word in words:
+            if word['end_sec'] < word['start_sec']:
+                raise ValueError(f'the word {word["text"]!r} of the {turn["role"]} starts at '
+                                 f'{word["start_sec"]} s and ends before that, at {word["end_sec"]} s')
     for role, channel in channels.items():
         if channel.dtype.kind == 'f':
             channels[role] = np.pad(channel.astype(np.float32, copy=False), (0, longest * hop - len(channel)))
@@ -303,8 +307,8 @@ def encode(recordings, codec, batch_sec):
 
 def on_frames(turns, n_frame, rate_hz):
     """Turns in seconds -> (turns in whole frames, how many were lost). A turn holds every frame that it
-    touches; what lies outside the recording or in the same role's last turn is cut off, and a turn of which
-    nothing is left is lost."""
+    touches, and so does a word; what lies outside the recording or in the same role's last turn is cut off,
+    and a turn of which nothing is left is lost."""
     def clip(span, first, last):
         # 1e-6: 0.12 s at 25 Hz is frame 3, though 0.12 * 25 is 3.0000000000000004 or 2.9999999999999996
         start, end = np.floor(span['start_sec'] * rate_hz + 1e-6), np.ceil(span['end_sec'] * rate_hz - 1e-6)
@@ -318,9 +322,10 @@ def on_frames(turns, n_frame, rate_hz):
             continue
         last_end[turn['role']] = end
         words = []
-        for word in turn.get('words') or []:
+        for word in sorted(turn.get('words') or [], key=lambda word: word['start_sec']):
             first, last = clip(word, start, end)
-            words.append(dict(text=word['text'], start=first, end=last))
+            if first < last or word['start_sec'] == word['end_sec']:
+                words.append(dict(text=word['text'], start=first, end=last))
         text = ' '.join(turn['text'].split())
         framed.append(dict(role=turn['role'], start=start, end=end, text=text, words=words))
     return framed, n_lost

@@ -50,20 +50,24 @@ def by_id(pairs):
     return items
 
 
+def end_below(path, folder):
+    """-> the longest end of a path that is a file below folder, None if there is none. Corpora are copied to
+    other machines, and what belongs to them is written in folders of the same names."""
+    names = [name for name in path.split('/') if name]
+    ends = (os.path.join(folder, *names[at:]) for at in range(len(names)))
+    return next(filter(os.path.isfile, ends), None)
+
+
 def find_audio(path, folder):
-    """-> the file that a manifest's path means. An absolute path that exists is taken as it is. Of any other,
-    as manifests are copied to other machines, the longest end that exists below folder is taken."""
+    """-> the file that a manifest's path means. An absolute path that exists is taken as it is. Of any other
+    the longest end that exists below folder is taken."""
     if not isinstance(path, str) or '://' in path:
         raise ValueError(f'{path!r} is no path of a file on this machine')
-    if os.path.isabs(path) and os.path.isfile(path):
-        return path
-    names = [name for name in path.split('/') if name]
-    for at in range(len(names)):
-        found = os.path.join(folder, *names[at:])
-        if os.path.isfile(found):
-            return found
-    raise ValueError(f'no file {path}, nor an end of that path below {folder}; '
-                     '--audio_dir=FOLDER says where the audio is')
+    found = path if os.path.isabs(path) and os.path.isfile(path) else end_below(path, folder)
+    if found is None:
+        raise ValueError(f'no file {path}, nor an end of that path below {folder}; '
+                         '--audio_dir=FOLDER says where the audio is')
+    return found
 
 
 def read_piece(file, name, sample_rate, start_sec=0.0, end_sec=None, whole_sec=None):
@@ -89,6 +93,15 @@ def read_piece(file, name, sample_rate, start_sec=0.0, end_sec=None, whole_sec=N
     if rate != sample_rate:
         waves = soxr.resample(waves, rate, sample_rate)
     return np.ascontiguousarray(waves.T)
+
+
+def one_channel(waves, channel, name):
+    """Waves [n_channel, n_sample] -> that of an utterance. channel: the setting, None for files of one."""
+    if channel is None and len(waves) > 1:
+        raise ValueError(f'{name} has {len(waves)} channels; --channel=N says which, 0 to {len(waves) - 1}')
+    if (channel or 0) not in range(len(waves)):
+        raise ValueError(f'{name} has no --channel={channel}: it has {len(waves)}, counted from 0')
+    return waves[channel or 0]
 
 
 def check_length(name, n_sec, whole_sec):

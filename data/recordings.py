@@ -89,6 +89,10 @@ def read_piece(file, name, sample_rate, start_sec=0.0, end_sec=None, whole_sec=N
             audio.seek(min(round(start_sec * rate), audio.frames))
             waves = audio.read(round((end_sec - start_sec) * rate), dtype='float32', always_2d=True)
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a .raw file, whose rate nobody knows
+        if isinstance(file, str) and is_shortened(file):
+            wav = os.path.splitext(file)[0] + '.wav'
+            raise ValueError(f'{name} is compressed with shorten, which soundfile cannot read: '
+                             f'"sph2pipe -p -f wav {file} {wav}" unpacks it') from None
         raise ValueError(f'{name} is not audio that can be read ({error})') from None
     if rate != sample_rate:
         waves = soxr.resample(waves, rate, sample_rate)
@@ -102,6 +106,12 @@ def one_channel(waves, channel, name):
     if (channel or 0) not in range(len(waves)):
         raise ValueError(f'{name} has no --channel={channel}: it has {len(waves)}, counted from 0')
     return waves[channel or 0]
+
+
+def is_shortened(path):
+    """Is it a NIST sphere file, .sph, whose samples are compressed with shorten?"""
+    with open(path, 'rb') as file:
+        return b'embedded-shorten' in file.read(1024)       # its header
 
 
 def check_length(name, n_sec, whole_sec):

@@ -1,13 +1,16 @@
 """What several tests need: a small tokenizer, a small data set, the command line."""
+import json
 import os
 import pathlib
 import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
+from data.dialogues import Dialogues
 from data.made_up import make_codec
 
 torch.set_num_threads(1)         # tiny models: a second thread only waits
@@ -118,3 +121,30 @@ def small_run(tmp_path_factory, small_tokenizer, small_codec):
                      learning_rate=3e-3, warmup_steps=5, device='cpu', dtype='float32', tensorboard=False,
                      n_listen=0))
     return data, out
+
+
+@pytest.fixture(scope='session')
+def codec_folder(small_codec, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('mel')
+    small_codec.save(folder)
+    return folder
+
+
+@pytest.fixture
+def prepare(monkeypatch, tmp_path, codec_folder):
+    """prepare(module, path, '--role=user') -> (id -> record, id -> why it was skipped)"""
+    def prepare(module, path, *settings, codec=codec_folder):
+        out = tmp_path / f'out{len(list(tmp_path.glob("out*")))}'
+        monkeypatch.setattr(sys, 'argv', [
+            'prepare.py', str(path), f'--out={out}', f'--codec={codec}', *settings])
+        module.main()
+        records = []
+        for split in ('train', 'val', 'test'):
+            data = Dialogues(str(out), split)       # which gives turns without words
+            stored = pa.ipc.open_file(str(out / f'{split}.arrow')).read_all()['turns'].to_pylist()
+            records += [dict(data[i], words=[turn['words'] for turn in stored[i]]) for i in range(len(data))]
+        with open(out / 'skipped.jsonl', encoding='utf-8') as file:
+            skipped = [json.loads(line) for line in file]
+        by_id = {record['id']: record for record in records}
+        return by_id, {entry['id']: entry['reason'] for entry in skipped}
+    return prepare

@@ -9,13 +9,11 @@ import sys
 from argparse import Namespace
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from conftest import ROOT
 
 from codec.s3 import S3Codec
 from data.codes import prepare as codes
-from data.dialogues import Dialogues
 from data.lhotse import prepare as lhotse_cuts
 from data.made_up import hum
 from data.manifest import prepare as manifest
@@ -28,33 +26,6 @@ pytest.importorskip('soxr')
 
 REAL = ROOT / '../shared/data'
 real = pytest.mark.skipif(not REAL.is_dir(), reason='no ../shared/data')
-
-
-@pytest.fixture(scope='session')
-def codec_folder(small_codec, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('mel')
-    small_codec.save(folder)
-    return folder
-
-
-@pytest.fixture
-def prepare(monkeypatch, tmp_path, codec_folder):
-    """prepare(module, path, '--role=user') -> (id -> record, id -> why it was skipped)"""
-    def prepare(module, path, *settings, codec=codec_folder):
-        out = tmp_path / f'out{len(list(tmp_path.glob("out*")))}'
-        monkeypatch.setattr(sys, 'argv', [
-            'prepare.py', str(path), f'--out={out}', f'--codec={codec}', *settings])
-        module.main()
-        records = []
-        for split in ('train', 'val', 'test'):
-            data = Dialogues(str(out), split)       # which gives turns without words
-            stored = pa.ipc.open_file(str(out / f'{split}.arrow')).read_all()['turns'].to_pylist()
-            records += [dict(data[i], words=[turn['words'] for turn in stored[i]]) for i in range(len(data))]
-        with open(out / 'skipped.jsonl', encoding='utf-8') as file:
-            skipped = [json.loads(line) for line in file]
-        by_id = {record['id']: record for record in records}
-        return by_id, {entry['id']: entry['reason'] for entry in skipped}
-    return prepare
 
 
 @pytest.mark.parametrize('content, message', [

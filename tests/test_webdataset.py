@@ -8,7 +8,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from test_corpora import check_reasons, codec_folder, prepare, turns  # noqa: F401
+from test_corpora import check_reasons, turns
 from test_words_in import ALIGNMENTS, TALK, long_textgrid
 
 from data.made_up import hum

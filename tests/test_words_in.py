@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_corpora import check_reasons, codec_folder, cut, duplex, prepare, turns, write_rows, write_wav  # noqa: F401
+from test_corpora import check_reasons, cut, duplex, turns, write_rows, write_wav  # noqa: F401
 
 from data import words
 from data.dialogues import Dialogues, save_dialogues

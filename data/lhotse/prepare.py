@@ -30,11 +30,11 @@ import json
 import math
 import os
 import re
-import tarfile
 from pathlib import Path
 
 from data import tokenise
 from data.recordings import by_id, find_audio, read_piece, read_rows
+from data.sides import tar_index
 from data.words import clean_words, is_word
 
 AUDIO = ('recording', 'target_audio')       # what a cut's audio is called in Shar
@@ -227,25 +227,6 @@ def check_sources(recording, where, audio_dir):
             raise ValueError(f'{where}, has audio of type {source["type"]!r} ({source["source"]!r:.80}): '
                              'only files are read, no commands are run and nothing is downloaded')
         source['source'] = find_audio(source['source'], audio_dir)
-
-
-@functools.lru_cache(32)
-def tar_index(path):
-    """cut id -> {'.flac': (offset, size), '.json': …}. Lhotse's own reader reads a shard from its beginning;
-    with this index any cut may be next."""
-    try:
-        with tarfile.open(path, 'r:') as tar:
-            try:
-                members = tar.getmembers()
-            except tarfile.ReadError:       # cut off: what lies before that is good
-                members = tar.members
-            index = {}
-            for member in members:
-                name, extension = os.path.splitext(member.name)
-                index.setdefault(name, {})[extension] = (member.offset_data, member.size)
-            return index
-    except tarfile.TarError as error:
-        raise ValueError(f'{path} is no tar ({error})')
 
 
 def from_tar(path, cut_id, where):

@@ -93,26 +93,37 @@ def run(items, read_recording, args, settings):
     recipe = dict(settings, codec=codec.describe(), part=args.part, seed=args.seed, val_share=args.val_share,
                   test_share=args.test_share, max_mismatch_sec=args.max_mismatch_sec, n_item=len(ids),
                   ids=hashlib.sha256('\n'.join(ids).encode()).hexdigest()[:16])
-    marker, folder = os.path.join(args.out, 'prepared.json'), os.path.join(args.out, 'parts')
     parts = [ids[at:at + args.part] for at in range(0, len(ids), args.part)]
     reader = partial(read_one, items=items, read_recording=read_recording, codec=codec,
                      max_mismatch_sec=args.max_mismatch_sec)
+    marker = os.path.join(args.out, 'prepared.json')
     if is_prepared(marker, recipe) and not reopen(args, recipe, codec, parts, reader):
         return
-    os.makedirs(folder, exist_ok=True)
-    recipe_path = os.path.join(folder, 'recipe.json')
-    if not is_prepared(recipe_path, recipe):
-        write_recipe(recipe_path, recipe)
-    with ThreadPoolExecutor(args.n_thread) as pool, open(os.path.join(args.out, '.lock'), 'w') as lock:
+    with ThreadPoolExecutor(args.n_thread) as pool:
         def make(number, path):
             return make_part(path, parts[number], reader, codec, args, pool)
 
         def finish_all():
             finish(args, recipe, codec, ids, len(parts))
-        work_on_parts(len(parts), folder, marker, lock, make, finish_all)
+        work_on_parts(args.out, recipe, len(parts), make, finish_all)
 
 
-def work_on_parts(n_part, folder, marker, lock, make, finish):
+def work_on_parts(out, recipe, n_part, make, finish):
+    """Shares the parts of out with all processes that were started for it. Raises ValueError where it holds
+    parts of another recipe.
+        make        (number, path) -> seconds of speech in the part that it wrote to path
+        finish      makes the data set of all parts, and out/prepared.json
+    """
+    marker, folder = os.path.join(out, 'prepared.json'), os.path.join(out, 'parts')
+    os.makedirs(folder, exist_ok=True)
+    recipe_path = os.path.join(folder, 'recipe.json')
+    if not is_prepared(recipe_path, recipe):
+        write_recipe(recipe_path, recipe)
+    with open(os.path.join(out, '.lock'), 'w') as lock:
+        share_parts(n_part, folder, marker, lock, make, finish)
+
+
+def share_parts(n_part, folder, marker, lock, make, finish):
     """Makes the parts that nobody holds, again and again until all are there; then one process finishes."""
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     progress = Progress(n_part)
@@ -440,8 +451,9 @@ def count_kinds(skipped, n=10):
     return '; '.join(shown + [f'and {len(kinds) - n} kinds more'] * (len(kinds) > n))
 
 
-def finish(args, recipe, codec, ids, n_part):
-    """The parts become the data set, and a table of what is in it is printed."""
+def finish(args, recipe, codec, ids, n_part, splits=None):
+    """The parts become the data set, and a table of what is in it is printed. splits: {id: 'train', 'val' or
+    'test'}; None: by a hash of the id."""
     tables, skipped, lost_turns, remarks = [], [], 0, {}
     for number in range(n_part):
         table, about = read_part(os.path.join(args.out, 'parts', f'{number:06d}.arrow'))
@@ -451,9 +463,10 @@ def finish(args, recipe, codec, ids, n_part):
         tables.append(table)
     if len(skipped) == len(ids):
         shutil.rmtree(os.path.join(args.out, 'parts'))      # so that the same command tries again
-        raise ValueError(f'none of the {len(ids)} recordings could be read: {count_kinds(skipped)}')
+        raise ValueError(f'none of the {len(ids)} recordings could be prepared: {count_kinds(skipped)}')
     unread = {entry['id'] for entry in skipped}
-    splits = split_ids([id for id in ids if id not in unread], args.val_share, args.test_share, args.seed)
+    splits = splits or split_ids([id for id in ids if id not in unread], args.val_share, args.test_share,
+                                 args.seed)
     counts = Statistics(codec.rate_hz)
     metadata = {'nanoduplex': json.dumps({'codec': codec.describe()})}
     schema = SCHEMA.with_metadata(metadata)
@@ -479,8 +492,8 @@ def finish(args, recipe, codec, ids, n_part):
     for key, value in table.items():
         print(f'{key:30} {value}')
     if skipped:
-        print(f'{len(skipped)} recordings were skipped, {os.path.join(args.out, "skipped.jsonl")} says why; '
-              f'the first, {skipped[0]["id"]}: {skipped[0]["reason"]}')
+        print(f'{len(skipped)} recordings were skipped, {os.path.join(args.out, "skipped.jsonl")} says why: '
+              f'{count_kinds(skipped)}')
     for remark, (n, first) in remarks.items():
         print(f'note: in {n} recordings {remark}; the first is {first}')
     write_json(os.path.join(args.out, 'prepared.json'), dict(recipe=recipe, **table, remarks=remarks))

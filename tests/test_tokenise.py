@@ -141,13 +141,13 @@ def test_other_settings_are_not_mixed_in(prepare):
 
 
 def test_nothing_to_prepare(prepare):
-    message = 'none of the 2 recordings could be read: 2 such as a: -1 s of audio$'
+    message = 'none of the 2 recordings could be prepared: 2 such as a: -1 s of audio$'
     with pytest.raises(ValueError, match=message):
         prepare(dict(a=-1, b=-2), read_hum)
 
     def refuse(n_sec, codec):
         raise ValueError(f'no file {n_sec}.wav' if n_sec % 3 else f'the channel {n_sec} is mute')
-    with pytest.raises(ValueError, match='none of the 4 recordings could be read: '
+    with pytest.raises(ValueError, match='none of the 4 recordings could be prepared: '
                        r'3 such as b: no file 1\.wav; 1 such as a: the channel 0 is mute$'):
         prepare(dict(a=0, b=1, c=2, d=4), refuse)
     skipped = [dict(id=letter, reason=f'no {letter}') for letter in 'abcdefghijklm']

@@ -31,6 +31,7 @@ import functools
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -153,8 +154,8 @@ def interrupt(turn, stop):
 
 def simulate(texts, plan, tts, args, hop=1):
     """-> user's wave, assistant's wave (16 kHz, without noise), turns in seconds as tokenise.Recording has
-    them. hop: samples a frame of the codec. The assistant starts where a frame starts: otherwise it would
-    start in the frame in which the user ends."""
+    them. hop: samples a frame of the codec, which need not be whole (SNAC: 1365.33). The assistant starts
+    where a frame starts: otherwise it would start in the frame in which the user ends."""
     def samples(sec):
         return round(sec * SAMPLE_RATE)
 
@@ -174,7 +175,7 @@ def simulate(texts, plan, tts, args, hop=1):
                 start = last['start'] + int(step['interrupt_at'] * len(last['wave']))
                 stop = start + samples(step['reaction_sec'])
         user = make_turn('user', start, *said)
-        start = -(-(end(user) + samples(args.response_sec)) // hop) * hop
+        start = math.ceil(math.ceil((end(user) + samples(args.response_sec)) / hop) * hop)
         answered = say(tts, answer, args.assistant_voice, args.assistant_style)
         assistant = make_turn('assistant', start, answer, *answered)
         if after(assistant, plan['tail_sec']) > samples(args.max_sec):
@@ -338,7 +339,7 @@ def main(argv=None):
         plan = make_plan(id, len(texts) // 2, tts, voices, args)
         rate, hop = SAMPLE_RATE, 1
         if codec:
-            rate, hop = codec.sample_rate, round(SAMPLE_RATE / codec.rate_hz)
+            rate, hop = codec.sample_rate, SAMPLE_RATE / codec.rate_hz
         user, assistant, turns = simulate(texts, plan, tts, args, hop)
         user = soxr.resample(with_noise(user, plan, bank), SAMPLE_RATE, rate)
         return tokenise.Recording(user, soxr.resample(assistant, SAMPLE_RATE, rate), turns)

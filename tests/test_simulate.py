@@ -352,14 +352,18 @@ def test_as_silent_as_people_are(n_word):
     assert 0.1 <= silent_sec / sec <= 0.29
 
 
-def test_the_answer_starts_with_a_frame():
+@pytest.mark.parametrize('rate_hz', [25, 12.5, 75, 24000 / 2048])      # 2048: SNAC's; 1365.33 samples here
+def test_the_answer_starts_with_a_frame(rate_hz):
     """The one after that in which the user ends: on the codec's clock nobody overlaps."""
-    args = get_args()
-    turns = simulate.simulate(DIALOGUE, make_plan('d', 2, Hum(), ['low'], args), Hum(), args, hop=640)[2]
-    framed, _ = tokenise.on_frames(turns, 1000, 25)
-    gaps = [answer['start'] - question['end'] for question, answer in zip(framed[::2], framed[1::2])]
-    assert gaps == [0, 0]
-    assert all(answer['start_sec'] * 25 == int(answer['start_sec'] * 25) for answer in turns[1::2])
+    args, hop = get_args(), SAMPLE_RATE / rate_hz
+    for id in 'abcdefgh':
+        plan = make_plan(id, 6, Hum(), ['low'], args)
+        turns = simulate.simulate(DIALOGUE * 3, plan, Hum(), args, hop=hop)[2]
+        framed, _ = tokenise.on_frames(turns, 10000, rate_hz)
+        gaps = [answer['start'] - question['end'] for question, answer in zip(framed[::2], framed[1::2])]
+        assert set(gaps) == {0}
+        for answer, on_clock in zip(turns[1::2], framed[1::2]):
+            assert abs(answer['start_sec'] * rate_hz - on_clock['start']) * hop < 1     # of a sample
 
 
 @pytest.mark.parametrize('tells', [True, False])

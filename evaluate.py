@@ -183,8 +183,9 @@ def answers(outcomes, decoded, references):
         for turn in [turn for turn in turns if turn['due']]:
             due, said = turn['due'], turn['said']
             texts.append((due['text'], ' '.join(part['text'] for part in said)))
-            said_codes = [code for part in said for code in dialogue['assistant'][part['start']:part['end']]]
-            codes.append((reference['assistant'][due['start']:due['end']].tolist(), said_codes))
+            said_codes = [code for part in said
+                          for code in np.ravel(dialogue['assistant'][part['start']:part['end']]).tolist()]
+            codes.append((reference['assistant'][due['start']:due['end']].ravel().tolist(), said_codes))
     distances = [Levenshtein.normalized_distance(said, due) for due, said in codes]
     others = []
     for i in range(len(codes)):
@@ -280,7 +281,7 @@ def can_be_heard(cfg, codec):
     """Can the codec make sound? Asked before hours of listening. If it cannot, the report is silent; but
     Whisper and the export need sound."""
     try:
-        codec.decode(np.resize(codec.silence_codes, round(codec.rate_hz)))
+        codec.decode(np.repeat(codec.silence_codes[:1], round(codec.rate_hz), 0))
     except ValueError as error:
         if cfg.whisper or cfg.export:
             raise
@@ -303,7 +304,7 @@ def listen(cfg, checkpoint, references, dtype):
     with tqdm(total=n_chunk, desc='listening', unit=' chunks', leave=False, disable=None) as bar:
         for batch in batches:
             users = [references[i]['user'] for i in batch]
-            said, _ = converse(model, vocab, checkpoint.layout, users, int(codec.silence_codes[0]),
+            said, _ = converse(model, vocab, checkpoint.layout, users, codec.silence_codes[0].tolist(),
                                bar.update, [references[i].get('prompt', '') for i in batch],
                                sampling=sampling, dtype=dtype)
             for i, dialogue in zip(batch, said):

@@ -23,6 +23,7 @@ import config
 from checkpoint import check_codec, load_checkpoint
 from common.audio import read_audio, write_audio
 from common.device import pick_device, pick_dtype
+from common.levels import is_silent
 from data.dialogues import Dialogues
 from decode import Sampling, converse, render, write_transcript
 from flatten import ROLES
@@ -82,7 +83,7 @@ def main(cfg):
     device = pick_device(cfg.device)
     checkpoint = load_checkpoint(cfg.checkpoint, device)
     codec, layout = checkpoint.codec, checkpoint.layout
-    codec.decode(np.resize(codec.silence_codes, round(codec.rate_hz)))  # a vocoder that fails, fails now
+    codec.decode(np.repeat(codec.silence_codes[:1], round(codec.rate_hz), 0))   # so a vocoder fails now
     start = time.perf_counter()
     heard = [listen_to_file(cfg, codec)] if cfg.user else listen_to_data(cfg, codec)
     codec_sec = time.perf_counter() - start
@@ -90,7 +91,7 @@ def main(cfg):
                         cfg.silence_bias, checkpoint.info.text_weight, cfg.seed)
     users, prompts = [user.codes for user in heard], [user.prompt for user in heard]
     decoded, chunk_sec = converse(
-        checkpoint.model, checkpoint.vocab, layout, users, int(codec.silence_codes[0]), prompts=prompts,
+        checkpoint.model, checkpoint.vocab, layout, users, codec.silence_codes[0].tolist(), prompts=prompts,
         sampling=sampling, max_context=cfg.max_context, dtype=pick_dtype(cfg.dtype, device),
         compile=cfg.compile)
     out = cfg.out or os.path.join(cfg.checkpoint, 'samples')
@@ -128,10 +129,9 @@ def listen_to_file(cfg, codec):
     wave = read_audio(cfg.user, codec.sample_rate, cfg.user_channel)
     wave = np.concatenate([wave, np.zeros(round(cfg.reply_sec * codec.sample_rate), np.float32)])
     codes = codec.encode(wave)
-    spans = stretches(~np.isin(codes, codec.silence_codes), codec.rate_hz)
+    spans = stretches(~is_silent(codes, codec.silence_codes), codec.rate_hz)
     turns = [dict(role='user', start=start, end=end, text='') for start, end in spans]  # without text
-    return Heard(os.path.splitext(os.path.basename(cfg.user))[0], codes, turns, None, wave,
-                 cfg.prompt or '')
+    return Heard(os.path.splitext(os.path.basename(cfg.user))[0], codes, turns, None, wave, cfg.prompt or '')
 
 
 def listen_to_data(cfg, codec):

@@ -1,7 +1,8 @@
 """
 Dialogues on disk: a data folder holds train.arrow, val.arrow and test.arrow (each may be in parts, as
 train-00000-of-00008.arrow). These are Arrow IPC files of records (docs/format.md), memory-mapped. Dialogues
-are tokenised once; a layout is applied when they are loaded.
+are tokenised once; a layout is applied when they are loaded. The codes of a codec of several codebooks lie in
+the file frame after frame, in a flat list.
 
     dialogues = [dict(id='1', user=[…], assistant=[…], turns=[…])]
     save_dialogues('data/mine/train.arrow', dialogues, codec.describe())
@@ -17,13 +18,14 @@ import numpy as np
 import pyarrow as pa
 
 from common.files import whole
+from common.levels import codes_per_frame
 
 WORD = pa.struct([('text', pa.string()), ('start', pa.int32()), ('end', pa.int32())])
 TURN = pa.struct([('role', pa.string()), ('start', pa.int32()), ('end', pa.int32()), ('text', pa.string()),
                   ('words', pa.list_(WORD))])
 SCHEMA = pa.schema([
     ('id', pa.string()),
-    ('user', pa.list_(pa.uint16())),    # a code a frame
+    ('user', pa.list_(pa.uint16())),    # a code a frame, or several, frame after frame
     ('assistant', pa.list_(pa.uint16())),
     ('turns', pa.list_(TURN)),
     ('prompt', pa.string()),            # what the assistant is told before it begins; files may lack it
@@ -32,8 +34,22 @@ SCHEMA = pa.schema([
 
 def save_dialogues(path, dialogues, codec, **notes):
     """Writes an Arrow file of dialogues, with the codec's description and notes in its metadata. The file
-    appears whole or not at all."""
-    save_table(path, pa.Table.from_pylist(list(dialogues), SCHEMA), codec, **notes)
+    appears whole or not at all. Channels are lists or arrays, [n_frame] or [n_frame, codes a frame]."""
+    save_table(path, to_table(dialogues, codec), codec, **notes)
+
+
+def to_table(dialogues, codec):
+    """Raises ValueError for frames of another length than the codec's."""
+    rows, n_code = [], codes_per_frame(codec)
+    for row in dialogues:
+        channels = {role: np.asarray(row[role], None if len(row[role]) else np.uint16)
+                    for role in ('user', 'assistant')}
+        for role, codes in channels.items():
+            if codes.shape[1:] not in ((), (n_code,)):
+                raise ValueError(f'dialogue {row["id"]!r}: the {role} channel has shape {codes.shape}, '
+                                 f'and codec {codec["name"]} {n_code} codes a frame')
+        rows.append(row | {role: codes.reshape(-1) for role, codes in channels.items()})
+    return pa.Table.from_pylist(rows, SCHEMA)
 
 
 def save_table(path, table, codec, **notes):
@@ -44,9 +60,10 @@ def save_table(path, table, codec, **notes):
 
 
 class Dialogues:
-    """The records of one split of a data folder; [i] -> dict(id, user uint16 [n_frame], assistant, turns, and
-    prompt, if it has one). .codec is the description of the codec that they were made with. with_words, which
-    may be set at any time: turns have their words, too, where the file has them. Reading is slower then."""
+    """The records of one split of a data folder; [i] -> dict(id, user uint16 [n_frame], or [n_frame, codes a
+    frame], assistant, turns, and prompt, if it has one). .codec is the description of the codec that they
+    were made with, .codes_per_frame how many codes a frame of it has. with_words, which may be set at any
+    time: turns have their words, too, where the file has them. Reading is slower then."""
 
     def __init__(self, folder, split, with_words=False):
         shards = sorted(glob.glob(os.path.join(glob.escape(folder), f'{split}-?????-of-?????.arrow')))
@@ -65,12 +82,13 @@ class Dialogues:
             try:
                 table = pa.ipc.open_file(pa.memory_map(path)).read_all()
                 codec = json.loads(table.schema.metadata[b'nanoduplex'])['codec']
-                columns = [Columns(batch) for batch in table.to_batches() if batch.num_rows]
+                n = codes_per_frame(codec)
+                columns = [Columns(batch, n) for batch in table.to_batches() if batch.num_rows]
             except (pa.ArrowInvalid, TypeError, KeyError, ValueError) as error:
                 raise ValueError(f'{path} is not a file of dialogues ({error}); prepare it again')
             if self.codec and codec != self.codec:
                 raise ValueError(f'{path} was made with codec {codec}, {paths[0]} with {self.codec}')
-            self.codec = codec
+            self.codec, self.codes_per_frame = codec, n
             self.parts += columns
         self.firsts = [0, *accumulate(map(len, self.parts))]
         self.has_prompts = any(part.prompt for part in self.parts)
@@ -103,12 +121,12 @@ class Dialogues:
 
 class Columns:
     """A record batch as numpy views into the mapped file: nothing is copied, and only the record that is
-    asked for is parsed."""
+    asked for is parsed. n_code: codes a frame"""
 
-    def __init__(self, batch):
+    def __init__(self, batch, n_code):
         columns = {name: batch.column(name) for name in SCHEMA.names if name in batch.schema.names}
-        self.codes = {role: (columns[role].offsets.to_numpy(), columns[role].values.to_numpy())
-                      for role in ('user', 'assistant')}
+        self.id = Strings(columns['id'])
+        self.codes = {role: self.frames(columns[role], role, n_code) for role in ('user', 'assistant')}
         turns = columns['turns']
         fields = {key: turns.values.field(key) for key in ('role', 'start', 'end', 'text')}
         for key, values in dict(fields, id=columns['id']).items():
@@ -116,7 +134,6 @@ class Columns:
                 raise ValueError(f'{values.null_count} have no {key}')
         self.turn_offsets = turns.offsets.to_numpy()
         self.start, self.end = fields['start'].to_numpy(), fields['end'].to_numpy()
-        self.id = Strings(columns['id'])
         prompts = columns.get('prompt')
         self.prompt = Strings(prompts) if prompts and prompts.null_count < len(prompts) else None
         self.role, self.text = Strings(fields['role']), Strings(fields['text'])
@@ -128,6 +145,20 @@ class Columns:
                 raise ValueError('a word has no text, start or end')
             self.word_offsets = words.offsets.to_numpy()
             self.words = Strings(fields['text']), fields['start'].to_numpy(), fields['end'].to_numpy()
+
+    def frames(self, column, role, n_code):
+        """-> the frame at which each record's channel starts, the last one's end; all frames: codes [N], or
+        [N, n_code]"""
+        offsets, codes = column.offsets.to_numpy(), column.values.to_numpy()
+        if n_code == 1:
+            return offsets, codes
+        wrong = np.flatnonzero(np.diff(offsets) % n_code)
+        if len(wrong):
+            i = int(wrong[0])
+            raise ValueError(f'record {self.id[i:i + 1][0]!r} has {np.diff(offsets)[i]} {role} codes, '
+                             f'and a frame has {n_code}')
+        first, end = offsets[[0, -1]]
+        return (offsets - first) // n_code, codes[first:end].reshape(-1, n_code)
 
     def __len__(self):
         return len(self.turn_offsets) - 1

@@ -140,7 +140,6 @@ class Loader:
         self.seed, self.rank, self.world_size, self.user_noise = seed, rank, world_size, user_noise
         # a third of the time is BPE; 65,536 texts of 24 tokens take about 70 MB
         self.vocab.encode = lru_cache(2 ** 16)(vocab.encode)
-        self.codes_per_frame = sum(dialogues.codec.get('levels', [1]))
         self.n_window = -(-len(dialogues) // self.window)
         self.state = dict(epoch=0, window=0, row=0)
         self.places = np.arange(block_size)

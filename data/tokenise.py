@@ -35,8 +35,9 @@ import pyarrow.compute as pc
 from codec import load_codec
 from common.device import pick_device
 from common.files import read_json, remove, whole, write_json
+from common.levels import codes_per_frame
 from config import Parser
-from data.dialogues import SCHEMA, save_table
+from data.dialogues import SCHEMA, save_table, to_table
 from flatten import ROLES, check
 
 SEVERAL = 'several speakers of one channel became one {}'      # a remark
@@ -44,7 +45,7 @@ TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'vocab.json', 'mer
 
 
 class Recording(NamedTuple):
-    # float32 [n_sample] at codec.sample_rate, or codes uint16 [n_frame]; None: no such channel
+    # float32 [n_sample] at codec.sample_rate, or codes as codec.encode returns them; None: no such channel
     user: np.ndarray | None
     assistant: np.ndarray | None
     # dict(role, start_sec, end_sec, text) and, where known, words: [dict(text, start_sec, end_sec)]
@@ -244,7 +245,7 @@ def make_part(path, ids, reader, codec, args, pool):
             n_lost += lost
             if recording.remark:
                 add_remarks(remarks, {recording.remark: (1, id)})
-    table = pa.Table.from_pylist(records, SCHEMA)
+    table = to_table(records, codec.describe())
     if before is not None:
         table = in_order(pa.concat_tables([before, table], promote_options='default'), ids)
     save_table(path, table, codec.describe(), skipped=skipped, lost_turns=n_lost, remarks=remarks)
@@ -256,14 +257,17 @@ def fit(recording, codec, max_mismatch_sec):
     be too much."""
     hop = round(codec.sample_rate / codec.rate_hz)
     channels = {role: getattr(recording, role) for role in ROLES if getattr(recording, role) is not None}
+    n_code = codes_per_frame(codec.describe())
     if not channels:
         raise ValueError('neither channel has audio')
     for role, channel in channels.items():
-        if channel.ndim != 1 or not len(channel):
-            raise ValueError(f'the {role} channel has shape {channel.shape}, no samples in a row')
-        if channel.dtype.kind == 'f' and not np.isfinite(channel).all():
+        is_wave = channel.dtype.kind == 'f'
+        if channel.shape[1:] != (() if is_wave or n_code == 1 else (n_code,)) or not len(channel):
+            wanted = 'samples in a row' if is_wave else f'frames of {n_code} codes'
+            raise ValueError(f'the {role} channel has shape {channel.shape}, no {wanted}')
+        if is_wave and not np.isfinite(channel).all():
             raise ValueError(f'the {role} channel has samples that are no numbers')
-        if channel.dtype.kind != 'f' and not 0 <= channel.min() <= channel.max() < codec.n_codes:
+        if not is_wave and not 0 <= channel.min() <= channel.max() < codec.n_codes:
             raise ValueError(f'the {role} channel has codes {channel.min()} to {channel.max()}, '
                              f'codec {codec.name} has 0 to {codec.n_codes - 1}')
     n_frames = {role: -(-len(channel) // hop) if channel.dtype.kind == 'f' else len(channel)
@@ -289,8 +293,8 @@ def fit(recording, codec, max_mismatch_sec):
         if channel.dtype.kind == 'f':
             channels[role] = np.pad(channel.astype(np.float32, copy=False), (0, longest * hop - len(channel)))
         else:
-            channels[role] = np.pad(channel.astype(np.uint16), (0, longest - len(channel)),
-                                    constant_values=codec.silence_codes[0])
+            more = np.repeat(codec.silence_codes[:1], longest - len(channel), 0)
+            channels[role] = np.concatenate([channel.astype(np.uint16), more])
     return recording._replace(**channels)
 
 
@@ -467,7 +471,7 @@ def finish(args, recipe, codec, ids, n_part, splits=None):
     unread = {entry['id'] for entry in skipped}
     splits = splits or split_ids([id for id in ids if id not in unread], args.val_share, args.test_share,
                                  args.seed)
-    counts = Statistics(codec.rate_hz)
+    counts = Statistics(codec.rate_hz, codes_per_frame(codec.describe()))
     metadata = {'nanoduplex': json.dumps({'codec': codec.describe()})}
     schema = SCHEMA.with_metadata(metadata)
     with ExitStack() as all_appear:     # the three files at once, or none
@@ -505,14 +509,15 @@ class Statistics:
     """Who speaks when, in the figures that are known of Switchboard. There, both sides speak 0.7 to 8.8 % of
     the time, and neither does 10 to 29 %."""
 
-    def __init__(self, rate_hz):
-        self.rate_hz, self.n, self.n_frame = rate_hz, dict(train=0, val=0, test=0), 0
+    def __init__(self, rate_hz, n_code):
+        self.rate_hz, self.n_code = rate_hz, n_code         # frames a second, codes a frame
+        self.n, self.n_frame = dict(train=0, val=0, test=0), 0
         self.n_dialogue = self.dialogue_frame = self.both = self.neither = self.n_change = 0
         self.n_turn, self.gaps = dict.fromkeys(ROLES, 0), {'user to assistant': [], 'assistant to user': []}
 
     def add(self, split, table):
         self.n[split] += len(table)
-        lengths = [pc.list_value_length(table[role]).to_pylist() for role in ROLES]     # reads no codes
+        lengths = [(pc.list_value_length(table[role]).to_numpy() // self.n_code).tolist() for role in ROLES]
         for n_user, n_assistant, turns in zip(*lengths, table['turns'].to_pylist()):
             n_frame = max(n_user, n_assistant)
             self.n_frame += n_frame

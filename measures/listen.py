@@ -66,8 +66,8 @@ class Listener:
         users = [dialogue['user'] for dialogue in self.dialogues]
         prompts = [dialogue.get('prompt', '') for dialogue in self.dialogues]
         decoded, _ = converse(
-            model, self.vocab, layout, users, int(codec.silence_codes[0]), prompts=prompts, dtype=self.dtype,
-            sampling=Sampling(text_weight=self.cfg.text_weight),
+            model, self.vocab, layout, users, codec.silence_codes[0].tolist(), prompts=prompts,
+            dtype=self.dtype, sampling=Sampling(text_weight=self.cfg.text_weight),
             max_context=max(self.cfg.block_size, 2 * layout.period))    # decoding needs room for two chunks
         folder = os.path.join(self.cfg.out_dir, 'listen')
         os.makedirs(folder, exist_ok=True)

@@ -32,6 +32,7 @@ meaningful one the assistant speaks; at the K-th after the user's first it is si
 """
 import numpy as np
 
+from common.levels import is_silent
 from flatten import ROLES, START
 
 KS = 1, 5, 10, 25               # the paper's
@@ -48,13 +49,13 @@ BACKCHANNEL_SEC, BACKCHANNEL_WORDS = 1.0, 3
 def conversation(id, rate_hz, user, decoded, silence_codes, chunk_frames=0, expected=None, wave=None,
                  sample_rate=0):
     """user: the user's turns; decoded: a dialogue that decode.converse returned -> the conversation that they
-    had. A channel speaks where one of its turns has a code that is not among silence_codes."""
+    had. A channel speaks where one of its turns has a frame that is not among silence_codes."""
     assistant = [turn for turn in decoded['turns'] if turn['role'] == 'assistant']
     turns, n_frame = sorted([*user, *assistant], key=START), len(decoded['user'])
     speaks = {role: np.zeros(n_frame, bool) for role in ROLES}
     for turn in turns:
         frames = slice(turn['start'], turn['end'])
-        speaks[turn['role']][frames] = ~np.isin(decoded[turn['role']][frames], silence_codes)
+        speaks[turn['role']][frames] = ~is_silent(decoded[turn['role']][frames], silence_codes)
     return dict(id=id, rate_hz=rate_hz, n_frame=n_frame, turns=turns, speaks=speaks, expected=expected,
                 wave=wave, sample_rate=sample_rate, chunk_frames=chunk_frames)
 

@@ -33,6 +33,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+from common.levels import codes_per_frame
+
 ROLES = ('user', 'assistant')
 
 LAYOUTS = {
@@ -192,21 +194,21 @@ class Layout:
     def bind(self, codec):
         """-> this layout for data of that codec (what codec.describe() says). Raises ValueError where the
         layout has rows for more or fewer codes a frame."""
-        codes_per_frame, rate_hz = sum(codec.get('levels', [1])), codec['rate_hz']
+        n_code, rate_hz = codes_per_frame(codec), codec['rate_hz']
         for slot in self.all_slots():
-            if len(slot.delays) not in (0, 1, codes_per_frame):
+            if len(slot.delays) not in (0, 1, n_code):
                 raise ValueError(f'layout {self.name} has {len(slot.delays)} codes a frame, the codec '
-                                 f'{codec["name"]} has {codes_per_frame}')
-            if slot.way == 'dedup' and codes_per_frame > 1:
+                                 f'{codec["name"]} has {n_code}')
+            if slot.way == 'dedup' and n_code > 1:
                 raise ValueError(f'layout {self.name} is for one code a frame, the codec {codec["name"]} has '
-                                 f'{codes_per_frame}')
+                                 f'{n_code}')
 
         def fit(items):
             return [item._replace(parts=list(map(fit, item.parts))) if isinstance(item, Group) else
                     item._replace(n=max(1, round(item.ms / 1000 * rate_hz))) if item.ms else item
                     for item in items]
         return replace(self, slots={role: fit(items) for role, items in self.slots.items()},
-                       codes_per_frame=codes_per_frame, rate_hz=rate_hz)
+                       codes_per_frame=n_code, rate_hz=rate_hz)
 
 
 def get_layout(name, speech_chunk=None, text_chunk=None, learn_user_text=True, codes_per_frame=None,

@@ -3,6 +3,7 @@
     python -m codec encode question.wav --codec=data/demo > codes.json    # [17, 17, 203, …], 25 a second
     python -m codec decode codes.json --codec=data/demo --out=back.wav
     python -m codec s3 --checkpoint=speech_tokenizer_v1.onnx --out=codecs/s3      # of CosyVoice-300M-25Hz
+    python -m codec snac --checkpoint=snac_24khz --out=codecs/snac                # likewise mimi, dac
 """
 import json
 import re
@@ -13,6 +14,7 @@ import numpy as np
 
 from codec import load_codec
 from common.audio import read_audio, write_audio
+from common.levels import codes_per_frame
 from config import Parser
 from vocabulary import Vocabulary
 
@@ -28,7 +30,9 @@ def read_texts(file):
         yield string
 
 
-def read_codes(path, n_codes):
+def read_codes(path, codec):
+    """-> [code a frame], or of several codebooks [[codes of a frame]]"""
+    n_code = codes_per_frame(codec.describe())
     try:
         with sys.stdin if path == '-' else open(path) as file:
             codes = json.load(file)
@@ -36,12 +40,16 @@ def read_codes(path, n_codes):
         raise ValueError(f'{path}: {error.strerror}')
     except ValueError as error:
         raise ValueError(f'{path} is no JSON list of codes ({error})')
-    if not isinstance(codes, list) or not codes or not all(type(code) is int for code in codes):
-        raise ValueError(f'{path} is no JSON list of codes')
-    for frame, code in enumerate(codes):
-        if not 0 <= code < n_codes:
-            raise ValueError(f'{path}: code {code} at frame {frame} is out of range, '
-                             f'the codec has 0 to {n_codes - 1}')
+    frames = [frame if n_code > 1 else [frame] for frame in codes] if isinstance(codes, list) else []
+    is_frame = [isinstance(frame, list) and len(frame) == n_code and all(type(code) is int for code in frame)
+                for frame in frames]
+    if not frames or not all(is_frame):
+        raise ValueError(f'{path} is no JSON list of ' + (f'frames of {n_code} ' * (n_code > 1) + 'codes'))
+    for at, frame in enumerate(frames):
+        for code in frame:
+            if not 0 <= code < codec.n_codes:
+                raise ValueError(f'{path}: code {code} at frame {at} is out of range, '
+                                 f'the codec has 0 to {codec.n_codes - 1}')
     return codes
 
 
@@ -66,6 +74,11 @@ def main():
                     help='as 230,440,491: more of them, the first one where no checkpoint can be asked')
     s3.add_argument('--vocoder', default='',
                     help='command of a program that turns codes into audio: codec/cosyvoice_worker.py')
+    for name, used in (('snac', 'all'), ('mimi', '8, as Moshi'), ('dac', '2, as OuteTTS')):
+        rvq = commands.add_parser(name, help=f'a codec folder for {name.upper()}, of several codebooks')
+        rvq.add_argument('--out', required=True, help='the folder to write')
+        rvq.add_argument('--checkpoint', required=True, help='a folder with its config.json and weights')
+        rvq.add_argument('--codebooks', type=int, help=f'how many of them, the coarsest first ({used})')
     decode = commands.add_parser('decode', help='a JSON list of codes -> a wav')
     decode.add_argument('path', help='a file with the list, - for standard input')
     decode.add_argument('--out', required=True, help='the wav to write')
@@ -89,11 +102,17 @@ def main():
         codec.save(args.out)
         return print(f'{args.out}: {codec.variant} {codec.fingerprint}, '
                      f'{len(codec.silence_codes)} codes of silence, {codec.silence_codes[0]} first')
+    if args.command in ('snac', 'mimi', 'dac'):
+        from codec import rvq
+        codec = getattr(rvq, args.command.capitalize()).create(args.checkpoint, args.codebooks)
+        codec.save(args.out)
+        return print(f'{args.out}: {args.command} {codec.fingerprint}, {codec.rate_hz:g} frames a second of '
+                     f'{codec.codes_per_frame} codes, levels {codec.levels}')
     codec = load_codec(args.codec)
     if args.command == 'encode':
         print(json.dumps(codec.encode(read_audio(args.path, codec.sample_rate, args.channel)).tolist()))
     else:
-        write_audio(args.out, codec.decode(np.array(read_codes(args.path, codec.n_codes))), codec.sample_rate)
+        write_audio(args.out, codec.decode(np.array(read_codes(args.path, codec))), codec.sample_rate)
 
 
 if __name__ == '__main__':

@@ -267,7 +267,7 @@ class Loader:
             ids, learned = document.ids[at:at + n], document.learned[at:at + n]
             if rng:
                 hit = ~learned & self.is_speech(ids) & (rng.random(n) < self.user_noise)
-                size = self.vocab.n_codes // self.codes_per_frame   # a code stays in its place of the frame
+                size = self.vocab.n_codes // self.dialogues.codes_per_frame     # of a place of the frame
                 first = ids - (ids - self.vocab.code_start) % size
                 ids = np.where(hit, first + rng.integers(size, size=n, dtype=np.int32), ids)
             documents.append((ids, learned, sec))

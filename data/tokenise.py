@@ -240,7 +240,7 @@ def make_part(path, ids, reader, codec, args, pool):
             n_frame = max(len(channel) for channel in channels.values())
             turns, lost = on_frames(recording.turns, n_frame, codec.rate_hz)
             record = dict(id=id, **channels, turns=turns)
-            check(record, codec.n_codes)
+            check(record, codec.n_codes, codes_per_frame(codec.describe()))
             records.append(record)
             n_lost += lost
             if recording.remark:

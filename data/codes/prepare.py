@@ -13,6 +13,11 @@ in another, or a string, "12 45 7" or "12,45,7":
 
     {"answer": {"codes": [[12, 45, 7]], "text": "Hello."}}      --codes=answer.codes --text=answer.text
 
+Of a codec of several codebooks they are numbered from 0 in each codebook, as its own tools give them, by
+codebook or by frame, depth first (common/levels.py); or a string, with # before a frame, as Mini-Omni has it:
+
+    [[7, 9], [1, 2, 3, 4], [5, 6, …]]       [[7, 1, 5, 6, 2, …], [9, …]]        "# 7 1 5 6 2 … # 9 …"
+
 An index whose rounds all have the user's codes or audio becomes a dialogue of two channels. Of any other
 index each row becomes a one-sided utterance of the assistant.
 
@@ -30,6 +35,7 @@ from functools import partial
 
 import numpy as np
 
+from common.levels import codes_per_frame, interleave, split
 from data import tokenise
 from data.recordings import find_audio, read_piece, read_rows
 
@@ -144,7 +150,7 @@ def lay(pieces, n_frame, codec):
     if pieces[0][1].dtype.kind == 'f':
         channel, step = np.zeros(n_frame * hop(codec), np.float32), hop(codec)
     else:
-        channel, step = np.resize(codec.silence_codes, n_frame).astype(np.uint16), 1
+        channel, step = np.resize(codec.silence_codes, (n_frame, *codec.silence_codes.shape[1:])), 1
     for at, piece in pieces:
         channel[at * step:at * step + len(piece)] = piece
     return channel
@@ -176,6 +182,11 @@ def take_codes(row, key, args, codec, where):
     """key: the setting that names the field, codes or user_codes"""
     name = getattr(args, key)
     codes = found = value_of(row, name)
+    if found is not None and codes_per_frame(codec.describe()) > 1:
+        try:
+            return join_books(found, codec)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ValueError(f'{where}, has in {name} no codes of {codec.name}: {error}') from None
     while isinstance(codes, list) and len(codes) == 1 and isinstance(codes[0], list):
         codes = codes[0]        # [[1, 2, 3]], as of a batch of one
     if isinstance(codes, str) and re.fullmatch(r'\s*\d+([\s,]+\d+)*\s*', codes):
@@ -192,6 +203,35 @@ def take_codes(row, key, args, codec, where):
             raise ValueError(f'{where}, has code {code} at frame {frame} of {name}; '
                              f'codec {codec.name} has 0 to {codec.n_codes - 1}')
     return np.array(codes, np.uint16)
+
+
+def join_books(found, codec):
+    """Codes of several codebooks, by codebook or by frame -> as codec.encode numbers them"""
+    levels, n_code = codec.levels, sum(codec.levels)
+    is_text = isinstance(found, str)
+    if is_text:
+        found = [[int(code) for code in frame.split()] for frame in found.split('#') if frame.strip()]
+    if is_nested(found) and len(found) == 1 and is_nested(found[0]):
+        found = found[0]                    # [[[7, 9], [1, 2, 3, 4], …]], as of a batch of one
+    elif is_nested(found) and all(len(book) == 1 and is_nested(book) for book in found):
+        found = [book[0] for book in found]         # [[[7, 9]], [[1, 2, 3, 4]], …], as snac returns them
+    if not is_nested(found) or not all(type(code) is int for part in found for code in part):
+        raise ValueError(f'{found!r:.80} is no list of codebooks, nor of frames')
+    is_frames = all(len(frame) == n_code for frame in found)
+    is_books = not is_text and len(found) == len(levels) and all(
+        len(book) * levels[0] == len(found[0]) * n for book, n in zip(found, levels))
+    if is_frames and is_books:
+        raise ValueError(f'{n_code} lists of {n_code} can be codebooks and can be frames; write frames as a '
+                         'string, "# 7 1 … # 9 2 …"')
+    if is_frames:
+        found = split(np.array(found), levels)
+    elif len(found) != len(levels):
+        raise ValueError(f'{len(found)} lists, neither {len(levels)} codebooks nor frames of {n_code} codes')
+    return interleave(found, levels, codec.n_codes // n_code)
+
+
+def is_nested(codes):
+    return isinstance(codes, list) and len(codes) > 0 and all(isinstance(each, list) for each in codes)
 
 
 def main():

@@ -24,14 +24,14 @@ import hashlib
 import json
 import os
 
-import pyarrow as pa
 import torch
 from safetensors import SafetensorError
 
 from codec import load_codec
 from common.device import pick_device, pick_dtype
+from common.levels import codes_per_frame
 from config import Parser
-from data.dialogues import SCHEMA, Dialogues, save_table
+from data.dialogues import Dialogues, save_table, to_table
 from data.recordings import by_id
 from data.tokenise import add_remarks, finish, is_prepared, work_on_parts
 from flatten import check
@@ -155,14 +155,14 @@ def make_part(path, ids, source, llm, codec, args):
             turn = dict(role='assistant', start=n_frame, end=n_frame, text=text, words=[])
             records[id]['turns'].append(turn)
             records[id]['prompt'] = args.instruction
-            check(records[id], codec.n_codes)
+            check(records[id], codec.n_codes, codes_per_frame(codec.describe()))
             if not text:
                 reasons[id] = 'its continuation is empty'
             elif is_cut:
                 add_remarks(remarks, {'the continuation is cut off at --max_new_tokens': (1, id)})
     rows = [records[id] for id in ids if id not in reasons]
     skipped = [dict(id=id, reason=reasons[id]) for id in ids if id in reasons]
-    table = pa.Table.from_pylist(rows, SCHEMA)
+    table = to_table(rows, codec.describe())
     save_table(path, table, codec.describe(), skipped=skipped, lost_turns=0, remarks=remarks)
     return sum(len(row['user']) for row in rows) / codec.rate_hz
 

@@ -13,8 +13,9 @@ TURN = [('role', str), ('start', (int, np.integer)), ('end', (int, np.integer)),
 START = itemgetter('start')
 
 
-def check(dialogue, n_codes, codes_per_frame=1):
-    """Raises ValueError, one sentence with the id, unless the dialogue is a record as in docs/format.md."""
+def check(dialogue, n_codes, codes_per_frame=None):
+    """Raises ValueError, one sentence with the id, unless the dialogue is a record as in docs/format.md.
+    codes_per_frame: None: as many as it has"""
     name = f'dialogue {dialogue.get("id")!r}'
     for key in ('id', 'user', 'assistant', 'turns'):
         if key not in dialogue:
@@ -28,17 +29,18 @@ def check(dialogue, n_codes, codes_per_frame=1):
             continue
         if codes.ndim > 2 or codes.dtype.kind not in 'iu':
             raise ValueError(f'{name}: the {role} channel is not a list of whole numbers')
-        if codes.shape[1:] != (codes_per_frame,) * (codes_per_frame > 1):
+        n_code = codes_per_frame or codes.size // len(codes)
+        if codes.shape[1:] != (n_code,) * (n_code > 1):
             raise ValueError(f'{name}: a frame of the {role} channel has {codes.size // len(codes)} codes, '
-                             f'of the codec {codes_per_frame}')
-        size = n_codes // codes_per_frame       # of several codes a frame each has a range of its own
-        first = np.arange(codes_per_frame) * size if codes_per_frame > 1 else 0
-        over = codes - first if codes_per_frame > 1 else codes
+                             f'of the codec {n_code}')
+        size = n_codes // n_code        # of several codes a frame each has a range of its own
+        first = np.arange(n_code) * size if n_code > 1 else 0
+        over = codes - first if n_code > 1 else codes
         if not (over.max() < size and (over.dtype.kind == 'u' or over.min() >= 0)):
             at = np.argwhere((codes < first) | (codes >= first + size))[0]
             raise ValueError(f'{name}: {role} code {codes[tuple(at)]} at frame {at[0]} is out of range, '
                              f'the codec has {np.max(first)} to {np.max(first) + size - 1}'
-                             + ' there' * (codes_per_frame > 1))
+                             + ' there' * (n_code > 1))
     n_user, n_assistant = map(len, channels.values())
     if n_user != n_assistant and n_user and n_assistant:
         raise ValueError(f'{name}: channels of unequal length, user {n_user} frames and assistant '

@@ -107,7 +107,7 @@ def test_frames_on_disk(tmp_path):
         for role in ('user', 'assistant'):
             assert read[role].dtype == np.uint16 and read[role].tolist() == np.asarray(row[role]).tolist()
             assert read[role].shape[1:] == (7,) and not read[role].flags.owndata
-        check(read, SEVERAL['n_codes'])
+        check(read, SEVERAL['n_codes'], 7)
     stored = pa.ipc.open_file(str(tmp_path / 'train.arrow')).read_all()
     assert stored.schema.field('user').type == pa.list_(pa.uint16())
     assert stored['user'][1].as_py() == user.reshape(-1).tolist()

@@ -172,6 +172,15 @@ def find_stops(state, n, vocab):
     return turns
 
 
+def play_until_stopped(dialogue, codes, turns):
+    """What is heard of recorded turns of the assistant, and codes of its channel, if playing stops where a
+    decoded dialogue says <|irq|> -> dict(assistant, turns)"""
+    stops = [turn['end'] for turn in dialogue['turns'] if turn['role'] == 'assistant']
+    played = [dict(turn, end=min([stop for stop in stops if turn['start'] < stop] + [turn['end']]))
+              for turn in turns]
+    return dict(assistant=codes, turns=played)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # late rows, and chunks without repeats
 

@@ -366,12 +366,15 @@ def to_dialogue(ids, layout, vocab, silence_code, n_frame):
 
 def render(dialogue, codec, user_wave=None):
     """float32 [n_sample, 2]: the user left (their own recording where there is one), the assistant right."""
-    n_frame, hop = len(dialogue['user']), round(codec.sample_rate / codec.rate_hz)
+    n_frame, hop = max(len(dialogue[role]) for role in ROLES), round(codec.sample_rate / codec.rate_hz)
     wave = np.zeros((n_frame * hop, 2), np.float32)
-    user_wave = codec.decode(np.asarray(dialogue['user'])) if user_wave is None else user_wave[:len(wave)]
-    wave[:len(user_wave), 0] = user_wave
+    if user_wave is None and len(dialogue['user']):
+        user_wave = codec.decode(np.asarray(dialogue['user']))
+    if user_wave is not None:
+        wave[:len(user_wave), 0] = user_wave[:len(wave)]
     for turn in dialogue['turns']:
-        if turn['role'] == 'assistant':     # between turns there is digital silence, not the codec's noise
+        if turn['role'] == 'assistant' and turn['start'] < turn['end']:
+            # between turns there is digital silence, not the codec's noise
             said = codec.decode(np.asarray(dialogue['assistant'][turn['start']:turn['end']]))
             wave[turn['start'] * hop:turn['end'] * hop, 1] = said
     return wave

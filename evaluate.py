@@ -37,7 +37,10 @@ from decode import Sampling, converse, for_decoding, render
 from flatten import ROLES
 from measures import foreign, judge, report, words
 from measures.losses import by_stream, loss_sums
+from measures.replies import replies
 from measures.turns import PATIENCE_SEC, assess, conversation, mean, summarise, who_speaks
+from measures.words import plain
+from respond import Asked, respond
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ ROWS = [
     ('… word errors, character errors', 'answer_wer answer_cer', '', ''),
     ("… speech codes: errors, another answer's", 'code_error_rate code_error_rate_of_another_answer', '', ''),
     ('… as Whisper hears it: words, characters', 'said_wer said_cer', '', ''),
+    ('what the user says, written down: words, characters', 'heard_wer heard_cer', '', ''),
     ('judge, 1 to 10: answers judged, score', 'n_judged_answers judge_score_of_answers',
      '4.88 en, 5.6 zh', '3.92 en'),
     ("… the reference's", 'n_judged_reference judge_score_of_reference', '7.65 en, 6.83 zh', ''),
@@ -167,11 +171,6 @@ def format_table(rows):
 # ------------------------------------------------------------------------------------------------------------
 # answers
 
-def plain(text):
-    """Lower case, letters and digits: 'Paris.' and 'paris' are the same answer."""
-    return ' '.join(''.join(c if c.isalnum() else ' ' for c in text.lower()).split())
-
-
 def answers(outcomes, decoded, references):
     """
     Compares the answers with the reference's, where the user lets the reference finish -> figures: is the
@@ -216,7 +215,7 @@ def measure_checkpoint(cfg):
     dialogues = Dialogues(cfg.data, cfg.split)
     check_codec(cfg.checkpoint, codec.describe(), dialogues)
     print(f'{cfg.checkpoint}: losses of {cfg.data}, {cfg.split}', flush=True)
-    metrics = dict(n_param=model.n_param(), loss=measure_losses(checkpoint, dialogues, device, dtype))
+    metrics = dict(n_param=model.n_param(), **measure_losses(checkpoint, dialogues, device, dtype))
     state = last_state(cfg.checkpoint)
     if state:
         trained = read_json(os.path.join(state, 'state.json'))
@@ -226,6 +225,9 @@ def measure_checkpoint(cfg):
     if checkpoint.layout.order == 'turn':
         metrics |= measure_alignment(cfg, checkpoint, references)
     if checkpoint.layout.order != 'chunks':
+        if not checkpoint.layout.is_voice and checkpoint.layout.name.split('.')[0] != 'asr':
+            print(f'what it answers, turn by turn, to {len(references)} dialogues', flush=True)
+            metrics |= replies(checkpoint, references, dtype=dtype, sampling=sampling_of(cfg, info))
         return metrics, [], []
     references = [each for each in references if len(each['user']) == len(each['assistant'])]
     if not references:
@@ -247,20 +249,23 @@ def measure_checkpoint(cfg):
 
 
 def measure_losses(checkpoint, dialogues, device, dtype):
-    """-> {layout: what by_stream returns} over all documents of a split, for each layout that was trained"""
+    """-> dict(loss, tokens_per_sec) of {layout: what by_stream returns}, of {layout: tokens a second of
+    conversation}, over all documents of a split, for each layout that was trained"""
     model, vocab, _, info = checkpoint
     block_size = model.config.block_size
     linear, rest = pick_linear(dtype, device, compile=False)
     if dtype == torch.int8:     # what rounding costs is measured, too
         model = for_decoding(model, rest, linear)
-    losses = {}
+    losses, tokens_per_sec = {}, {}
     for layout in info.layouts:
         n_row = max(1, 8192 // block_size)
         loader = Loader(dialogues, [layout], vocab, block_size, n_row, padded=device.type != 'cpu')
         sums, sec = loss_sums(model, loader, device, Place(device, rest).autocast())
         if sec:
             losses[layout.name] = by_stream(sums, sec)
-    return losses
+            counts = loader.measure()
+            tokens_per_sec[layout.name] = counts['tokens'] / counts['sec']
+    return dict(loss=losses, tokens_per_sec=tokens_per_sec)
 
 
 def measure_alignment(cfg, checkpoint, references):
@@ -290,11 +295,18 @@ def can_be_heard(cfg, codec):
     return True
 
 
+def sampling_of(cfg, info):
+    return Sampling(cfg.text_temperature, cfg.speech_temperature, silence_bias=cfg.silence_bias,
+                    text_weight=info.text_weight, seed=cfg.seed)
+
+
 def listen(cfg, checkpoint, references, dtype):
     """-> the dialogue that the model has with each reference's user"""
     model, vocab, codec, info = checkpoint
-    sampling = Sampling(cfg.text_temperature, cfg.speech_temperature, silence_bias=cfg.silence_bias,
-                        text_weight=info.text_weight, seed=cfg.seed)
+    sampling, silence = sampling_of(cfg, info), codec.silence_codes[0].tolist()
+    if checkpoint.layout.is_ragged:
+        asked = [[Asked(each['user'], prompt=each.get('prompt', ''))] for each in references]
+        return respond(model, vocab, checkpoint.layout, asked, silence, sampling=sampling, dtype=dtype)
     lengths = [len(reference['user']) for reference in references]
     n = checkpoint.layout.speech_chunk
     order = sorted(range(len(references)), key=lengths.__getitem__)     # those side by side end together
@@ -304,8 +316,8 @@ def listen(cfg, checkpoint, references, dtype):
     with tqdm(total=n_chunk, desc='listening', unit=' chunks', leave=False, disable=None) as bar:
         for batch in batches:
             users = [references[i]['user'] for i in batch]
-            said, _ = converse(model, vocab, checkpoint.layout, users, codec.silence_codes[0].tolist(),
-                               bar.update, [references[i].get('prompt', '') for i in batch],
+            said, _ = converse(model, vocab, checkpoint.layout, users, silence, bar.update,
+                               [references[i].get('prompt', '') for i in batch],
                                sampling=sampling, dtype=dtype)
             for i, dialogue in zip(batch, said):
                 decoded[i] = dialogue

@@ -171,6 +171,15 @@ class Layout:
         return any((slot.role or line) == role for line, slots in self.spoken.items() for slot in slots)
 
     @cached_property
+    def is_voice(self):
+        """Is it for saying a text? Then the speech of a turn is learned, and the text known."""
+        return self.order == 'turn' and all(slot.learned for slots in self.spoken.values() for slot in slots)
+
+    @cached_property
+    def has_state(self):
+        return any(slot.kind == 'state' for slot in self.all_slots())
+
+    @cached_property
     def needs_words(self):
         return self.order == 'segments' or any(slot.way == 'word' or slot.kind == 'word'
                                                for slot in self.all_slots())
@@ -181,7 +190,7 @@ class Layout:
         names = [slot.what for slot in self.all_slots() if slot.what.startswith('<|')]
         names += ['<|begin|>'] * any(slot.what.endswith('text@turn') for slot in self.all_slots())
         names += ['<|epad|>'] * any(slot.way == 'word' for slot in self.all_slots())
-        names += ['<|irq|>', '<|n-irq|>'] * any(slot.kind == 'state' for slot in self.all_slots())
+        names += ['<|irq|>', '<|n-irq|>'] * self.has_state
         names += DURATIONS * any(slot.kind == 'duration' for slot in self.all_slots())
         return list(dict.fromkeys(names))
 

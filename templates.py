@@ -231,6 +231,7 @@ class Choice(NamedTuple):
     """A step at which one of several ids may come."""
     kind: str           # 'text' or 'speech'
     allowed: tuple      # ranges of ids: (first, end), …
+    stops: tuple = ()   # those among them with which a stream ends
 
 
 class Reader:
@@ -252,7 +253,7 @@ class Reader:
             if isinstance(item, Group):
                 yield from READ[item.kind](self, item, stops)
             elif item.kind in ('speech', 'text', 'word', 'prompt'):
-                yield from self.read_stream(item, stops)
+                yield from self.read_stream(item, stops, item.n if self.layout.is_ragged else None)
             elif item.kind == 'duration':
                 yield from self.take(Choice('text', self.ranges(item)[0]))
             else:
@@ -323,13 +324,16 @@ class Reader:
         ids = self.found.setdefault(slot.what, [])
         if slot.what in self.given:
             ids += self.given[slot.what]
-            yield from self.expect(np.asarray(self.given[slot.what]))
+            yield from self.expect(np.asarray(self.given[slot.what], np.int64))
             return
-        places, n = self.ranges(slot), 0
+        if self.is_mute and slot.kind == 'speech':
+            return
+        places, n, kind = self.ranges(slot), 0, 'speech' if slot.kind == 'speech' else 'text'
         while n != n_most:
-            place = n % len(places)     # a frame is not left before its last code
-            id = yield from self.take(Choice(slot.kind, places[place] + (stops if not place else ())))
-            if not place and is_in(id, stops):
+            place = n % len(places)     # a frame ends with its last code, and a chunk has one at least
+            ends = stops if not place and (n or not self.layout.is_ragged) else ()
+            id = yield from self.take(Choice(kind, places[place] + ends, ends))
+            if is_in(id, ends):
                 self.held = id
                 return
             ids.append(id)
@@ -339,9 +343,12 @@ class Reader:
         items, *between = group.parts
         outer, starts = self.found, self.firsts(items)
         outer['words'] = []
+        if 'words' in self.given and not any(item.kind == 'speech' for item in items):
+            yield from self.expect_words(items, between)
+            return
         may_come = starts
         while True:
-            self.held = yield from self.take(Choice('text', may_come + stops))
+            self.held = yield from self.take(Choice('text', may_come + stops, stops))
             if is_in(self.held, stops):
                 return
             self.found = {}
@@ -352,13 +359,31 @@ class Reader:
             outer['words'].append(self.found)
             self.found = outer
 
+    def expect_words(self, items, between):
+        """A text that is known before, word by word"""
+        for i, ids in enumerate(self.given['words']):
+            yield from self.read(between[0]) if i and between else ()
+            self.given['word'] = ids
+            yield from self.read(items)
+        self.given.pop('word', None)
+
     def read_portions(self, group, stops):
         slots = [slot for slot, in group.parts if slot.kind == 'text' or not self.is_mute]
         while slots:
             for slot in list(slots):
+                if slot.what in self.given:
+                    ids, self.given[slot.what] = np.split(self.given[slot.what], [slot.n])
+                    self.found[slot.what] = self.found.get(slot.what, []) + ids.tolist()
+                    yield from self.expect(ids)
+                    if not len(self.given[slot.what]):
+                        slots.remove(slot)
+                    continue
+                is_last = not any(len(self.given.get(other.what, ())) for other in slots)
                 others = sum((self.ranges(other)[0] for other in slots if other is not slot), ())
                 n = slot.n * (self.layout.codes_per_frame if slot.kind == 'speech' else 1)
-                yield from self.read_stream(slot, others + stops, n if len(slots) > 1 else None)
+                # while a text is known that has to be written, the speech goes on
+                yield from self.read_stream(slot, others + stops if is_last else (),
+                                            n if len(slots) > 1 else None)
                 if self.held is not None:       # this stream has ended
                     slots.remove(slot)
                     if is_in(self.held, stops):
@@ -379,7 +404,11 @@ class Reader:
                 if column < late or ended[slot, place]:
                     yield from self.expect(np.asarray([self.vocab.control[f'<|silent_{slot.kind}|>']]))
                     continue
-                id = yield from self.take(Choice(slot.kind, ranges + end))
+                if slot.what in self.given:
+                    id = self.given[slot.what].pop(0) if self.given[slot.what] else end[0][0]
+                    yield from self.expect(np.array([id]))
+                else:
+                    id = yield from self.take(Choice(slot.kind, ranges + end, end))
                 if is_in(id, end):
                     ended[slot, place] = True
                 else:
@@ -494,8 +523,7 @@ def by_role(found, line, layout):
         return [(role, {what.split('.')[1]: ids for what, ids in found.items() if what.startswith(role)})
                 for role in ROLES]
     if layout.order in ('turn', 'segments') and len(layout.slots) == 2:
-        # both roles have this line; whose speech is learned has the voice, whose is fed was listened to
-        line = 'assistant' if any(slot.learned for slot in layout.spoken[line]) else 'user'
+        line = 'assistant' if layout.is_voice else 'user'       # both have this line
     if 'words' in found:
         found['speech'] = [id for word in found['words'] for id in word.get('speech', ())]
     return [(line, found)]
@@ -529,8 +557,5 @@ def fill_chunks(ids, layout, vocab, name):
         found, at = reader.parse(layout.chunk, ids, at, name, firsts)
         for slot in layout.chunk:
             codes = found[slot.what] if slot.kind == 'speech' else [vocab.control[slot.what]]
-            if not 1 <= len(codes) <= slot.n:
-                raise ValueError(f'{name}: before token {at} {slot.what} has {len(codes)} codes; a chunk has '
-                                 f'1 to {slot.n}')
             filled += clock.repeat(codes, slot.n)
     return np.array(filled, np.int64)

@@ -50,6 +50,11 @@ def write_json(path, content):
         json.dump(content, file, indent=1, ensure_ascii=False)
 
 
+def write_jsonl(path, rows):
+    with whole(path) as part, open(part, 'w', encoding='utf-8') as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+
+
 def read_json(path):
     """The object in a JSON file. Raises ValueError, one sentence with the path, where there is none."""
     try:

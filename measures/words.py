@@ -61,6 +61,11 @@ def error_rate(references, hypotheses, language='en'):
     return figures
 
 
+def plain(text):
+    """Lower case, letters and digits: 'Paris.' and 'paris' are the same answer."""
+    return ' '.join(''.join(c if c.isalnum() else ' ' for c in text.lower()).split())
+
+
 # ------------------------------------------------------------------------------------------------------------
 # the model's own ASR and TTS
 

@@ -8,8 +8,9 @@ FLOORS = [
     ['config', 'common', 'vocabulary', 'layouts'],
     ['flatten', 'clock', 'templates', 'model', 'codec'],
     ['data'],
-    ['decode', 'parallel', 'checkpoint'],
+    ['decode', 'respond', 'parallel', 'checkpoint'],
     ['measures'],
+    ['inputs'],
     ['train', 'sample', 'evaluate', 'bench'],       # imported by nobody
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

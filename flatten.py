@@ -54,8 +54,8 @@ And back. What a layout carries returns exactly; the duplex layouts carry no tur
     python flatten.py --layout=duplex3 --tokenizer=FOLDER FILE.jsonl        dialogues -> {"id", "ids", …}
     python flatten.py --layout=duplex3 --tokenizer=FOLDER --inverse FILE    and back
 
-A vocabulary is anything with .control, .code_start, .n_codes, .encode(text) and .decode(ids): that of
-vocabulary.py, or Letters.
+A vocabulary is anything with .control, .code_start, .n_codes, .n_text, .encode(text) and .decode(ids): that
+of vocabulary.py, or Letters.
 """
 import argparse
 import json
@@ -419,7 +419,9 @@ def arguments():
     add('--learn_user_text', choices=('true', 'false'), default='true',
         help='half_duplex: is the text of the user a target')
     add('--n_codes', type=int, default=4096,
-        help="size of the speech codebook (4096: CosyVoice's), where FOLDER does not name its codes")
+        help="size of a speech codebook (4096: CosyVoice's), where FOLDER does not name its codes")
+    add('--codes_per_frame', type=int, help="of the codec; None: as many as the layout has rows for")
+    add('--rate_hz', type=float, default=25.0, help='frames a second of the codec')
     add('--silence_code', type=int, default=0, help='with --inverse: stands where the assistant is silent')
     return parser
 
@@ -427,10 +429,11 @@ def arguments():
 def main():
     args = arguments().parse_args()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # python flatten.py … | head
-    layout = get_layout(args.layout, args.speech_chunk, args.text_chunk, args.learn_user_text == 'true')
+    layout = get_layout(args.layout, args.speech_chunk, args.text_chunk, args.learn_user_text == 'true',
+                        args.codes_per_frame, args.rate_hz)
     if args.n_codes < 1:
         raise ValueError(f'--n_codes={args.n_codes}: a codebook has at least one code')
-    vocab = Vocabulary.load(args.tokenizer, args.n_codes)
+    vocab = Vocabulary.load(args.tokenizer, args.n_codes * layout.codes_per_frame, layout.control)
     if not 0 <= args.silence_code < vocab.n_codes:
         raise ValueError(f'--silence_code={args.silence_code} is out of range, the codec has 0 to '
                          f'{vocab.n_codes - 1}')

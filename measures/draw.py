@@ -305,18 +305,19 @@ def main():
     parser.add_argument('folder', help='a data folder, such as data/demo')
     parser.add_argument('--split', default='test', help='train, val or test')
     parser.add_argument('--index', type=int, default=0, help='which dialogue')
-    parser.add_argument('--layout', default='duplex3', help='duplex3 or duplex2')
+    parser.add_argument('--layout', default='duplex3', help='one in chunks, such as duplex3')
     parser.add_argument('--speech_chunk', type=int, help="frames a chunk, None: the layout's own")
     parser.add_argument('--text_chunk', type=int, help="text tokens a chunk, None: the layout's own")
     parser.add_argument('--tokenizer', help='None: the one in the data folder')
     args = parser.parse_args()
     layout = get_layout(args.layout, args.speech_chunk, args.text_chunk)
-    if layout.order != 'chunks':
+    if not layout.period:
         raise ValueError(f'--layout={args.layout}: only layouts in chunks can be drawn against time, such as '
                          'duplex3')
-    dialogues = Dialogues(args.folder, args.split)
+    dialogues = Dialogues(args.folder, args.split, layout.needs_words)
+    layout = layout.bind(dialogues.codec)
     vocab = Vocabulary.load(args.tokenizer or os.path.join(args.folder, 'tokenizer'),
-                            dialogues.codec['n_codes'])
+                            dialogues.codec['n_codes'], layout.control)
     if not 0 <= args.index < len(dialogues):
         raise ValueError(f'--index={args.index}: {args.split} of {args.folder} has {len(dialogues)} '
                          'dialogues, counted from 0')

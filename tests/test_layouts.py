@@ -318,6 +318,23 @@ def test_irq_by_hand():
     assert (state == vocab.control['<|irq|>']).tolist() == [False] * 3 + [True] * 3 + [False]
 
 
+def test_golden(regen):
+    """One dialogue in all layouts of the neighbours, reviewed as text; docs/layouts.md explains it."""
+    said = [turn('user', 0, 4, 'ab c', [word('ab', 0, 2), word('c', 3, 4)]),
+            turn('assistant', 5, 9, 'de fg', [word('de', 5, 6), word('fg', 7, 9)]),
+            turn('user', 8, 11, 'h', [word('h', 8, 11)])]
+    drawn = []
+    for name in list(LAYOUTS)[5:]:
+        width = WIDTHS.get(name, 1)
+        layout = get_layout(name, rate_hz=12.5)
+        for text in laid(dialogue(*said, n=12, width=width, prompt='p'), layout):
+            drawn.append(f'{name}\n{text}\n')
+    path = ROOT / 'tests/golden/neighbours.txt'
+    if regen:
+        path.write_text('\n'.join(drawn), encoding='utf-8')
+    assert '\n'.join(drawn) == path.read_text(encoding='utf-8')
+
+
 # ------------------------------------------------------------------------------------------------------------
 # proofs
 

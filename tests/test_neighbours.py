@@ -1,10 +1,13 @@
 """The neighbours' layouts from end to end: trained on prepared data, saved, loaded, sampled."""
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import soundfile
 from conftest import make_dialogues
+from test_rvq import codecs, folders  # noqa: F401
 
 import config
 import sample
@@ -35,7 +38,6 @@ def with_words(dialogues):
 @pytest.fixture(scope='module')
 def data(tmp_path_factory, small_tokenizer, small_codec):
     """A data folder with word times, as a prepare.py leaves it."""
-    import shutil
     folder = tmp_path_factory.mktemp('words')
     shutil.copytree(small_tokenizer, folder / 'tokenizer')
     small_codec.save(folder / 'codec')
@@ -62,6 +64,48 @@ def test_trained_saved_and_sampled(data, tmp_path, stages, capsys):
     assert dialogues and len(list((tmp_path / 'samples').glob('*.wav'))) == len(dialogues)
     printed = capsys.readouterr().out
     assert 'documents in' in printed or 'look and listen' in printed
+
+
+@pytest.mark.parametrize('layout', ['glm4voice', 'outetts', 'usdm_pretrain', 'syncllm', 'nemo_duplex'])
+def test_rows_are_shown(data, tmp_path, layout, capsys):
+    """train.py --show=1 recognises its documents, and finds no target wrong."""
+    train.main(train.Config(data=str(data), out_dir=str(tmp_path), stages=f'{layout}:2', show=1, **TINY))
+    shown = capsys.readouterr().out
+    assert f', {layout}' in shown and '!' not in shown.split('is not the next token')[1]
+
+
+@pytest.mark.parametrize('kind, stages', [('snac', 'duplex3:2, mini_omni:2'), ('mimi', 'duplex2:2, moshi:2'),
+                                          ('dac', 'outetts3.assistant:2'), ('mimi', 'nemo_duplex:2')])
+def test_several_codes_a_frame(kind, stages, codecs, small_tokenizer, tmp_path):  # noqa: F811
+    """From waves through codecs of several codebooks to waves: trained, saved, sampled, measured."""
+    codec, rng = codecs[kind], np.random.default_rng(0)
+    n_code, folder = codecs[kind].n_codes // codecs[kind].codebook_size, tmp_path / 'data'
+    shutil.copytree(small_tokenizer, folder / 'tokenizer')
+    codec.save(folder / 'codec')
+    first = np.arange(n_code) * codec.codebook_size
+
+    def records(n):
+        for d in with_words(make_dialogues(n, n_frame=(40, 60))):
+            for role in ('user', 'assistant'):
+                d[role] = rng.integers(0, codec.codebook_size, (len(d[role]), n_code)) + first
+            yield d
+    for split in ('train', 'val', 'test'):
+        save_dialogues(str(folder / f'{split}.arrow'), records(4), codec.describe())
+    out, samples = str(tmp_path / 'run'), tmp_path / 'samples'
+    sizes = TINY | dict(block_size=1536, batch_tokens=3072)
+    train.main(train.Config(data=str(folder), out_dir=out, stages=stages, **sizes))
+    dialogues = sample.main(sample.Config(checkpoint=out, data=str(folder), n_dialogue=1, max_new_tokens=60,
+                                          out=str(samples)))
+    for d in dialogues:
+        for role in ('user', 'assistant'):
+            codes = np.asarray(d[role]).reshape(-1, n_code)
+            assert ((codes >= first) & (codes < first + codec.codebook_size)).all()
+        wave, rate = soundfile.read(samples / f'{d["id"]}.wav')
+        n_frame = max(len(d['user']), len(d['assistant']))
+        assert rate == 24000 and len(wave) == n_frame * round(24000 / codec.rate_hz)
+    if 'outetts' not in stages:
+        first_user = next(iter(Dialogues(str(folder), 'test')))['user']
+        assert np.array_equal(np.asarray(dialogues[0]['user'])[:5], first_user[:5])
 
 
 def test_a_checkpoint_learns_new_control_tokens(small_run, data, tmp_path, capsys):

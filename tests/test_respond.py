@@ -206,13 +206,21 @@ def test_layouts_on_the_clock_stream(make_model, name):
     silence = 0 if width == 1 else [8 * place for place in range(width)]
     dialogue, = converse(model, vocab, layout, [user], silence)[0]
     assert np.array_equal(dialogue['user'], user)
-    duplex = Duplex(model, vocab, layout)
+    duplex, passes = Duplex(model, vocab, layout), []
+    sample = duplex.sample
+
+    def count(key, ids):
+        token = sample(key, ids)
+        passes.append((key, ids.shape[1], duplex.cache.n_slot))
+        return token
+    duplex.sample = count
     for c in range(layout.n_chunk(20)):
         frame = user[c] if c < 20 else np.asarray(silence)
         duplex.step(frame)
     ids = torch.cat(duplex.ids, 1)
     with torch.no_grad():
         logits = model(ids)[0]
+    assert [*Duplex(model, vocab, layout).passes(layout.n_chunk(20))] == passes     # which a GPU captures
     n_checked, at = 0, 0
     for c in range(layout.n_chunk(20)):
         for slot, size in zip(layout.chunk, layout.sizes):

@@ -213,14 +213,18 @@ def printed(text, name):
 
 
 def test_table_of_files(regen):
-    """Every file of ours that is no script of a corpus has its row, with the lines that wc -l counts."""
-    rows = dict(re.findall(r'^\| `([\w/.]+\.py)` \| +(\d+) \|', README, re.M))
+    """Every file of ours that is no script of a corpus has its row in docs/files.md, with the lines that wc -l
+    counts; README.md has some of them."""
     folders = ('.', 'common', 'codec', 'data', 'measures')
     there = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).glob('*.py')}
-    assert rows.keys() == there - {'codec/__main__.py'} | {'config/__init__.py'}
-    for name, n in rows.items():
-        n_line = len((ROOT / name).read_text(encoding='utf-8').splitlines())
-        put('README.md', f'| `{name}` | {n} |', f'| `{name}` | {n_line} |', regen)
+    for name, is_whole in (('README.md', False), ('docs/files.md', True)):
+        text = (ROOT / name).read_text(encoding='utf-8')
+        rows = dict(re.findall(r'^\| `([\w/.]+\.py)` \| +(\d+) \|', text, re.M))
+        listed = there - {'codec/__main__.py'} | {'config/__init__.py'}
+        assert rows.keys() == listed if is_whole else len(rows) > 8 and rows.keys() <= listed
+        for file, n in rows.items():
+            n_line = len((ROOT / file).read_text(encoding='utf-8').splitlines())
+            put(name, f'| `{file}` | {n} |', f'| `{file}` | {n_line} |', regen)
 
 
 RESULTS = {'answers that are right': 'answer_accuracy',

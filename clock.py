@@ -146,14 +146,20 @@ def is_broken_off(turn, turns):
     return any([start < other['start'] < end <= other['end'] for other in turns if other['role'] != role])
 
 
-def lay_state(dialogue, n_chunk, n, vocab):
-    """-> a token a chunk: <|irq|> from where a turn of the assistant was broken off until its next turn
-    starts, else <|n-irq|>. What holds at the last frame of a chunk, holds for the chunk. (Mini-Omni2's
-    interruptions, arXiv:2410.11190: there <|irq|> begins where the user's "Stop Omni" ends.)"""
-    is_stopped = np.zeros(n_chunk * n, bool)
-    for turn in turns_of(dialogue, 'assistant'):
+def was_stopped(turns, n_frame):
+    """-> bool [n_frame]: from the end of a turn of the assistant that was broken off until its next starts"""
+    is_stopped = np.zeros(n_frame, bool)
+    for turn in turns_of(dict(turns=turns), 'assistant'):
         is_stopped[turn['start']:] = False
-        is_stopped[turn['end']:] = is_broken_off(turn, dialogue['turns'])
+        is_stopped[turn['end']:] = is_broken_off(turn, turns)
+    return is_stopped
+
+
+def lay_state(dialogue, n_chunk, n, vocab):
+    """-> a token a chunk: <|irq|> where the assistant was stopped, else <|n-irq|>. What holds at the last
+    frame of a chunk, holds for the chunk. (Mini-Omni2's interruptions, arXiv:2410.11190: there <|irq|> begins
+    where the user's "Stop Omni" ends.)"""
+    is_stopped = was_stopped(dialogue['turns'], n_chunk * n)
     irq, n_irq = vocab.control['<|irq|>'], vocab.control['<|n-irq|>']
     return np.where(is_stopped.reshape(n_chunk, n)[:, -1:], irq, n_irq).reshape(-1)
 

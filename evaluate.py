@@ -37,7 +37,7 @@ from decode import Sampling, converse, for_decoding, render
 from flatten import ROLES
 from measures import foreign, judge, report, words
 from measures.losses import by_stream, loss_sums
-from measures.replies import replies
+from measures.replies import replies, stops
 from measures.turns import PATIENCE_SEC, assess, conversation, mean, summarise, who_speaks
 from measures.words import plain
 from respond import Asked, respond
@@ -120,6 +120,8 @@ ROWS = [
     ("… speech codes: errors, another answer's", 'code_error_rate code_error_rate_of_another_answer', '', ''),
     ('… as Whisper hears it: words, characters', 'said_wer said_cer', '', ''),
     ('what the user says, written down: words, characters', 'heard_wer heard_cer', '', ''),
+    ('interruptions; heard within a second', 'n_stop stop_found_rate', '', ''),
+    ('… after their end; false ones a minute', 'stop_ms false_stop_per_min', '', ''),
     ('judge, 1 to 10: answers judged, score', 'n_judged_answers judge_score_of_answers',
      '4.88 en, 5.6 zh', '3.92 en'),
     ("… the reference's", 'n_judged_reference judge_score_of_reference', '7.65 en, 6.83 zh', ''),
@@ -138,7 +140,7 @@ def format_value(key, value):
         return f'{value:.0f} ms'
     if key.startswith('n_'):
         return str(value)
-    if key.startswith('judge'):
+    if key.startswith('judge') or key.endswith('per_min'):
         return f'{value:.2f}'
     return f'{100 * value:.1f} %'
 
@@ -237,6 +239,9 @@ def measure_checkpoint(cfg):
     decoded = listen(cfg, checkpoint, references, dtype)
     metrics['decode_sec'] = time.perf_counter() - start
     print(f'{len(references)} dialogues heard in {metrics["decode_sec"]:.0f} s', flush=True)
+    if checkpoint.layout.has_state and not checkpoint.layout.has_speech_of('assistant'):
+        metrics |= stops(decoded, references, codec.rate_hz, checkpoint.layout.speech_chunk)
+        return metrics, [], []
     conversations = []
     for i, (reference, dialogue) in enumerate(zip(references, decoded)):
         user, expected = ([turn for turn in reference['turns'] if turn['role'] == role] for role in ROLES)

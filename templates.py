@@ -237,7 +237,7 @@ class Choice(NamedTuple):
 class Reader:
     """
     read(items) is a generator. It yields an array of ids that have to come, or a Choice, and is then sent the
-    id that came. found gets the streams: their ids by name, and 'words': [(ids of text, ids of speech)].
+    id that came. found gets the streams: their ids by name, and 'words', for each word a dict of its own.
         given       name of a stream -> its ids, where they are known before; they have to come
         is_mute     nothing is said where speech could be written beside text
     """
@@ -417,7 +417,6 @@ class Reader:
         for slot, in group.parts:
             codes = [said[slot, place] for place in range(len(self.ranges(slot)))]
             self.found[slot.what] = [id for frame in zip(*codes) for id in frame]
-
 
     def read_segments(self, items):
         """Finds them as words are found: {'word': ids, 'speech': ids}, or one of the two."""

@@ -1,12 +1,20 @@
 """
-How well a model does in a layout by turns, where there is no clock: its answers, and what it writes down of
-what it hears.
+How well a model does where nobody speaks on a clock: in layouts by turns, its answers, and what it writes
+down of what it hears; in layouts with a state, when it says that it was interrupted.
 
     answer_accuracy     a user's turn ─► the model ─► the text of its answer, compared with the reference's
     heard_wer           … ─► the text of the turn itself (asr, salm, half_duplex, usdm_sft, usdm_pretrain)
 
+    stop_found_rate     an interruption of the reference ─► <|irq|> within a second of its end, or earlier
+                        by a chunk at most; stop_ms: after that end, on average
+    false_stop_per_min  <|irq|> where the reference goes on
+
     figures = replies(checkpoint, dialogues)
+    figures = stops(decoded, references, rate_hz, chunk_frames)
 """
+import numpy as np
+
+from clock import was_stopped
 from flatten import ROLES, START, is_broken_off
 from measures.words import error_rate, plain
 from respond import Asked, respond
@@ -45,3 +53,25 @@ def replies(checkpoint, dialogues, **settings):
         right = [plain(theirs) == plain(text) for theirs, text in said]
         figures |= dict(n_answer=len(said), answer_accuracy=sum(right) / len(right))
     return figures
+
+
+def stops(decoded, references, rate_hz, chunk_frames):
+    """decoded: dialogues as decode.converse returns them, which know when the model began to say <|irq|>"""
+    delays, n_stop, n_false, n_frame = [], 0, 0, 0
+    for dialogue, reference in zip(decoded, references):
+        n = len(reference['user'])
+        ours, theirs = (edges(was_stopped(each['turns'], n)) for each in (dialogue, reference))
+        for at in theirs:
+            near = [stop for stop in ours if at - chunk_frames <= stop <= at + rate_hz]
+            delays += [near[0] - at] if near else []
+            ours = [stop for stop in ours if stop not in near]
+        n_stop, n_false, n_frame = n_stop + len(theirs), n_false + len(ours), n_frame + n
+    figures = dict(n_stop=n_stop, false_stop_per_min=60 * rate_hz * n_false / n_frame)
+    if n_stop:
+        figures['stop_found_rate'] = len(delays) / n_stop
+    return figures | (dict(stop_ms=1e3 * float(np.mean(delays)) / rate_hz) if delays else {})
+
+
+def edges(is_stopped):
+    """Frames at which it becomes true."""
+    return np.flatnonzero(np.diff(is_stopped, prepend=False) & is_stopped).tolist()

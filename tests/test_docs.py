@@ -213,8 +213,8 @@ def printed(text, name):
 
 
 def test_table_of_files(regen):
-    """Every file of ours that is no script of a corpus has its row in docs/files.md, with the lines that wc -l
-    counts; README.md has some of them."""
+    """Every file of ours that is no script of a corpus has its row in docs/files.md, with the lines that
+    wc -l counts; README.md has some of them."""
     folders = ('.', 'common', 'codec', 'data', 'measures')
     there = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).glob('*.py')}
     for name, is_whole in (('README.md', False), ('docs/files.md', True)):

@@ -19,6 +19,7 @@ from data.dialogues import Dialogues, save_dialogues
 from data.loader import Loader
 from data.made_up import hum
 from flatten import flatten, get_layout
+from measures.replies import stops
 from vocabulary import Vocabulary
 
 TINY = dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_inner=64, block_size=768, batch_size=2,
@@ -189,6 +190,21 @@ def test_text_is_read_aloud(data, tmp_path):
         '--max_new_tokens=9']))
     (turn,) = dialogue['turns']
     assert turn['role'] == 'assistant' and turn['text'] == 'yes ok' and 0 <= turn['end'] <= 10
+
+
+def test_interruptions_are_counted():
+    """Two of the reference, at frames 10 and 40. The model says the first 3 frames late, misses the second,
+    and says one where nobody interrupts. 60 frames at 20 Hz are 3 s: 20 false ones a minute."""
+    def said(*stops):
+        turns = []
+        for start, end in stops:
+            turns += [dict(role='assistant', start=start, end=end, text=''),
+                      dict(role='user', start=end - 1, end=end, text='')]
+        return dict(user=[0] * 60, turns=[*turns, dict(role='assistant', start=55, end=60, text='')])
+    figures = stops([said((0, 13), (20, 35))], [said((0, 10), (20, 40))], 20.0, 2)
+    assert figures == dict(n_stop=2, stop_found_rate=0.5, stop_ms=150.0, false_stop_per_min=20.0)
+    nothing = stops([said()], [said()], 20.0, 2)
+    assert nothing == dict(n_stop=0, false_stop_per_min=0.0)
 
 
 def test_playing_stops_at_irq():

@@ -9,6 +9,7 @@ Runs of different layouts, side by side, from what evaluate.py measured of each 
     answers right       the text is the reference's. By turns the model is told where the user's turn ends; on
                         the clock it has to find that itself
     response            from the end of the user's turn, on the clock only
+    interruptions       that a layout with a state says within a second
 """
 import argparse
 import os
@@ -31,11 +32,11 @@ def row(folder):
     heard = metrics.get('heard_wer', metrics.get('asr_user_wer'))
     return [f'`{name}`', f'{loss["bits_per_sec"]:.1f}', f'{metrics["tokens_per_sec"][name]:.0f}',
             cell('answer_accuracy', '{:.0%}'), '' if heard is None else f'{heard:.0%}',
-            cell('response_ms', '{:.0f} ms'), cell('train_sec', '{:.0f} s')]
+            cell('response_ms', '{:.0f} ms'), cell('stop_found_rate', '{:.0%}')]
 
 
 HEAD = ['layout', 'bits a second', 'tokens a second', 'answers right', "user's words wrong", 'response',
-        'training']
+        'interruptions heard']
 
 
 def table(folders):

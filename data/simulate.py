@@ -23,9 +23,8 @@ The paper's data (arXiv:2410.17799, section 4), and the settings for it:
     no backchannels ("uh-huh"), no hesitations ("um")                       --p_backchannel=0 --p_hesitate=0
 
 What a dialogue becomes depends on --seed, its id and the settings alone, not on the dialogues before it or on
-the process that makes it. (espeak-ng's waves, and so the times, differ by some samples from run to run.) All
-splits draw from the same voices; for voices that are heard nowhere else, make a data set of its own with
---user_voices.
+the process that makes it. All splits draw from the same voices; for voices that are heard nowhere else, make
+a data set of its own with --user_voices.
 """
 import functools
 import glob
@@ -238,6 +237,18 @@ def span(text):
     return low, high
 
 
+def voice_options(parser):
+    """Who speaks, and in what noise."""
+    parser.add_argument('--tts', choices=('espeak', 'cosyvoice'), default='espeak')
+    parser.add_argument('--tts_command', help='with cosyvoice: how its worker is started')
+    parser.add_argument('--user_voices',
+                        help='a folder of prompt wavs, or names with commas between '
+                             '(espeak: all but the odd)')
+    parser.add_argument('--noise',
+                        help='folder of noise files, at any depth, as MUSAN has them '
+                             '(without: made up, white to pink)')
+
+
 def arguments():
     parser = tokenise.arguments(__doc__)
     parser.add_argument('files', nargs='+', help='text dialogues: .json, .jsonl, .gz of them')
@@ -250,12 +261,8 @@ def arguments():
                         help='words, or Chinese characters, a turn may have (200: the paper)')
     parser.add_argument('--max_symbols', type=float, default=0.05,
                         help='share of rare symbols a turn may have; they are left out (0.05)')
-    parser.add_argument('--tts', choices=('espeak', 'cosyvoice'), default='espeak')
-    parser.add_argument('--tts_command', help='with cosyvoice: how its worker is started')
-    parser.add_argument('--user_voices',
-                        help='a folder of prompt wavs, or names with commas between '
-                             "(espeak: all but the assistant's and the odd)")
-    parser.add_argument('--assistant_voice', help='a prompt wav or a name (espeak: f1)')
+    voice_options(parser)
+    parser.add_argument('--assistant_voice', help='a prompt wav or a name, which no user has (espeak: f1)')
     parser.add_argument('--response_sec', type=float, default=0.0,
                         help='until the assistant answers (0: the paper)')
     parser.add_argument('--gap_mean_sec', type=float, default=0.6,
@@ -273,9 +280,6 @@ def arguments():
                         help='that the user says uh-huh during an answer (0.1; the paper: 0)')
     parser.add_argument('--p_hesitate', type=float, default=0.1,
                         help='that the user pauses inside a turn for 0.3 to 1.2 s (0.1; the paper: 0)')
-    parser.add_argument('--noise',
-                        help='folder of noise files, at any depth, as MUSAN has them '
-                             '(without: made up, white to pink)')
     parser.add_argument('--snr_db', type=span, default=(15.0, 30.0),
                         help="of the noise in the user's channel, from,to (15,30: the paper)")
     parser.add_argument('--max_sec', type=float, default=140.0,
@@ -291,6 +295,18 @@ def find(folder, endings):
     return paths
 
 
+def pick_tts(args):
+    """-> tts, the voices of --user_voices; None where espeak's are not given"""
+    voices = args.user_voices
+    if voices:
+        voices = find(voices, ('.wav',)) if os.path.isdir(voices) else voices.split(',')
+    if args.tts == 'espeak':
+        return Espeak(forgets=True), voices
+    if not (args.tts_command and voices):
+        raise ValueError('--tts=cosyvoice needs --tts_command and --user_voices')
+    return CosyVoice(args.tts_command, voices), voices
+
+
 def pick_voices(args):
     """-> tts, the users' voices. The assistant keeps one voice and one way of speaking."""
     for name in ('p_interrupt', 'p_backchannel', 'p_hesitate'):
@@ -302,17 +318,14 @@ def pick_voices(args):
     if min(args.response_sec, args.gap_min_sec, args.gap_sd_sec, args.gap_share, args.reaction_sec[0]) < 0:
         raise ValueError('--response_sec, --gap_min_sec, --gap_sd_sec, --gap_share and --reaction_sec '
                          'are not below 0')
-    voices = args.user_voices
-    if voices:
-        voices = find(voices, ('.wav',)) if os.path.isdir(voices) else voices.split(',')
-    if args.tts == 'espeak':
-        tts, args.assistant_style = Espeak(), dict(rate=200)
-        args.assistant_voice = args.assistant_voice or 'f1'
-        return tts, voices or [voice for voice in tts.voices if voice != args.assistant_voice]
-    if not (args.tts_command and voices and args.assistant_voice):
+    if args.tts == 'cosyvoice' and not args.assistant_voice:
         raise ValueError('--tts=cosyvoice needs --tts_command, --user_voices and --assistant_voice')
+    tts, voices = pick_tts(args)
+    if args.tts == 'espeak':
+        args.assistant_style, args.assistant_voice = dict(rate=200), args.assistant_voice or 'f1'
+        return tts, voices or [voice for voice in tts.voices if voice != args.assistant_voice]
     args.assistant_style = {}
-    return CosyVoice(args.tts_command, voices), voices
+    return tts, voices
 
 
 def main(argv=None):

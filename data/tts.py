@@ -14,6 +14,7 @@ A TTS is anything with
 
 pip install espeakng-loader soxr
 """
+import _ctypes
 import ctypes
 import functools
 import os
@@ -32,6 +33,11 @@ HAN = '\u3400-\u4dbf\u4e00-\u9fff'      # Chinese characters, for use in a chara
 # of espeak-ng's variants: jokes, and voices that only whisper
 UNUSED_VOICES = ('AnxiousAndy Demonic Tweaky UniRobot anikaRobot croak robosoft robosoft2 robosoft3 '
                  'robosoft4 robosoft5 robosoft6 robosoft7 robosoft8 whisper whisperf').split()
+# variants to hold out. Several are near copies of each other (steph2, steph3): these are held out together,
+# or not at all
+TEST_VOICES = ('Alicia Andy Gene Gene2 Mike mike2 belinda david edward edward2 f2 f5 linda m3 m7 pablo '
+               'steph steph2 steph3 zac').split()
+VAL_VOICES = 'aunty boris Lee m5 sandro victor'.split()
 
 
 @functools.cache
@@ -39,6 +45,10 @@ def espeak_variants():
     """espeak-ng's variants of each of its voices, by name."""
     import espeakng_loader
     return sorted(os.listdir(os.path.join(espeakng_loader.get_data_path(), 'voices', '!v')))
+
+
+def train_voices():
+    return sorted({*espeak_variants()} - {*TEST_VOICES, *VAL_VOICES, *UNUSED_VOICES})
 
 
 def trim(wave):
@@ -58,9 +68,15 @@ class Espeak:
     each phoneme begins."""
     lock = threading.Lock()     # the library is one for the whole process, and does one thing at a time
 
-    def __init__(self):
-        import espeakng_loader
+    def __init__(self, forgets=False):
+        """forgets: what it says does not depend on what it said before, for 3 ms a text. Its flutter and its
+        echo run on from text to text, which changes a wave by some samples, now and then by hundreds."""
         self.voices = [voice for voice in espeak_variants() if voice not in UNUSED_VOICES]
+        self.forgets = forgets
+        self.load()
+
+    def load(self):
+        import espeakng_loader
         self.lib = ctypes.CDLL(espeakng_loader.get_library_path())
         data = espeakng_loader.get_data_path().encode()
         # 2: synchronous. 0x8001: with phoneme events, without exit() on an error
@@ -99,6 +115,12 @@ class Espeak:
             raise ValueError(f'espeak-ng has no voice {voice!r}; there are {some(espeak_variants())}')
         language = 'cmn' if re.search(f'[{HAN}]', text) else 'en-us'
         with self.lock:
+            if self.forgets:        # nothing else resets the library, not even espeak_Terminate
+                self.lib.espeak_Terminate()
+                _ctypes.dlclose(self.lib._handle)
+                self.load()
+                self.lib.espeak_ng_SetRandSeed(ctypes.c_long(1))
+                ctypes.CDLL(None).srand(1)      # some voices (caleb) take their breath from C's rand
             # a language that the library doesn't know leaves the voice as it was; a variant that it doesn't
             # know is ignored without an error
             if self.lib.espeak_SetVoiceByName(f'{language}+{voice}'.encode()) != 0:

@@ -593,7 +593,7 @@ def test_from_text_to_a_data_folder(tmp_path, monkeypatch, capsys):
     """
     from data.dialogues import Dialogues
     monkeypatch.setattr(tokenise, 'load_codec', lambda folder: Loud())
-    monkeypatch.setattr(simulate, 'Espeak', Hum)
+    monkeypatch.setattr(simulate, 'Espeak', lambda forgets: Hum())
     (tmp_path / 'talk.json').write_text(json.dumps([dict(data=DIALOGUE + ['{}', 'no'])] * 6))
     command = [
         f'--out={tmp_path}/out', '--codec=x', '--device=cpu', '--assistant_voice=robot',

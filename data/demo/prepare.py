@@ -31,7 +31,7 @@ from codec.mel import MelCodec
 from common.audio import write_audio
 from common.files import read_json, write_json
 from data.dialogues import save_dialogues
-from data.tts import SAMPLE_RATE, UNUSED_VOICES, Espeak, add_noise, espeak_variants, noises
+from data.tts import SAMPLE_RATE, TEST_VOICES, VAL_VOICES, Espeak, add_noise, noises, train_voices
 from vocabulary import QWEN2_PATTERN
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -82,13 +82,8 @@ def pick_question(rng):
     return topic[rng.integers(len(topic))]
 
 
-# espeak-ng's variants of its voice. Several are near copies of each other (steph2, steph3): these are held
-# out together, or not at all
 ASSISTANT, ASSISTANT_RATE = 'f1', 200
-TEST_VOICES = ('Alicia Andy Gene Gene2 Mike mike2 belinda david edward edward2 f2 f5 linda m3 m7 pablo '
-               'steph steph2 steph3 zac').split()
-VAL_VOICES = 'aunty boris Lee m5 sandro victor'.split()
-TRAIN_VOICES = sorted(set(espeak_variants()) - {ASSISTANT, *TEST_VOICES, *VAL_VOICES, *UNUSED_VOICES})
+TRAIN_VOICES = [voice for voice in train_voices() if voice != ASSISTANT]
 
 
 def with_noise(wave, rng, snr_db, level):

@@ -72,7 +72,7 @@ def arguments(doc):
     return parser
 
 
-def run(items, read_recording, args, settings):
+def run(items, read_recording, args, settings, splits=None):
     """
     Writes the data folder args.out. Raises ValueError where it holds another data set, or nothing could be
     read.
@@ -80,6 +80,7 @@ def run(items, read_recording, args, settings):
         read_recording      (what, codec) -> Recording; runs in threads; a recording for which it raises
                             ValueError or OSError is skipped
         settings            those that change what read_recording returns, as JSON
+        splits              {id: 'train', 'val' or 'test'}; None: by a hash of the id
     """
     shares = args.val_share, args.test_share
     if min(args.part, args.n_thread, args.batch_sec) <= 0 or min(shares) < 0 or sum(shares) >= 1:
@@ -105,7 +106,7 @@ def run(items, read_recording, args, settings):
             return make_part(path, parts[number], reader, codec, args, pool)
 
         def finish_all():
-            finish(args, recipe, codec, ids, len(parts))
+            finish(args, recipe, codec, ids, len(parts), splits)
         work_on_parts(args.out, recipe, len(parts), make, finish_all)
 
 

@@ -134,8 +134,9 @@ def join(parts):
     n = sum([len(part) for part, _ in parts])
     ids, learned, at = np.empty(n, np.int32), np.empty(n, bool), 0
     for part, is_learned in parts:
-        ids[at:at + len(part)], learned[at:at + len(part)] = part, is_learned
-        at += len(part)
+        end = at + len(part)
+        ids[at:end], learned[at:end] = part, is_learned
+        at = end
     return Document(ids, learned)
 
 

@@ -140,6 +140,7 @@ class Loader:
         self.seed, self.rank, self.world_size, self.user_noise = seed, rank, world_size, user_noise
         # a third of the time is BPE; 65,536 texts of 24 tokens take about 70 MB
         self.vocab.encode = lru_cache(2 ** 16)(vocab.encode)
+        self.code_end, self.last_id = vocab.code_start + vocab.n_codes, max(vocab.control.values())
         self.n_window = -(-len(dialogues) // self.window)
         self.state = dict(epoch=0, window=0, row=0)
         self.places = np.arange(block_size)
@@ -187,15 +188,13 @@ class Loader:
         into a row."""
         code_hz, pieces = self.dialogues.codec['rate_hz'] * layout.codes_per_frame, []
         for document in self.flatten(i, layout, epoch):
-            n, parts, at = len(document.ids), [], 0
-            ends = [*document.cuts[1:], n]
+            parts, at, ends = [], 0, [*document.cuts[1:], len(document.ids)]
             for end, following in zip(ends, [*ends[1:], None]):     # as many chunks as fit into a row
                 if not following or following - at > self.block_size + 1:
                     n_code = np.count_nonzero(self.is_speech(document.ids[at:end]))
                     parts.append(Piece(lambda document=document: document, at, end - at, n_code / code_hz))
                     at = end
-            fits = n > 1 and max(piece.n for piece in parts) <= self.block_size + 1
-            pieces.append(parts if fits else [])
+            pieces.append(parts if all([1 < piece.n <= self.block_size + 1 for piece in parts]) else [])
         return pieces
 
     def cut(self, i, n_frame, layout):
@@ -230,7 +229,8 @@ class Loader:
         return documents
 
     def is_speech(self, ids):
-        return (ids >= self.vocab.code_start) & (ids < self.vocab.code_start + self.vocab.n_codes)
+        is_code = ids >= self.vocab.code_start      # behind the codes stand only tokens that came later
+        return is_code & (ids < self.code_end) if self.code_end <= self.last_id else is_code
 
     def next_rows(self, n):
         """-> the next n rows [(row, place)], of all ranks together. A place is (epoch, window, row)."""

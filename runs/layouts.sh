@@ -21,7 +21,7 @@ for layout in asr tts half_duplex duplex3 duplex2 blsp salm usdm_pretrain usdm_s
     data=$DATA chunk=()
     if [ "$layout" = mini_omni2_irq ]; then     # a model that hears the user alone needs words that stop it
         data=$STOP_DATA chunk=(--speech_chunk=5)
-        $PYTHON data/stop/prepare.py --codec="$DATA" --tokenizer="$DATA/tokenizer" --n_sample=1500 --out="$data"
+        $PYTHON data/stop/prepare.py --codec="$DATA" --tokenizer="$DATA/tokenizer" --n_sample=1500 --val_share=0.05 --test_share=0.2 --out="$data"
     fi
     $PYTHON train.py config/demo.py --data="$data" --stages="$layout:$STEPS" "${chunk[@]}" --batch_size=4 --n_listen=0 \
         --eval_interval="$STEPS" --out_dir="$OUT/$layout" --resume=true

@@ -364,7 +364,7 @@ def spoken(turns, role):
 
 
 @given(st.data(), st.sampled_from([name for name in LAYOUTS if LAYOUTS[name][0] != 'segments']))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_what_is_laid_comes_back(data, name):
     """Of every layout: what unflatten finds flattens to the same ids, and the streams that the layout carries
     are those of the dialogue."""

@@ -75,6 +75,7 @@ def test_rows_are_shown(data, tmp_path, layout, capsys):
     assert f', {layout}' in shown and '!' not in shown.split('is not the next token')[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind, stages', [('snac', 'duplex3:2, mini_omni:2'), ('mimi', 'duplex2:2, moshi:2'),
                                           ('dac', 'outetts3.assistant:2'), ('mimi', 'nemo_duplex:2')])
 def test_several_codes_a_frame(kind, stages, codecs, small_tokenizer, tmp_path):  # noqa: F811

@@ -48,7 +48,7 @@ def asked_of(d, layout):
 
 @given(st.data(), st.sampled_from([name for name in BY_TURNS
                                    if LAYOUTS[name][0] in ('turn', 'pair', 'chunks')]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_what_is_laid_can_be_written(small_tokenizer, data, name):
     """A writer that chooses what a laid document has: each id is allowed, and the document comes out. What
     the layout feeds, the steps give by themselves."""

@@ -18,6 +18,7 @@ A codec is anything with these, and a line in CODECS:
     encode(wave)            float32 [n_sample] -> uint16 [n_frame], or [n_frame, sum(levels)] if that is > 1;
     encode_many(waves)      a frame each begun one; the same for a list, in batches
     decode(codes)           what encode returns -> float32 [n_frame * sample_rate / rate_hz]
+    stream(), speak()       the same of audio, of codes, that come bit by bit (streaming.py)
     save(folder), load(folder)
 """
 import importlib

@@ -2,6 +2,7 @@
     echo '"The capital of France"' | python -m codec text FOLDER          # Qwen2: [785, 6722, 315, 9625]
     python -m codec encode question.wav --codec=data/demo > codes.json    # [17, 17, 203, …], 25 a second
     python -m codec decode codes.json --codec=data/demo --out=back.wav
+    python -m codec stream question.wav --codec=data/demo                 # as if live: what differs, how late
     python -m codec s3 --checkpoint=speech_tokenizer_v1.onnx --out=codecs/s3      # of CosyVoice-300M-25Hz
     python -m codec snac --checkpoint=snac_24khz --out=codecs/snac                # likewise mimi, dac
 """
@@ -9,12 +10,13 @@ import json
 import re
 import signal
 import sys
+import time
 
 import numpy as np
 
 from codec import load_codec
 from common.audio import read_audio, write_audio
-from common.levels import codes_per_frame
+from common.levels import codes_per_frame, is_silent
 from config import Parser
 from vocabulary import Vocabulary
 
@@ -53,14 +55,60 @@ def read_codes(path, codec):
     return codes
 
 
+def read_frames(text, codec):
+    if not getattr(codec, 'stream_frames', None):
+        raise ValueError(f'--frames: {codec.name} does not stream in windows')
+    if not re.fullmatch(r'\d+,\d+,[1-9]\d*', text):
+        raise ValueError(f'--frames={text} is not three numbers such as 250,5,2, the last at least 1')
+    return tuple(map(int, text.split(',')))
+
+
+def in_pieces(live, rows, n):
+    """Pushes n rows at a time -> what comes out, how many seconds each push took"""
+    parts, secs = [], []
+    for at in range(0, len(rows) + 1, n):
+        start = time.perf_counter()
+        parts.append(live.push(rows[at:at + n]))
+        secs.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    parts.append(live.finish())
+    return np.concatenate(parts), [*secs, time.perf_counter() - start]
+
+
+def compare(codec, wave):
+    """Live audio, by 20 ms in and by 80 ms out, against encode and decode of the whole -> lines to print"""
+    n_sec, stream = len(wave) / codec.sample_rate, codec.stream()
+    live, secs = in_pieces(stream, wave, codec.sample_rate // 50)
+    whole = codec.encode(wave)
+    same = (live == whole).reshape(len(whole), -1)
+    silent = is_silent(live, codec.silence_codes) & is_silent(whole, codec.silence_codes)
+    yield (f'codes      {same.mean():.1%} of {same.size} are those of the whole, '
+           f'{(same | silent[:, None]).mean():.1%} if all that stand for silence are one')
+    differ = np.flatnonzero(~(same.all(1) | silent)) / codec.rate_hz
+    if len(differ):
+        yield f'           half of the others lie before {np.median(differ):.1f} s'
+    yield (f'encoding   codes are sure {stream.lookahead_sec * 1000:.0f} ms after their frame; '
+           f'{sum(secs) / n_sec:.3f} s a second, at most {max(secs) * 1000:.0f} ms at once')
+    heard, secs = in_pieces(codec.speak(), live, max(1, round(0.08 * codec.rate_hz)))
+    yield f'decoding   {sum(secs) / n_sec:.3f} s a second, at most {max(secs) * 1000:.0f} ms at once'
+    all_at_once = codec.decode(live)
+    yield (f'seams      {np.abs(heard - all_at_once).max():.0e} is the largest difference from decoding the '
+           f'whole, whose peak is {np.abs(all_at_once).max():.2f}')
+
+
 def main():
     parser = Parser(prog='python -m codec', description='text and speech to integers, and back')
     commands = parser.add_subparsers(dest='command', required=True)
     text = commands.add_parser('text', help='a JSON string per line of standard input -> a JSON list of ids')
     text.add_argument('folder', help='tokenizer folder: tokenizer.json, or vocab.json and merges.txt')
     encode = commands.add_parser('encode', help='an audio file -> a JSON list of codes on standard output')
-    encode.add_argument('path', help='wav, flac, ogg, mp3, …, of any rate')
-    encode.add_argument('--channel', type=int, help='which channel, from 0; needed where there are several')
+    stream = commands.add_parser('stream', help='an audio file as if live: agreement, look-ahead, speed')
+    for command in (encode, stream):
+        command.add_argument('path', help='wav, flac, ogg, mp3, …, of any rate')
+        command.add_argument('--channel', type=int,
+                             help='which channel, from 0; needed where there are several')
+    stream.add_argument('--frames', help='frames read before a block and after it, and frames of a block, as '
+                                         "250,5,2: to try others with CosyVoice's, SNAC and DAC")
     s3 = commands.add_parser('s3', help="a codec folder for CosyVoice's speech tokens")
     s3.add_argument('--out', required=True, help='the folder to write')
     s3.add_argument('--checkpoint',
@@ -82,7 +130,7 @@ def main():
     decode = commands.add_parser('decode', help='a JSON list of codes -> a wav')
     decode.add_argument('path', help='a file with the list, - for standard input')
     decode.add_argument('--out', required=True, help='the wav to write')
-    for command in (encode, decode):
+    for command in (encode, stream, decode):
         command.add_argument('--codec', required=True,
                              help='folder with codec.json: data/demo/codec, a data folder, a checkpoint')
     args = parser.parse_args()
@@ -111,6 +159,11 @@ def main():
     codec = load_codec(args.codec)
     if args.command == 'encode':
         print(json.dumps(codec.encode(read_audio(args.path, codec.sample_rate, args.channel)).tolist()))
+    elif args.command == 'stream':
+        if args.frames:
+            codec.stream_frames = read_frames(args.frames, codec)
+        for line in compare(codec, read_audio(args.path, codec.sample_rate, args.channel)):
+            print(line, flush=True)
     else:
         write_audio(args.out, codec.decode(np.array(read_codes(args.path, codec))), codec.sample_rate)
 

@@ -2,6 +2,7 @@
 The demo's speech codec: 25 integers a second, fitted in half a minute on a CPU to what espeak-ng's voices say
 (data/demo/prepare.py). A big tokeniser (CosyVoice's: s3.py) is made the same way, of more.
 """
+import functools
 import hashlib
 import json
 import os
@@ -16,6 +17,9 @@ from common.files import read_json, write_json
 N_FFT, WINDOW, HOP, N_MEL = 512, 400, 160, 40   # 25 ms windows every 10 ms
 PATCH, CONTEXT = 4, 8       # in 10 ms frames: what a code stands for, and what is looked at on either side
 FLOOR = 1e-5                # as a power, 50 dB below the clip's level: what is quieter is silence
+SIDE = (WINDOW - HOP) // 2  # samples: centres each window on its 10 ms
+# power of the loudest 20 dB of what espeak-ng's voices say, summed over the bands: the median, some -17 dBFS
+TYPICAL = 700.0
 
 
 def mel_filters(sample_rate, low_hz=60.0, high_hz=7600.0):
@@ -76,13 +80,15 @@ class MelCodec:
         keys = ('name', 'rate_hz', 'n_codes', 'sample_rate', 'fingerprint')
         return {key: getattr(self, key) for key in keys}
 
+    def power(self, wave):
+        """(n * HOP + 2 SIDE,) -> (n, n_mel)"""
+        return torch.fft.rfft(wave.unfold(0, WINDOW, HOP) * self.window, N_FFT).abs().square() @ self.filters
+
     def log_mel(self, wave):
         """(n_sample,) -> (n_frame * PATCH, n_mel), log power over the clip's level."""
         wave = torch.as_tensor(np.asarray(wave, dtype=np.float32))
         n = -(-len(wave) // (HOP * PATCH)) * PATCH
-        side = (WINDOW - HOP) // 2      # centres each window on its 10 ms
-        wave = F.pad(wave, (side, n * HOP + side - len(wave)))
-        power = torch.fft.rfft(wave.unfold(0, WINDOW, HOP) * self.window, N_FFT).abs().square() @ self.filters
+        power = self.power(F.pad(wave, (SIDE, n * HOP + SIDE - len(wave))))
         loud = power.sum(1)
         level = loud[loud >= 0.01 * loud.max()].mean()      # of the loudest 20 dB: pauses do not count
         return (power / level.clamp(min=1e-8) + FLOOR).log()
@@ -94,12 +100,15 @@ class MelCodec:
 
     def embed(self, mel):
         """(n_frame * PATCH, n_mel) -> (n_frame, n_dim + 1): the network's narrow layer, and loudness."""
+        return self.place(self.look(mel), mel.exp().sum(1).log().view(-1, PATCH).mean(1, keepdim=True))
+
+    def place(self, look, loud):
+        """What look returns, and the log power of each patch's middle (n_frame, 1) -> what embed returns"""
         a = self.arrays
-        x = (self.look(mel) - a['mean']) / a['std']
+        x = (look - a['mean']) / a['std']
         x = F.relu(F.linear(x, a['0.weight'], a['0.bias']))
         x = F.relu(F.linear(x, a['1.weight'], a['1.bias']))
         x = F.linear(x, a['2.weight'], a['2.bias'])
-        loud = mel.exp().sum(1).log().view(-1, PATCH).mean(1, keepdim=True)
         return torch.cat([x, a['loudness'] * loud], 1)
 
     def encode(self, wave):
@@ -111,28 +120,26 @@ class MelCodec:
     def encode_many(self, waves):
         return [self.encode(wave) for wave in waves]
 
-    def decode(self, codes, n_iter=32):
+    def decode(self, codes):
         """uint16 (n_frame,) -> float32 (n_frame * 640,)"""
-        if len(codes) == 0:
-            return np.empty(0, np.float32)
-        mel = self.arrays['patch'][torch.as_tensor(np.asarray(codes, dtype=np.int64))].flatten(0, 1)
-        want = (mel.exp() - FLOOR).clamp(min=1e-9)
-        power = want @ self.filters.T       # (n_frame * PATCH, n_bin)
+        speaker = self.speak()
+        return np.concatenate([speaker.push(codes), speaker.finish()])
+
+    def stream(self):
+        return MelStream(self)
+
+    def speak(self):
+        return MelSpeaker(self)
+
+    @functools.cached_property
+    def spectra(self):
+        """How each code sounds: (n_codes, PATCH, n_bin), amplitudes"""
+        want = (self.arrays['patch'].exp() - FLOOR).clamp(min=1e-9)
+        power = want @ self.filters.T
         for _ in range(30):     # undo the mel filters by multiplicative steps, which stay positive
             step = want / (power @ self.filters + 1e-12) @ self.filters.T
             power = power * step / (self.filters.sum(1) + 1e-6)
-        target = F.pad(power.sqrt().T, (0, 1))      # (n_bin, n_frame * PATCH + 1)
-        stft = dict(n_fft=N_FFT, hop_length=HOP, win_length=WINDOW, window=self.window)
-        uniform = torch.rand(target.shape, generator=torch.Generator().manual_seed(0))
-        phase = torch.exp(2j * torch.pi * uniform)
-        for _ in range(n_iter):     # Griffin-Lim: keep the loudness, let the phase settle
-            wave = torch.istft(target * phase, **stft, length=len(mel) * HOP)
-            again = torch.stft(wave, **stft, return_complex=True)
-            phase = again / again.abs().clamp(min=1e-8)
-        wave = torch.istft(target * phase, **stft, length=len(mel) * HOP)
-        # istft centres a frame on its start, log_mel on its middle
-        wave = F.pad(wave, (HOP // 2, -(HOP // 2)))
-        return (0.7 * wave / wave.abs().max().clamp(min=0.7)).numpy()
+        return power.sqrt().numpy()
 
     @classmethod
     def fit(cls, waves, labels, voice, n_codes=512, n_dim=24, width=256, n_epoch=6, loudness=0.6, seed=0):
@@ -209,3 +216,146 @@ class MelCodec:
             raise ValueError(f'{folder}/codec.safetensors is not the one that codec.json was written with: '
                              'prepare the data again')
         return self
+
+
+class RunningLevel:
+    """
+    How loud somebody speaks, as log_mel has it of a clip, but of what was heard so far: the mean of the
+    loudest 20 dB of the last 10 s of sound. Sound is what is 6 dB above the noise, so a pause of any length,
+    however noisy, leaves the level as it is. Before anything is heard it is 10 dB below that of espeak-ng's
+    voices, which suits talkers from 20 dB below to 20 dB above them. This start counts as 30 ms of sound, and
+    as nothing once there was 1 s.
+    """
+    start, quiet = TYPICAL / 10, TYPICAL / 1e4      # 40 dB below espeak-ng nobody speaks
+    sound_db, rise_db_sec, n_hop = 6.0, 3.0, 1000   # the noise is the lowest power; it may rise by 3 dB/s
+
+    def __init__(self):
+        self.heard, self.noise, self.level = [], np.inf, self.start
+
+    def hear(self, loud):
+        """power of a few hops, summed over the bands"""
+        for power in loud.tolist():
+            self.noise = max(self.quiet, min(power, self.noise * 10 ** (self.rise_db_sec * HOP / 16000 / 10)))
+            # A bang counts as 10 dB above the level, as loud vowels are,
+            # lest all else seem silent beside it; but at first a level that is too low has to rise at once
+            if power > self.noise * 10 ** (self.sound_db / 10):
+                self.heard.append(min(power, (10 if len(self.heard) >= 100 else 100) * self.level))
+        if self.heard:
+            del self.heard[:-self.n_hop]
+            speech = np.array(self.heard)
+            speech = speech[speech >= 0.01 * speech.max()]
+            weight = 3 * max(0, 1 - len(speech) / 100)
+            self.level = (speech.sum() + weight * self.start) / (len(speech) + weight)
+
+
+class MelStream:
+    """
+    MelCodec.encode as the samples come (streaming.py). A code is sure 87.5 ms after the end of its 40 ms: the
+    80 ms that the network looks ahead, and what a window has more than its hop. encode brings a whole clip to
+    its level; here the clip has no end yet, and RunningLevel takes its place. Nothing else is different.
+    """
+    lookahead_sec = (CONTEXT * HOP + SIDE) / MelCodec.sample_rate
+
+    def __init__(self, codec):
+        self.codec, self.level = codec, RunningLevel()
+        self.wave, self.n_sample, self.n_code = np.zeros(SIDE, np.float32), 0, 0
+        self.power = None       # of the last PATCH + 2 CONTEXT hops
+
+    def push(self, samples):
+        self.wave = np.concatenate([self.wave, np.asarray(samples, np.float32)])
+        self.n_sample += len(samples)
+        codes, n = [], PATCH * HOP
+        while len(self.wave) >= n + 2 * SIDE:       # always four hops at once, so rounding is always the same
+            power = self.codec.power(torch.from_numpy(self.wave[:n + 2 * SIDE]))
+            self.wave = self.wave[n:]
+            self.level.hear(power.sum(1))
+            codes += self.look(power)
+        return np.array(codes, np.uint16)
+
+    def look(self, power):
+        """The next four hops -> [the code of the four that now have their context]"""
+        if self.power is None:
+            self.power = power[:1].expand(CONTEXT, -1)
+        self.power = torch.cat([self.power, power])[-(PATCH + 2 * CONTEXT):]
+        if len(self.power) < PATCH + 2 * CONTEXT:
+            return []
+        mel = (self.power / self.level.level + FLOOR).log()
+        loud = mel[CONTEXT:CONTEXT + PATCH].exp().sum(1).log().mean()
+        self.n_code += 1
+        return nearest(self.codec.place(mel.T.reshape(1, -1), loud.view(1, 1)),
+                       self.codec.arrays['centre']).tolist()
+
+    def finish(self):
+        n_frame = -(-self.n_sample // (PATCH * HOP))
+        codes = self.push(np.zeros(n_frame * PATCH * HOP - self.n_sample + SIDE)).tolist() if n_frame else []
+        while self.n_code < n_frame:
+            codes += self.look(self.power[-1:].expand(PATCH, -1))
+        return np.array(codes, np.uint16)
+
+
+class MelSpeaker:
+    """
+    MelCodec.decode as the codes come: Griffin-Lim, 40 ms by 40 ms. The phases of one code settle between what
+    was said before and what the next code says; then they stay. lookahead_sec: samples are sure 47.5 ms after
+    their code.
+    """
+    n_iter, past = 8, 2         # past: earlier hops whose windows reach into the next one's
+    lookahead_sec = (PATCH * HOP + SIDE) / MelCodec.sample_rate
+
+    def __init__(self, codec):
+        self.spectra, self.window, self.rng = codec.spectra, codec.window.numpy(), np.random.default_rng(0)
+        self.target = np.empty((0, N_FFT // 2 + 1), np.float32)     # amplitudes, a row a hop
+        self.phase, self.n_settled = self.target.astype(np.complex64), 0    # of length 1
+        # sum of overlapping windows, and of their weights, from the first sample on that is not out
+        self.wave, self.weight, self.skip = *np.zeros((2, WINDOW - HOP), np.float32), SIDE
+
+    def push(self, codes):
+        parts = [np.empty(0, np.float32)]
+        for code in np.asarray(codes, np.int64):
+            phase = np.exp(2j * np.pi * self.rng.random((PATCH, N_FFT // 2 + 1)))
+            self.target = np.concatenate([self.target, self.spectra[code]])
+            self.phase = np.concatenate([self.phase, phase.astype(np.complex64)])
+            if len(self.target) == self.n_settled + 2 * PATCH:
+                parts.append(self.settle())
+        return np.concatenate(parts)
+
+    def finish(self):
+        rest = self.settle() if len(self.target) > self.n_settled else np.empty(0, np.float32)
+        # the last window reaches 2 SIDE beyond its hop, the last half of it beyond the last code
+        return np.concatenate([rest, loud_enough(self.wave, self.weight)[:SIDE]]) if len(rest) else rest
+
+    def frames(self, hops):
+        wave = np.fft.irfft(self.target[hops] * self.phase[hops], N_FFT)[:, :WINDOW]
+        return (wave * self.window).astype(np.float32)
+
+    def settle(self):
+        """The first code that has not -> its 40 ms, less the half window that is still open"""
+        free = slice(self.n_settled, None)
+        for _ in range(self.n_iter):    # keep the amplitudes, let the phases follow from the wave
+            wave = add_up(self.frames(slice(None))) / add_up([self.window ** 2] * len(self.target)).clip(0.01)
+            again = np.lib.stride_tricks.sliding_window_view(wave, WINDOW)[::HOP][free] * self.window
+            again = np.fft.rfft(again, N_FFT)
+            self.phase[free] = again / np.abs(again).clip(1e-8)
+        done = slice(self.n_settled, self.n_settled + PATCH)
+        room = np.zeros(PATCH * HOP, np.float32)
+        self.wave = np.concatenate([self.wave, room]) + add_up(self.frames(done))
+        self.weight = np.concatenate([self.weight, room]) + add_up([self.window ** 2] * PATCH)
+        n = len(room)
+        out = loud_enough(self.wave[:n], self.weight[:n])[self.skip:]
+        self.wave, self.weight, self.skip = self.wave[n:], self.weight[n:], 0
+        begin = self.n_settled + PATCH - self.past
+        self.target, self.phase, self.n_settled = self.target[begin:], self.phase[begin:], self.past
+        return out
+
+
+def add_up(frames):
+    """n windows, HOP apart -> (n * HOP + WINDOW - HOP,)"""
+    wave = np.zeros(len(frames) * HOP + WINDOW - HOP, np.float32)
+    for i, frame in enumerate(frames):
+        wave[i * HOP:i * HOP + WINDOW] += frame
+    return wave
+
+
+def loud_enough(wave, weight):
+    """Codes tell of a level of 1. What is heard is 6 dB below espeak-ng's, so that no peak is cut off."""
+    return (0.5 * TYPICAL ** 0.5 * wave / weight.clip(0.01)).clip(-1, 1)

@@ -18,6 +18,7 @@ How the codes of a frame are ordered and numbered: common/levels.py.
 """
 import os
 import pickle
+import threading
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from codec.s3 import sha256_of
+from codec.streaming import Windows
 from common.files import read_json, some, write_json
 from common.levels import deinterleave, interleave
 
@@ -58,6 +60,7 @@ class RvqCodec:
     other silence is recognised.
     """
     device, before, after = 'cpu', 16, 16       # before, after: frames that a window reads, and does not keep
+    stream_frames = None            # of a stream: frames read before and after a block, and of the block
     model = codebooks = None        # codebooks: how many are used unless it is said; None: all
 
     def __init__(self, checkpoint, sha256, sample_rate, rate_hz, levels, codebook_size, silence_codes):
@@ -108,39 +111,63 @@ class RvqCodec:
             first, end = max(0, at - self.before), min(n_frame, at + WINDOW_FRAMES)
             yield slice(first, min(n_frame, end + self.after)), slice(at - first, end - first)
 
-    @torch.inference_mode()
     def encode(self, wave):
         """float32 [n_sample] at sample_rate -> uint16 [n_frame, codes_per_frame], a frame each begun hop;
         [n_frame] if a frame has one code"""
         self.load_model()
-        n_frame = -(-len(wave) // self.hop)
-        wave = torch.tensor(wave, dtype=torch.float32, device=self.device)
-        wave = F.pad(wave, (0, n_frame * self.hop - len(wave)))
-        parts = [np.empty((0, self.codes_per_frame), np.uint16)]
+        n_frame, parts = -(-len(wave) // self.hop), [self.no_codes()]
         for read, keep in self.windows(n_frame):
-            books = self.hear(wave[None, None, read.start * self.hop:read.stop * self.hop])
-            books = [book.reshape(-1).cpu().numpy() for book in books]
-            parts.append(interleave(books, self.levels, self.codebook_size)[keep])
-        frames = np.concatenate(parts)
-        return frames if self.codes_per_frame > 1 else frames[:, 0]
+            parts.append(self.frames_of(wave[read.start * self.hop:read.stop * self.hop])[keep])
+        return np.concatenate(parts)
 
     def encode_many(self, waves):
         return [self.encode(wave) for wave in waves]    # padding would change codes
 
+    def no_codes(self):
+        return np.empty((0, self.codes_per_frame) if self.codes_per_frame > 1 else 0, np.uint16)
+
     @torch.inference_mode()
+    def frames_of(self, wave, hear=None):
+        """What encode returns, at one go"""
+        wave = torch.tensor(wave, dtype=torch.float32, device=self.device)
+        books = (hear or self.hear)(F.pad(wave, (0, -len(wave) % self.hop))[None, None])
+        books = [book.reshape(-1).cpu().numpy() for book in books]
+        frames = interleave(books, self.levels, self.codebook_size)
+        return frames if self.codes_per_frame > 1 else frames[:, 0]
+
     def decode(self, codes):
         """uint16 [n_frame, codes_per_frame] -> float32 [n_frame * hop]. Raises ValueError for a code that
         does not belong to its place."""
         self.load_model()
-        books = deinterleave(codes, self.levels, self.codebook_size)
-        books = [torch.as_tensor(book, device=self.device)[None] for book in books]     # [1, n_frame * n]
-        parts = [np.empty(0, np.float32)]
+        books, parts = self.books_of(codes), [np.empty(0, np.float32)]
         for read, keep in self.windows(len(codes)):
-            wave = self.say([book[:, read.start * n:read.stop * n] for book, n in zip(books, self.levels)])
-            # transformers' DAC leaves out 8 samples at the end
-            wave = F.pad(wave.reshape(-1), (0, (read.stop - read.start) * self.hop - wave.numel()))
-            parts.append(wave[keep.start * self.hop:keep.stop * self.hop].cpu().numpy())
+            part = [book[:, read.start * n:read.stop * n] for book, n in zip(books, self.levels)]
+            parts.append(self.wave_of(part, read.start)[keep.start * self.hop:keep.stop * self.hop])
         return np.concatenate(parts)
+
+    def books_of(self, codes):
+        """-> [[1, n_frame * n] codes of each codebook]"""
+        books = deinterleave(codes, self.levels, self.codebook_size)
+        return [torch.as_tensor(book, device=self.device)[None] for book in books]
+
+    @torch.inference_mode()
+    def wave_of(self, books, first):
+        """What decode returns, at one go. first: the frame of the whole with which books begin"""
+        wave = self.say(books, first).reshape(-1)
+        n_frame = books[0].shape[1] // self.levels[0]
+        # transformers' DAC leaves out 8 samples at the end
+        return F.pad(wave, (0, n_frame * self.hop - len(wave))).cpu().numpy()
+
+    def stream(self):
+        """In windows (streaming.py), which read all that a frame's codes depend on."""
+        self.load_model()
+        return Windows(lambda wave, first: self.frames_of(wave), self.hop, 1, self.no_codes(),
+                       *self.stream_frames, self.rate_hz)
+
+    def speak(self):
+        self.load_model()
+        return Windows(lambda codes, first: self.wave_of(self.books_of(codes), first), 1, self.hop,
+                       np.empty(0, np.float32), *self.stream_frames, self.rate_hz)
 
     def save(self, folder):
         os.makedirs(folder, exist_ok=True)
@@ -158,7 +185,8 @@ class RvqCodec:
 
 class Snac(RvqCodec):
     """hubertsiuzdak/snac_24khz. Those of 32 and 44.1 kHz, for music, have attention, and are not read."""
-    name = 'snac'
+    name, stream_frames = 'snac', (3, 3, 2)
+    lock = threading.Lock()         # where a window begins is noted in the model
 
     @staticmethod
     def read(folder):
@@ -166,6 +194,7 @@ class Snac(RvqCodec):
         path, config = weights_in(folder), read_json(os.path.join(folder, 'config.json'))
         try:
             from snac import SNAC
+            from snac.layers import DecoderBlock
         except ImportError as error:
             raise ValueError(f'SNAC needs {error.name}: pip install snac') from None
         try:
@@ -177,7 +206,11 @@ class Snac(RvqCodec):
             model.load_state_dict(load_file(path) if is_safe else torch.load(path, 'cpu', weights_only=True))
         except BROKEN as error:
             raise ValueError(f'{folder} is no SNAC that can be read ({first_line(error)})') from None
-        coarse = model.vq_strides[0]
+        coarse = n_row = model.vq_strides[0]
+        for block in model.decoder.model:
+            if isinstance(block, DecoderBlock):
+                n_row *= block.block[1].stride[0]
+                block.block[2] = PlacedNoise(block.block[2].linear, n_row)
         levels = [coarse // stride for stride in model.vq_strides]
         return model, model.sampling_rate, int(model.hop_length) * coarse, levels, model.codebook_size
 
@@ -185,11 +218,27 @@ class Snac(RvqCodec):
         """[1, 1, n_frame * hop] -> codes of each codebook, [1, n_frame * n]"""
         return self.model.encode(wave)
 
-    def say(self, books):
+    def say(self, books, first):
         """The inverse -> [1, 1, n_frame * hop]"""
-        with torch.random.fork_rng(devices=[]):     # the decoder adds noise; on a CPU it is always the same
-            torch.default_generator.manual_seed(0)
+        with self.lock:
+            for module in self.model.modules():
+                if isinstance(module, PlacedNoise):
+                    module.first = first
             return self.model.decode(books)
+
+
+class PlacedNoise(torch.nn.Module):
+    """The noise that SNAC's decoder adds, but the same at the same place of a wave, lest windows differ. It
+    repeats after 2 ** 17 numbers, at the fastest every 5.5 s."""
+    noise = torch.randn(2 ** 17, generator=torch.Generator().manual_seed(0))
+
+    def __init__(self, linear, n_row):
+        super().__init__()
+        self.linear, self.n_row, self.first = linear, n_row, 0      # rows a frame; the frame it begins with
+
+    def forward(self, x):
+        place = torch.arange(x.shape[-1]) + self.first * self.n_row
+        return x + self.noise[place % len(self.noise)].to(x) * self.linear(x)
 
 
 class Mimi(RvqCodec):
@@ -210,13 +259,19 @@ class Mimi(RvqCodec):
     def hear(self, wave):
         return self.model.encode(wave, num_quantizers=len(self.levels)).audio_codes[0]
 
-    def say(self, books):
+    def say(self, books, first):
         return self.model.decode(torch.stack(books, 1)).audio_values
+
+    def stream(self):
+        return MimiStream(self)
+
+    def speak(self):
+        return MimiSpeaker(self)
 
 
 class Dac(RvqCodec):
     """descript/dac_24khz, or another that transformers' DacModel reads. OuteTTS takes two codebooks."""
-    name, codebooks = 'dac', 2
+    name, codebooks, stream_frames = 'dac', 2, (8, 8, 8)
 
     @staticmethod
     def read(folder):
@@ -227,8 +282,71 @@ class Dac(RvqCodec):
     def hear(self, wave):
         return self.model.encode(wave, n_quantizers=len(self.levels)).audio_codes[0]
 
-    def say(self, books):
+    def say(self, books, first):
         return self.model.decode(audio_codes=torch.stack(books, 1)).audio_values
+
+
+class MimiStream:
+    """Mimi is causal: a frame's codes are sure when it ends. transformers keeps what its convolutions and its
+    attention heard before."""
+    lookahead_sec = 0.0
+
+    def __init__(self, codec):
+        self.codec, self.wave, self.cache = codec, np.empty(0, np.float32), {}
+        codec.load_model()
+        check_mimi(codec.model)
+
+    def hear(self, wave):
+        heard = self.codec.model.encode(wave, num_quantizers=len(self.codec.levels), use_streaming=True,
+                                        **self.cache)
+        self.cache = dict(encoder_cache=heard.encoder_cache, padding_cache=heard.padding_cache)
+        return heard.audio_codes[0]
+
+    def push(self, samples):
+        self.wave, parts = np.concatenate([self.wave, np.asarray(samples)]), [self.codec.no_codes()]
+        while len(self.wave) >= self.codec.hop:
+            parts.append(self.codec.frames_of(self.wave[:self.codec.hop], self.hear))
+            self.wave = self.wave[self.codec.hop:]
+        return np.concatenate(parts)
+
+    def finish(self):
+        return self.push(np.zeros(-len(self.wave) % self.codec.hop))
+
+
+class MimiSpeaker:
+    """Likewise. Of the convolutions of its decoder nothing is kept but what they read: less than eight of the
+    transformer's steps back, two of which are a frame."""
+    n_step = 8
+
+    def __init__(self, codec):
+        self.codec, self.codes, self.steps, self.cache = codec, None, None, None
+        codec.load_model()
+        check_mimi(codec.model)
+
+    @torch.inference_mode()
+    def say(self, books):
+        model, decoder = self.codec.model, self.codec.model.decoder
+        latents = model.quantizer.decode(torch.stack(books, 1))     # of the frame before, too: to upsample
+        new = decoder.upsample(latents)[..., -2:].transpose(1, 2)
+        new = decoder.decoder_transformer(new, cache=self.cache, use_cache=True)
+        self.cache, new = new.cache, new.last_hidden_state.transpose(1, 2)
+        self.steps = new if self.steps is None else torch.cat([self.steps, new], 2)[..., -self.n_step - 2:]
+        return decoder.decoder_seanet(self.steps)[..., -self.codec.hop:]
+
+    def push(self, codes):
+        parts = [np.empty(0, np.float32)]
+        for frame in np.asarray(codes):
+            self.codes = np.stack([frame] if self.codes is None else [self.codes[-1], frame])
+            parts.append(self.say(self.codec.books_of(self.codes)).reshape(-1).cpu().numpy())
+        return np.concatenate(parts)
+
+    def finish(self):
+        return np.empty(0, np.float32)
+
+
+def check_mimi(model):
+    if not hasattr(model.decoder, 'decoder_transformer'):
+        raise ValueError("Mimi streams by parts of transformers 5.24: pip install 'transformers>=5.24'")
 
 
 def open_transformers(kind, name, folder):

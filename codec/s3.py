@@ -13,12 +13,14 @@ import os
 import sys
 import tempfile
 import types
+import uuid
 from collections import namedtuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from codec.streaming import Windows
 from codec.worker import Worker
 from common.audio import read_audio
 from common.files import read_json, write_json
@@ -39,6 +41,9 @@ VARIANTS = {
 }
 # of 10 ms: the encoder has 30 s of positions; 2 s at each inner end are not trusted
 WINDOW_FRAMES, OVERLAP_FRAMES = 3000, 400
+# of a stream. v1 counts positions from where a window begins, so there it begins where encode's does. The
+# other two are a quarter of a second's look-ahead
+BEFORE_SEC, AFTER_SEC, STEP_SEC = {'v1': 28.0, 'v2': 10.0, 'v3': 10.0}, 0.2, 0.08
 # encoded at once: v1_50hz holds 180 MB of attention scores for each 30 s
 BATCH_FRAMES = 8 * WINDOW_FRAMES
 
@@ -133,6 +138,8 @@ class S3Codec:
         known = look_up(variant)
         self.rate_hz, self.n_codes, self.fingerprint = known.rate_hz, known.n_codes, sha256[:16]
         self.silence_codes = np.array(silence_codes, dtype=np.uint16)
+        sizes_sec = BEFORE_SEC[variant[:2]], AFTER_SEC, STEP_SEC
+        self.stream_frames = tuple(round(sec * self.rate_hz) for sec in sizes_sec)
         self.model = self.worker = None         # until needed
 
     @classmethod
@@ -207,16 +214,9 @@ class S3Codec:
         are lost (of clips of 52 to 56 s, 78 to 82 s, …). Here a window begins only where the one before does
         not reach the end.
         """
-        if self.model is None:
-            if self.checkpoint is None:
-                raise ValueError(f'this codec only describes {self.variant}; to encode, it needs the '
-                                 'weights: python -m codec s3 --checkpoint=speech_tokenizer_….onnx --out=…')
-            if sha256_of(self.checkpoint) != self.sha256:
-                raise ValueError(f'{self.checkpoint} is not the file that codec.json was written with: '
-                                 f'its SHA-256 is not {self.fingerprint}…')
-            self.model, _ = load_s3(self.checkpoint, self.variant)
-        from s3tokenizer import log_mel_spectrogram, padding  # load_s3 saw to it that this works
-        model = self.model.to(self.device)
+        self.load_model()
+        from s3tokenizer import log_mel_spectrogram  # load_model saw to it that this works
+
         hop, windows, n_window = round(self.sample_rate / self.rate_hz), [], []
         for wave in waves:
             wave = F.pad(torch.tensor(wave, dtype=torch.float32, device=self.device), (0, -len(wave) % hop))
@@ -225,18 +225,7 @@ class S3Codec:
             starts = range(0, end, WINDOW_FRAMES - OVERLAP_FRAMES)
             windows += [mel[:, start:start + WINDOW_FRAMES] for start in starts]
             n_window.append(len(starts))
-        codes = [None] * len(windows)
-        order = sorted(range(len(windows)), key=lambda i: windows[i].shape[1])
-        while order:
-            longest = windows[order[-1]].shape[1]
-            batch = order[-max(1, BATCH_FRAMES // longest):]
-            batch = [i for i in batch if windows[i].shape[1] > 0.8 * longest]   # so there is little padding
-            order = order[:-len(batch)]
-            mels, n_frame = padding([windows[i] for i in batch])
-            found, n_code = model.quantize(mels, n_frame.to(self.device))
-            for i, row, n in zip(batch, found.cpu().numpy(), n_code.tolist()):
-                codes[i] = row[:n].astype(np.uint16)
-        half, codes, joined = round(OVERLAP_FRAMES / 200 * self.rate_hz), iter(codes), []
+        half, codes, joined = round(OVERLAP_FRAMES / 200 * self.rate_hz), iter(self.quantise(windows)), []
         for wave, n in zip(waves, n_window):
             parts = []
             for i in range(n):      # of each overlap the window before and the window after have half
@@ -250,25 +239,82 @@ class S3Codec:
                                  f'{self.variant} makes {n_wanted}')
         return joined
 
-    def decode(self, codes):
-        """uint16 (n_frame,) -> float32 (n_frame * 640,), or 320 at 50 Hz"""
-        if len(codes) == 0:
-            return np.empty(0, np.float32)
+    def load_model(self):
+        if self.model is None:
+            if self.checkpoint is None:
+                raise ValueError(f'this codec only describes {self.variant}; to encode, it needs the '
+                                 'weights: python -m codec s3 --checkpoint=speech_tokenizer_….onnx --out=…')
+            if sha256_of(self.checkpoint) != self.sha256:
+                raise ValueError(f'{self.checkpoint} is not the file that codec.json was written with: '
+                                 f'its SHA-256 is not {self.fingerprint}…')
+            self.model, _ = load_s3(self.checkpoint, self.variant)
+        self.model.to(self.device)
+
+    def quantise(self, windows):
+        """Log-mels (128, n) of 10 ms -> the codes of each"""
+        from s3tokenizer import padding
+        codes = [None] * len(windows)
+        order = sorted(range(len(windows)), key=lambda i: windows[i].shape[1])
+        while order:
+            longest = windows[order[-1]].shape[1]
+            batch = order[-max(1, BATCH_FRAMES // longest):]
+            batch = [i for i in batch if windows[i].shape[1] > 0.8 * longest]   # so there is little padding
+            order = order[:-len(batch)]
+            mels, n_frame = padding([windows[i] for i in batch])
+            found, n_code = self.model.quantize(mels, n_frame.to(self.device))
+            for i, row, n in zip(batch, found.cpu().numpy(), n_code.tolist()):
+                codes[i] = row[:n].astype(np.uint16)
+        return codes
+
+    def stream(self):
+        """
+        A rolling window, which begins where encode's does, or later. What is 80 dB below the loudest sound
+        so far is ignored; encode knows the loudest of the clip. The encoder looks both ways, so codes differ
+        from those of a whole clip: python -m codec stream tells how many.
+        """
+        self.load_model()
+        from s3tokenizer import log_mel_spectrogram
+        hop, loudest = round(self.sample_rate / self.rate_hz), -math.inf
+
+        def hear(wave, first):
+            nonlocal loudest
+            wave = torch.tensor(wave, dtype=torch.float32, device=self.device)
+            mel = log_mel_spectrogram(F.pad(wave, (0, -len(wave) % hop)))
+            loudest = max(loudest, mel.max().item())
+            return self.quantise([mel.clamp(min=loudest - 2)])[0]       # 80 dB in its units: (log10 + 4) / 4
+        return S3Windows(hear, hop, 1, np.empty(0, np.uint16), *self.stream_frames, self.rate_hz)
+
+    def speak(self):
+        """CosyVoice's own streaming (cosyvoice_worker.py). It knows fewer of a code's neighbours than decode
+        does, and cross-fades: the samples are not those of decode."""
+        return S3Speaker(self)
+
+    def start_worker(self):
         command = os.environ.get('NANODUPLEX_VOCODER') or self.vocoder
         if not command:
             raise ValueError('nothing is known that turns these codes into audio: '
                              "python -m codec s3 … --vocoder='COMMAND', "
                              "or NANODUPLEX_VOCODER='COMMAND', as codec/cosyvoice_worker.py is")
         self.worker = self.worker or Worker(command)
+        return self.worker
+
+    def decode(self, codes):
+        """uint16 (n_frame,) -> float32 (n_frame * 640,), or 320 at 50 Hz"""
+        if len(codes) == 0:
+            return np.empty(0, np.float32)
+        worker = self.start_worker()
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, 'decoded.wav')
-            self.worker.ask(codes=[int(code) for code in codes], out=path)
-            wave = read_audio(path, self.sample_rate)
-        n_sample = round(len(codes) * self.sample_rate / self.rate_hz)
+            worker.ask(codes=[int(code) for code in codes], out=path)
+            return self.fit(read_audio(path, self.sample_rate), len(codes))
+
+    def fit(self, wave, n_code):
+        """What the vocoder made of n_code codes, with as many samples as they last"""
+        n_sample = round(n_code * self.sample_rate / self.rate_hz)
         # CosyVoice leaves out up to a mel frame, 12 ms
         if abs(len(wave) - n_sample) > 0.1 * self.sample_rate + 0.02 * n_sample:
             n_sec, wanted_sec = len(wave) / self.sample_rate, n_sample / self.sample_rate
-            raise ValueError(f'{command} made {n_sec:.2f} s of {wanted_sec:.2f} s of codes: '
+            raise ValueError(f'{self.worker.command} made {n_sec:.2f} s of {wanted_sec:.2f} s of codes: '
                              f'is its model for {self.variant}?')
         return np.pad(wave[:n_sample], (0, max(0, n_sample - len(wave))))
 
@@ -284,3 +330,46 @@ class S3Codec:
         settings = read_json(os.path.join(folder, 'codec.json'))
         keys = ('variant', 'sha256', 'silence_codes', 'checkpoint', 'vocoder')
         return cls(*(settings[key] for key in keys))
+
+
+class S3Windows(Windows):
+
+    def first(self, at):
+        stride, half = (round(n * self.rate_hz / 100) for n in (WINDOW_FRAMES - OVERLAP_FRAMES,
+                                                                OVERLAP_FRAMES // 2))
+        return max((at - half) // stride * stride, super().first(at))
+
+
+class S3Speaker:
+    """
+    One turn, decoded while its codes come. push waits for nothing: it hands the codes over, and returns the
+    samples that CosyVoice has made by then.
+    """
+
+    def __init__(self, codec):
+        self.codec, self.worker, self.n_code, self.n_sample = codec, codec.start_worker(), 0, 0
+        self.session, self.resampler = uuid.uuid4().hex, None
+
+    def push(self, codes):
+        self.n_code += len(codes)
+        return self.ask(codes, False) if self.n_code else np.empty(0, np.float32)
+
+    def finish(self):
+        if not self.n_code:
+            return np.empty(0, np.float32)
+        rest = self.ask([], True)
+        return self.codec.fit(np.concatenate([np.zeros(self.n_sample, np.float32), rest]),
+                              self.n_code)[self.n_sample:]
+
+    def ask(self, codes, is_last):
+        import soundfile
+        import soxr
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, 'part.wav')
+            self.worker.ask(session=self.session, codes=[int(code) for code in codes], last=is_last, out=path)
+            wave, rate = soundfile.read(path, dtype='float32')
+        if self.resampler is None:
+            self.resampler = soxr.ResampleStream(rate, self.codec.sample_rate, 1)
+        wave = self.resampler.resample_chunk(wave, last=is_last)
+        self.n_sample += 0 if is_last else len(wave)
+        return wave

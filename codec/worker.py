@@ -15,6 +15,7 @@ class Worker:
         it says  {"ready": true}
         we say   {"codes": [230, 440], "out": "a.wav"}
         or       {"text": "Hello.", "voice": "anna", "out": "a.wav"}
+        or       {"session": "7f", "codes": [230], "last": false, "out": "a.wav"}     cosyvoice_worker.py
         it says  {"ok": true}  or  {"error": "no voice anna"}
     """
     answer_sec = 600        # a program that hangs is ended, lest training wait for it until it is ended, too

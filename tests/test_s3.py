@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -333,6 +334,7 @@ import json, sys, wave
 import struct, math
 say = lambda answer: print(json.dumps(answer), flush=True)
 say({'ready': True})
+sessions = {}       # name: codes, samples that were said
 for line in sys.stdin:
     request = json.loads(line)
     print('noise on stderr' * 1000, file=sys.stderr)
@@ -341,9 +343,15 @@ for line in sys.stdin:
     if request.get('voice') == 'nobody':
         say({'error': 'no voice nobody'})
         continue
-    n_sec = len(request['codes']) / RATE if 'codes' in request else 0.1 * len(request['text'])
-    n = int(n_sec * 22050) - 200
-    samples = [int(9000 * math.sin(2 * math.pi * 220 * i / 22050)) for i in range(n)]
+    n_code, first = sessions.get(request.get('session'), (0, 0))
+    n_code += len(request.get('codes', ()))
+    # the last 20 codes of a stream are held back, as CosyVoice 1 does
+    n_sec = max(0, n_code - 20 * (not request.get('last', True))) / RATE
+    n = int((n_sec if 'codes' in request else 0.1 * len(request['text'])) * 22050)
+    n = max(first, n - 200 * request.get('last', True))
+    samples = [int(9000 * math.sin(2 * math.pi * 220 * i / 22050)) for i in range(first, n)]
+    sessions[request.get('session')] = (n_code, n) if 'session' in request else (0, 0)
+    n = len(samples)
     with wave.open(request['out'], 'wb') as f:
         f.setparams((1, 2, 22050, n, 'NONE', ''))
         f.writeframes(struct.pack(f'<{n}h', *samples))
@@ -378,6 +386,32 @@ def test_decode(tmp_path, stand_in, monkeypatch):
     monkeypatch.setenv('NANODUPLEX_VOCODER', '')
     with pytest.raises(ValueError, match="--vocoder='COMMAND', or NANODUPLEX_VOCODER"):
         S3Codec.create(variant='v1_25hz', silence_codes=[7]).decode([1])
+
+
+def test_speak(stand_in, monkeypatch):
+    """Two turns at once by a worker's sessions, in pieces: the samples of decode, resampled without seams,
+    and the first ones early."""
+    monkeypatch.delenv('NANODUPLEX_VOCODER', raising=False)
+    codec = S3Codec.create(variant='v1_25hz', silence_codes=[7], vocoder=stand_in())
+    codes, sizes = np.arange(75, dtype=np.uint16), (30, 0, 1, 10, 34)
+    speakers, parts = [codec.speak(), codec.speak()], [[], []]
+    for at, size in zip(np.cumsum((0, *sizes)), sizes):
+        for speaker, part in zip(speakers, parts):
+            part.append(speaker.push(codes[at:at + size]))
+    assert 0.3 < len(parts[0][0]) / 16000 <= 0.4        # of 30 codes, 20 of which are held back
+    for speaker, part in zip(speakers, parts):
+        wave = np.concatenate([*part, speaker.finish()])
+        assert wave.shape == (75 * 640,) and wave.dtype == np.float32
+        # but for the filter's own end, of which a stream knows as little as the whole
+        assert np.abs(wave - codec.decode(codes))[:-300].max() < 1e-3
+    empty = codec.speak()
+    assert len(empty.push(codes[:0])) == len(empty.finish()) == 0
+    codec.worker.close()
+    codec = S3Codec.create(variant='v1_25hz', silence_codes=[7], vocoder=stand_in(50))
+    speaker = codec.speak()
+    speaker.push(codes)
+    with pytest.raises(ValueError, match='made 1.49 s of 3.00 s of codes: is its model for v1_25hz'):
+        speaker.finish()
 
 
 def test_from_codes_to_a_conversation(tmp_path, small_tokenizer, stand_in, monkeypatch):
@@ -438,7 +472,7 @@ def test_no_worker(command, message):
 
 
 COSYVOICE = '''
-import os, torch
+import os, threading, time, torch
 print('CosyVoice likes to talk')
 os.system('echo and so do the programs it calls')
 
@@ -452,6 +486,12 @@ class Frontend:
         assert False, 'reads at 24 kHz'
 
 class Model:
+    token_min_hop_len, token_overlap_len = 50, 20
+    def __init__(self):
+        self.tts_speech_token_dict, self.llm_end_dict = {}, {}
+    def vc_job(self, source_speech_token, uuid):
+        self.tts_speech_token_dict[uuid] = source_speech_token.flatten().tolist()
+        self.llm_end_dict[uuid] = True
     def tts(self, text=torch.zeros(1, 0), flow_embedding=torch.zeros(0, 192), llm_embedding=None,
             prompt_text=None, llm_prompt_speech_token=None,
             flow_prompt_speech_token=torch.zeros(1, 0, dtype=torch.int32),
@@ -460,7 +500,24 @@ class Model:
         print('rtf 0.1')
         assert source_speech_token.dtype == torch.int32 and flow_embedding.shape == (1, 192)
         assert prompt_speech_feat.shape[1] in (0, 22050 // 256), prompt_speech_feat.shape
-        yield {'tts_speech': torch.rand(1, source_speech_token.shape[1] * 882) - 0.5}
+        uuid, at = object(), 0
+        self.tts_speech_token_dict[uuid], self.llm_end_dict[uuid] = [], False
+        thread = threading.Thread(target=self.vc_job, args=(source_speech_token, uuid))
+        thread.start()
+        hop, hear = self.token_min_hop_len, self.token_min_hop_len + self.token_overlap_len
+        while stream:
+            time.sleep(0.01)
+            codes = self.tts_speech_token_dict[uuid]
+            if len(codes) - at >= hear:
+                yield {'tts_speech': say(codes[at:at + hop])}
+                at += hop
+            if self.llm_end_dict[uuid] and len(codes) - at < hear:
+                break
+        thread.join()
+        yield {'tts_speech': say(self.tts_speech_token_dict[uuid][at:])}
+
+def say(codes):
+    return torch.tensor(codes)[None].repeat_interleave(882, 1) / 100 + 1e-3 * torch.rand(1, 882 * len(codes))
 
 class CosyVoice:
     sample_rate = 22050
@@ -522,8 +579,35 @@ def test_cosyvoice_worker(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message):
             worker.ask(**request)
     worker.close()
+    check_sessions(Worker(command + ' --hop=5'), tmp_path)
     monkeypatch.setenv('NANODUPLEX_VOCODER', command)
     assert S3Codec.create(variant='v1_25hz', silence_codes=[7]).decode([1] * 10).shape == (6400,)
+
+
+def check_sessions(worker, tmp_path):
+    """Two turns side by side: what CosyVoice's own streaming makes of codes that come bit by bit."""
+    out, heard = str(tmp_path / 'part.wav'), {'a': [], 'b': []}
+
+    def ask(name, codes, is_last=False, **request):
+        worker.ask(session=name, codes=codes, last=is_last, out=out, **request)
+        heard[name].append(soundfile.read(out)[0])
+    for at in range(0, 40, 4):
+        ask('a', list(range(at, at + 4)))
+        ask('b', list(range(39 - at, 35 - at, -1)), voice='anna')
+    while sum(map(len, heard['a'])) < 20 * 882:         # 40 codes less the 20 that are held back
+        time.sleep(0.01)
+        ask('a', [])
+    for name, codes in ('a', range(40)), ('b', range(39, -1, -1)):
+        ask(name, [], True)
+        found = np.concatenate(heard[name]).reshape(-1, 882)
+        assert (found.mean(1) * 100).round().tolist() == list(codes)
+    for name in 'ab':                                   # a name may be used again; an error is said
+        heard[name].clear()
+        with pytest.raises(ValueError, match="no voice 'nobody'"):
+            ask(name, [1], True, voice='nobody')
+    ask('a', [7], True)
+    assert len(heard['a'][0]) == 882
+    worker.close()
 
 
 def test_command_line(small, tmp_path, monkeypatch, capsys):

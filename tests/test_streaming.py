@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codec.__main__ import read_frames
 from codec.mel import TYPICAL, RunningLevel
 from common.levels import is_silent
 from data.made_up import hum
@@ -158,6 +157,7 @@ def test_running_level():
 
 
 def test_command_line(small_codec, tmp_path, run):
+    from codec.__main__ import read_frames
     small_codec.save(tmp_path / 'codec')
     soundfile.write(tmp_path / 'a.wav', sound(small_codec, 3), 16000)
     lines = run('codec', 'stream', tmp_path / 'a.wav', f'--codec={tmp_path}').stdout.splitlines()

@@ -75,6 +75,7 @@ def test_the_table_leaves_out_what_was_not_measured():
                     ('… response, mean, median', '120 ms, -', '193 ms', '553 ms')]
 
 
+@pytest.mark.slow
 def test_command_line(small_run, run, tmp_path):
     data, checkpoint = small_run
     out = run('evaluate.py', f'--checkpoint={checkpoint}', f'--data={data}', f'--out={tmp_path}',

@@ -147,6 +147,7 @@ def test_description(codec, codecs):
     assert json.loads(json.dumps(codec.describe())) == codec.describe()
 
 
+@pytest.mark.slow
 def test_long_audio_in_windows(codec, monkeypatch):
     """What a window reads before and after is enough: the codes are those of the whole. (Of Mimi this holds
     for one layer of its transformer, as here.)"""
@@ -315,6 +316,7 @@ def records_of(folder):
     return found
 
 
+@pytest.mark.slow
 def test_recordings_become_a_data_folder(codec, tmp_path, capsys):
     """Channels of frames, the shorter one filled up with silence; hours and gaps count frames, not codes."""
     codec.save(tmp_path / 'codec')

@@ -111,7 +111,8 @@ def test_whatever_is_drawn_breaks_off_in_whole_frames(seed, rate_hz, min_sec, mo
     assistant, = (turn for turn in framed if turn['role'] == 'assistant')
     assert not n_lost and is_broken_off(assistant, framed) and user['end'] == assistant['end']
     loud = np.flatnonzero(np.abs(wave) > 0.01) / SAMPLE_RATE * rate_hz
-    assert (int(loud[0]), int(loud[-1]) + 1) == (user['start'], user['end'])
+    # a word begins and ends more softly than 0.01, so that may lie in the frame before or behind
+    assert 0 <= int(loud[0]) - user['start'] <= 1 and 0 <= user['end'] - int(loud[-1]) - 1 <= 1
 
 
 def test_noise_is_as_loud_as_asked(tmp_path):

@@ -83,6 +83,7 @@ def test_codes_of_the_whole(codec):
     assert same[len(same) // 2:].mean() >= dict(s3=0.4).get(codec.name, 0.98)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('variant', ['v1_25hz', 'v3_25hz'])
 def test_cosyvoice_windows(small, tmp_path, variant):
     """Windows that hold what encode's hold give its codes, beyond its first window, too; the default ones
@@ -156,6 +157,7 @@ def test_running_level():
         assert level_of(noise(1000)).level == RunningLevel.start            # nobody has spoken
 
 
+@pytest.mark.slow
 def test_command_line(small_codec, tmp_path, run):
     from codec.__main__ import read_frames
     small_codec.save(tmp_path / 'codec')

@@ -8,6 +8,7 @@ Listening and talking: the user's speech goes in chunk by chunk, the assistant's
     converse        whole recordings, many side by side
     render          a decoded dialogue as stereo sound
 """
+import copy
 import json
 import math
 import time
@@ -118,42 +119,57 @@ class Duplex:
         if not layout.period:
             raise ValueError(f'layout {layout.name} has no chunks of one length: it cannot listen and talk '
                              'at once; sample from a duplex3 or duplex2 checkpoint')
-        max_context = max_context or model.config.block_size
-        prompt = lay_prompt(prompt, vocab)
-        if max_context < 2 * layout.period + len(prompt):
-            raise ValueError(f'max_context {max_context} holds no two chunks of {layout.period} tokens'
-                             + f' behind a prompt of {len(prompt)}' * bool(prompt))
         weight = model.model.norm.weight
         self.vocab, self.layout, self.n_row, self.device = vocab, layout, n_row, weight.device
+        self.max_context = max_context or model.config.block_size
         self.is_mute = is_mute      # writes, but never speaks
         linear, rest = pick_linear(dtype or weight.dtype, self.device, compile)
         self.model = for_decoding(model, rest, linear)
-        sampling, self.heads = sampling or Sampling(), {}
+        self.sampling, self.heads = sampling or Sampling(), {}
         for slot, place in self.places():       # one for each kind of slot, and each place of a frame
             ranges = templates.allowed(slot, layout, vocab)[place]
             kind = 'speech' if slot.kind == 'speech' else 'text'
-            self.heads[self.key(slot, place)] = SlotHead(self.model, vocab, kind, ranges, sampling, linear)
-        self.generator = torch.Generator(self.device).manual_seed(sampling.seed)
-        cache_dtype = torch.bfloat16 if linear is Int8 else rest    # attention reads half as much
+            head = SlotHead(self.model, vocab, kind, ranges, self.sampling, linear)
+            self.heads[self.key(slot, place)] = head
+        self.cache_dtype = torch.bfloat16 if linear is Int8 else rest   # attention reads half as much
+        self.uses_graphs = self.device.type == 'cuda'
+        self.read_one = self.model.run_blocks_cached
+        self.compile = compile
+        self.make_room(prompt)
+        if compile:
+            self.compile_pass()
+
+    def another(self, prompt=''):
+        """-> a conversation of its own beside this one: it has the same weights, in the same memory."""
+        other = copy.copy(self)
+        other.make_room(prompt)
+        return other
+
+    def make_room(self, prompt):
         bucket = 32 if self.device.type == 'cpu' else 1024
-        self.cache = KVCache(self.model, n_row, max_context, bucket, cache_dtype)
+        self.cache = KVCache(self.model, self.n_row, self.max_context, bucket, self.cache_dtype)
+        self.graphs = {}            # on a GPU: shape of a pass -> what was captured
+        self.pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
+        self.reset(prompt)
+
+    def reset(self, prompt=''):
+        """Forgets all that was said: a new conversation begins, in the same memory."""
+        layout, prompt = self.layout, lay_prompt(prompt, self.vocab)
+        if self.max_context < 2 * layout.period + len(prompt):
+            raise ValueError(f'max_context {self.max_context} holds no two chunks of {layout.period} tokens'
+                             + f' behind a prompt of {len(prompt)}' * bool(prompt))
+        self.generator = torch.Generator(self.device).manual_seed(self.sampling.seed)
+        self.cache.len = self.cache.next_pos = 0
         # ids that were chosen or heard, but that the model has not read yet
-        self.unfed = torch.empty(n_row, 0, dtype=torch.int64, device=self.device)
+        self.unfed = torch.empty(self.n_row, 0, dtype=torch.int64, device=self.device)
         self.ids = []               # those of the whole conversation, in pieces of [n_row, tokens]
         self.n_prompt = len(prompt)     # tokens of it that are not forgotten
         if prompt:
-            self.feed(torch.tensor([prompt] * n_row, device=self.device))
-        self.graphs = {}            # on a GPU: shape of a pass -> what was captured
-        self.uses_graphs = self.device.type == 'cuda'
-        self.pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
+            self.feed(torch.tensor([prompt] * self.n_row, device=self.device))
         # of the user's last chunks, ids (n_row, n, codes of a frame), as some codes are laid late
-        silent = vocab.control['<|silent_speech|>']
-        empty = self.unfed.new_full((n_row, layout.speech_chunk, layout.codes_per_frame), silent)
+        silent = self.vocab.control['<|silent_speech|>']
+        empty = self.unfed.new_full((self.n_row, layout.speech_chunk, layout.codes_per_frame), silent)
         self.n_chunk, self.heard, self.is_stopped = 0, [empty] * layout.n_late, None
-        self.read_one = self.model.run_blocks_cached
-        self.compile = compile
-        if compile:
-            self.compile_pass()
 
     @torch.inference_mode()
     def compile_pass(self):

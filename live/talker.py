@@ -1,0 +1,240 @@
+"""
+One conversation as it happens: the user's samples go in as they come, events come out. No sockets here.
+
+    user        ─ samples ─► codec.stream ─ codes ─┐                     ┌─► text
+    assistant                                      └─► a chunk, Duplex ──┴─ codes ─► codec.speak ─► samples
+
+The clock is the microphone. A chunk of the assistant's speech stands for the same time as the user's chunk
+from which it was made, so it is heard that much later, and all that is sent is as long as what was heard:
+
+    user's chunk          |░░░░░░░░.......|
+    assistant's chunk     |............▓▓▓|                what the model writes about this time
+    … as it is played                     |............▓▓▓|
+                                           └ silence is sent, too, so that the next chunk comes in time
+
+An event is a dict, its "type" as in OpenAI's Realtime API (live/server.py).
+"""
+import base64
+import threading
+from collections import deque
+
+import numpy as np
+import soxr
+
+from common.levels import is_silent
+from measures.turns import JOIN_SEC
+
+MAX_WAIT_SEC = 1.0      # audio that waits longer is dropped, the oldest first
+ONSET_FRAMES = 2        # the user speaks once so many frames in a row are no silence
+
+
+def check(layout, codec):
+    """Raises ValueError where nobody can talk to such a model."""
+    if not layout.period or not layout.has_speech_of('assistant'):
+        raise ValueError(f'layout {layout.name} cannot listen and talk at once, chunk by chunk; '
+                         'talk to a duplex3 or duplex2 checkpoint')
+    if layout.n_late:
+        raise ValueError(f'layout {layout.name} lays some codes of a frame later than others, which talk.py '
+                         'does not undo yet')
+    if not hasattr(codec, 'stream'):
+        raise ValueError(f'codec {codec.name} has no stream(): it encodes whole recordings only')
+
+
+def speaking_lag(codec):
+    """How many samples codec.speak() keeps back at most, as later codes may change them."""
+    speaker, hop = codec.speak(), codec.sample_rate / codec.rate_hz
+    got, lag = 0, 0
+    for n in range(1, round(codec.rate_hz) + 1):
+        got += len(speaker.push(codec.silence_codes[:1]))
+        lag = max(lag, round(n * hop) - got)
+    return lag
+
+
+class Talker:
+    """
+    push takes samples, from any thread; work does what there is to do, in one thread, and returns events.
+        duplex      of one row, with nothing said yet
+        lag         speaking_lag(codec), in samples
+        rate        samples a second, both ways
+    """
+
+    def __init__(self, duplex, codec, lag, rate):
+        self.duplex, self.codec, self.rate = duplex, codec, rate
+        self.layout, self.vocab = duplex.layout, duplex.vocab
+        self.n, self.hop = self.layout.speech_chunk, codec.sample_rate / codec.rate_hz
+        self.lag, self.stream = lag, codec.stream()
+        # of the user
+        self.lock, self.waiting, self.n_waiting, self.n_dropped = threading.Lock(), deque(), 0, 0
+        self.n_told = 0                     # of n_dropped
+        self.inward = soxr.ResampleStream(rate, codec.sample_rate, 1, dtype='float32', quality='MQ')
+        self.codes = codec.silence_codes[:0]        # heard, but no chunk yet
+        self.n_frame = 0                    # in chunks
+        self.max_waiting = round(rate * max(MAX_WAIT_SEC, 2 * self.n / codec.rate_hz))
+        self.n_sounding = 0                 # frames without silence, up to now
+        self.span = None                    # [first, last] frame of what the user says, or said last
+        self.is_user_speaking = False
+        # of the assistant
+        self.speaker, self.began = None, 0  # the first frame of what it says
+        self.response, self.n_response = None, 0
+        self.text_ids, self.text, self.is_text_over = [], '', False
+        self.n_sent = 0                     # samples of this response
+        self.wants_cancel = self.is_cancelled = False       # the client wants no more of it
+
+    # -------------------------------------------------------------------------------- what the user says
+
+    def push(self, samples):
+        """float32 [n] at rate. Where the model falls behind, the oldest samples are dropped."""
+        with self.lock:
+            self.waiting.append(samples)
+            self.n_waiting += len(samples)
+            while self.n_waiting > self.max_waiting and len(self.waiting) > 1:
+                n = len(self.waiting.popleft())
+                self.n_waiting -= n
+                self.n_dropped += n
+
+    def has_work(self):
+        return self.n_waiting > 0 or len(self.codes) >= self.n or self.wants_cancel
+
+    def work(self):
+        """Listens to what came, and writes at most one chunk -> events"""
+        events = []
+        if self.wants_cancel:
+            self.wants_cancel = False
+            events += self.cancel()
+        if len(self.codes) < self.n:
+            with self.lock:
+                samples, self.n_waiting, dropped = list(self.waiting), 0, self.n_dropped
+                self.waiting.clear()
+            if dropped > self.n_told:
+                events.append(dict(type='nanoduplex.behind', where='model',
+                                   dropped_ms=round(1e3 * (dropped - self.n_told) / self.rate)))
+                self.n_told = dropped
+            if samples:
+                samples = self.inward.resample_chunk(np.concatenate(samples))
+                new = self.stream.push(samples)
+                self.codes = np.concatenate([self.codes, new]) if len(new) else self.codes
+        if len(self.codes) >= self.n:
+            chunk, self.codes = self.codes[:self.n], self.codes[self.n:]
+            events += self.step(chunk)
+        return events
+
+    def user_ms(self, frame):
+        """When the user's frame was in the microphone."""
+        return round(1e3 * (frame / self.codec.rate_hz + self.n_told / self.rate))
+
+    def watch(self, chunk):
+        """Yields when the user starts and stops to speak."""
+        quiet = JOIN_SEC * self.codec.rate_hz
+        for i, silent in enumerate(is_silent(chunk, self.codec.silence_codes)):
+            frame = self.n_frame + i
+            self.n_sounding = 0 if silent else self.n_sounding + 1
+            if self.n_sounding >= ONSET_FRAMES:
+                if not self.is_user_speaking:
+                    self.is_user_speaking = True
+                    self.span = [frame - self.n_sounding + 1, frame]
+                    yield dict(type='input_audio_buffer.speech_started',
+                               audio_start_ms=self.user_ms(self.span[0]))
+                self.span[1] = frame
+            if self.is_user_speaking and frame - self.span[1] >= quiet:
+                self.is_user_speaking = False
+                yield dict(type='input_audio_buffer.speech_stopped',
+                           audio_end_ms=self.user_ms(self.span[1] + 1))
+
+    # -------------------------------------------------------------------------------- what the assistant says
+
+    def step(self, chunk):
+        events = list(self.watch(chunk))
+        text, speech = self.duplex.step(chunk[None])
+        self.duplex.ids.clear()     # a conversation may last for hours
+        speech = speech.reshape(self.n, -1)
+        says = (speech >= 0).all(1)
+        ids = [i for i in text[0].tolist() if i < self.vocab.n_text]
+        # text after a gap, while the assistant still ends its sentence, is the next one's
+        is_next = bool(ids) and self.response is not None and self.is_text_over and not says.all()
+        if ids and not is_next:
+            events += self.write(ids)
+        self.is_text_over = not ids
+        events += self.say(speech if self.layout.codes_per_frame > 1 else speech[:, 0], says)
+        if is_next:
+            events += self.write(ids)
+        if self.response and not (ids or says.any() or self.speaker):
+            events += self.end()        # it wrote, and said nothing
+        self.n_frame += self.n
+        return events
+
+    def begin(self):
+        if not self.response:
+            self.n_response += 1
+            self.response, self.n_sent = f'resp_{self.n_response}', 0
+            self.text_ids, self.text, self.is_cancelled = [], '', False
+            yield dict(type='response.created', response=dict(
+                id=self.response, object='realtime.response', status='in_progress'))
+
+    def write(self, ids):
+        yield from self.begin()
+        self.text_ids += ids
+        text = self.vocab.decode(self.text_ids)
+        if not text.endswith('\ufffd'):     # else half a character
+            delta, self.text = text[len(self.text):], text
+            yield dict(type='response.audio_transcript.delta', delta=delta, **self.place())
+
+    def place(self):
+        return dict(response_id=self.response, item_id=f'item_{self.n_response}', output_index=0,
+                    content_index=0)
+
+    def say(self, speech, says):
+        """One chunk of the assistant's codes: speech [n] or [n, codes a frame], says bool [n] -> events"""
+        events, pieces, at = [], [], 0
+        edges = [0, *(np.flatnonzero(np.diff(says)) + 1).tolist(), self.n]
+        for a, b in zip(edges, edges[1:]):
+            if says[a]:
+                events += self.begin()
+                if not self.speaker:
+                    self.speaker, self.began = self.codec.speak(), self.n_frame + a
+                    self.outward = soxr.ResampleStream(self.codec.sample_rate, self.rate, 1, dtype='float32',
+                                                       quality='MQ')
+                    pieces.append(np.zeros(round((a - at) * self.hop) + self.lag, np.float32))
+                pieces.append(self.speaker.push(speech[a:b].astype(np.uint16)))
+                at = b
+            elif self.speaker:
+                if self.is_interrupted(self.n_frame + a):
+                    events += self.end(is_cancelled=True)
+                else:
+                    pieces.append(self.speaker.finish())
+                    events += [*self.sound(pieces, is_last=True), *self.end()]
+                self.speaker, pieces, at = None, [], a
+        return [*events, *self.sound(pieces)]
+
+    def is_interrupted(self, frame):
+        """Did the user begin while the assistant spoke, and speak (almost) until it fell silent, in frame?"""
+        if not self.span or not self.began < self.span[0] <= frame:
+            return False
+        return frame <= self.span[1] + JOIN_SEC * self.codec.rate_hz
+
+    def sound(self, pieces, is_last=False):
+        if pieces and not self.is_cancelled:
+            samples = self.outward.resample_chunk(np.concatenate(pieces), last=is_last)
+            self.n_sent += len(samples)
+            pcm = (np.clip(samples, -1, 1) * 32767).astype('<i2').tobytes()
+            # until when the user was heard: who plays it knows from this how late that is
+            yield dict(type='response.audio.delta', delta=base64.b64encode(pcm).decode(), **self.place(),
+                       heard_ms=self.user_ms(self.n_frame + self.n))
+
+    def end(self, is_cancelled=False):
+        place = self.place()
+        if is_cancelled and not self.is_cancelled:
+            yield dict(type='output_audio_buffer.cleared', response_id=self.response, n_sent=self.n_sent)
+        is_cancelled = is_cancelled or self.is_cancelled
+        yield dict(type='response.audio.done', **place)
+        yield dict(type='response.audio_transcript.done', transcript=self.text, **place)
+        yield dict(type='response.done', response=dict(
+            id=self.response, object='realtime.response',
+            status='cancelled' if is_cancelled else 'completed',
+            status_details=dict(type='cancelled', reason='turn_detected') if is_cancelled else None))
+        self.response = None
+
+    def cancel(self):
+        """The client wants to hear no more of this response; the model goes on, unheard -> events"""
+        if self.response and not self.is_cancelled:
+            self.is_cancelled = True
+            yield dict(type='output_audio_buffer.cleared', response_id=self.response, n_sent=self.n_sent)

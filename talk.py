@@ -1,0 +1,185 @@
+"""
+Talk to a checkpoint: a page with a microphone, on this machine or for others.
+
+    python talk.py --checkpoint=out/demo                        open the address that it prints
+    python talk.py --checkpoint=out/demo --user=question.wav    without a browser: a recording, at real speed
+    python talk.py --host=0.0.0.0 --cert=cert.pem --key=key.pem         for others: HTTPS, and a token
+
+    microphone ─► /v1/realtime ─► codec ─► model ─► codec ─► /v1/realtime ─► ear
+                  20 ms each               a chunk (400 ms) at a time
+
+With --user, times are printed as they are at the ear: from the end of a question to the first sound, from an
+interruption to silence; and wav, transcript and report.html are written, as sample.py does. live/server.py is
+the server and its protocol, docs/talk.md says what it allows.
+"""
+import asyncio
+import os
+import secrets
+import signal
+import ssl
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import config
+from checkpoint import load_checkpoint
+from common.audio import read_audio
+from common.device import pick_device, pick_dtype
+from decode import Duplex, Sampling
+from live.replay import User, drift_ms
+from live.save import write_conversation
+from live.server import LOCAL, Server
+from live.talker import check
+
+
+@dataclass(frozen=True)
+class Config:
+    checkpoint: str = 'out/demo'        # a folder that train.py wrote: model, tokenizer, codec and layout
+    host: str = '127.0.0.1'             # '0.0.0.0': other machines, too, which need the token that is printed
+    port: int = 8000                    # 0: a free one
+    token: str | None = None            # instead of one made up at each start
+    cert: str | None = None             # TLS: the certificate (chain) and its key, PEM files; browsers give a
+    key: str | None = None              # microphone only to localhost and to HTTPS
+    max_talkers: int = 4                # talk at once; more wait
+    max_waiting: int = 16               # wait; more are refused
+    prompt: str = ''                    # what the assistant is told
+    text_temperature: float = 0.0       # 0: always the likeliest
+    speech_temperature: float = 0.0
+    silence_bias: float = 0.0           # added to the logit of silent speech: below 0 talks sooner
+    max_context: int | None = None      # tokens it remembers, the latest; None: the model's block_size
+    seed: int = 1337
+    device: str = 'auto'                # auto: a GPU if there is one
+    dtype: str = 'auto'                 # float32, bfloat16, on a CPU int8; auto: see train.py
+
+    # without a browser
+    user: str | None = None             # a recording of the user: wav, flac, ogg, mp3, … of any rate
+    user_channel: int | None = None     # the user's channel in it, from 0; needed where there are several
+    n_user: int = 1                     # so many play it at once, each in a conversation of their own
+    repeat: int = 1                     # each plays it so many times, one after the other
+    reply_sec: float = 6.0              # silence after the recording, in which the assistant can answer
+    speed: float = 1.0                  # above 1: faster than real time; then the times say nothing
+    out: str | None = None              # folder for what is written; None: CHECKPOINT/talks
+
+    def __post_init__(self):
+        if self.dtype not in ('auto', 'float32', 'bfloat16', 'int8'):
+            raise ValueError(f"dtype is {self.dtype!r}, known are 'auto', 'float32', 'bfloat16' and 'int8'")
+        if bool(self.cert) != bool(self.key):
+            raise ValueError('cert and key go together')
+        if min(self.max_talkers, self.n_user, self.repeat) < 1 or min(self.max_waiting, self.reply_sec) < 0:
+            raise ValueError('max_talkers, n_user and repeat have to be at least 1, '
+                             'max_waiting and reply_sec not below 0')
+        if not self.speed > 0 or not 0 <= self.port < 65536:
+            raise ValueError('speed has to be above 0, port from 0 to 65535')
+        if self.n_user > self.max_talkers:
+            raise ValueError(f'n_user is {self.n_user}: max_talkers, {self.max_talkers}, talk at once')
+
+
+def make_server(cfg):
+    device = pick_device(cfg.device)
+    model, vocab, codec, info = checkpoint = load_checkpoint(cfg.checkpoint, device)
+    check(checkpoint.layout, codec)
+    sampling = Sampling(cfg.text_temperature, cfg.speech_temperature, silence_bias=cfg.silence_bias,
+                        text_weight=info.text_weight, seed=cfg.seed)
+    first = Duplex(model, vocab, checkpoint.layout, sampling=sampling, max_context=cfg.max_context,
+                   dtype=pick_dtype(cfg.dtype, device), prompt=cfg.prompt)
+    duplexes = [first, *(first.another(cfg.prompt) for _ in range(cfg.max_talkers - 1))]
+    for duplex in duplexes:     # on a GPU: all shapes that there can be are captured now, not while it talks
+        duplex.warm_up(duplex.max_context // checkpoint.layout.period + 2)
+        duplex.step(np.resize(codec.silence_codes[:1], (1, duplex.layout.speech_chunk
+                                                        * duplex.layout.codes_per_frame)))
+        duplex.reset(cfg.prompt)
+    is_local = cfg.host in LOCAL
+    token = cfg.token or (None if is_local or cfg.user else secrets.token_urlsafe(16))
+    name = os.path.basename(os.path.normpath(cfg.checkpoint))
+    return Server(name, duplexes, codec, cfg.max_waiting, token, cfg.prompt, cfg.speed)
+
+
+async def serve(cfg, server):
+    """Until Ctrl-C."""
+    context = None
+    if cfg.cert:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            context.load_cert_chain(cfg.cert, cfg.key)
+        except (OSError, ssl.SSLError) as error:
+            raise ValueError(f'{cfg.cert}, {cfg.key}: no certificate and its key ({error})') from None
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    try:
+        async with server.listening(cfg.host, cfg.port, context) as port:
+            host = 'localhost' if cfg.host in LOCAL else cfg.host
+            print(f'talk: http{"s" * bool(context)}://{host}:{port}/'
+                  + f'?token={server.token}' * bool(server.token), flush=True)
+            if host != 'localhost' and not context:
+                print('browsers on other machines give no microphone to http: take --cert and --key, or '
+                      f'ssh -L {port}:localhost:{port}', flush=True)
+            await stop.wait()
+    except OSError as error:
+        raise ValueError(f'cannot serve on {cfg.host}:{cfg.port}: {error.strerror or error}') from None
+
+
+async def replay(cfg, server):
+    """Users who play a recording -> [Heard], in real time"""
+    rate = server.codec.sample_rate     # so nothing is resampled on the way
+    wave = read_audio(cfg.user, rate, cfg.user_channel)
+    wave = np.tile(np.concatenate([wave, np.zeros(round(cfg.reply_sec * rate), np.float32)]), cfg.repeat)
+    async with server.listening('127.0.0.1', 0) as port:
+        query = f'?token={server.token}' * bool(server.token)
+        users = [User(f'http://127.0.0.1:{port}/v1/realtime{query}', wave, rate, cfg.speed)
+                 for _ in range(cfg.n_user)]
+        print(f'{cfg.user}: {len(wave) / rate / cfg.speed:.0f} s, at once by {cfg.n_user}', flush=True)
+
+        async def after(sec, user):     # chunks of several users end at different times, as in life
+            await asyncio.sleep(sec)
+            return await user.talk()
+        gap_sec = server.chunk_ms / 1e3 / cfg.n_user / cfg.speed
+        return await asyncio.gather(*(after(i * gap_sec, user) for i, user in enumerate(users)))
+
+
+def tell(cfg, server, heard):
+    """Writes and prints what each user heard."""
+    out = cfg.out or os.path.join(cfg.checkpoint, 'talks')
+    os.makedirs(out, exist_ok=True)
+    name = os.path.splitext(os.path.basename(cfg.user))[0]
+
+    def median(values):
+        if not values:
+            return 'none'
+        return f'{np.median(values):.0f} ms (at most {max(values):.0f}, of {len(values)})'
+
+    for i, one in enumerate(heard, 1):
+        folder = os.path.join(out, f'{name}-{i}' if len(heard) > 1 else name)
+        os.makedirs(folder, exist_ok=True)
+        times = write_conversation(folder, name, one.wave, one.rate, one.turns, f'{name}, live',
+                                   server.codec.rate_hz, f'{cfg.checkpoint} listens to {cfg.user}.')
+        for turn in one.turns:
+            print(f'  {turn["start_sec"]:6.2f} s  {turn["text"] or "(speech)"}')
+        drift = drift_ms(one.late_ms)
+        print(f'question to first sound {median(times["response_ms"])} | interruption to silence '
+              f'{median(times["yield_ms"])} | chunk {server.chunk_ms} ms, parts arrive '
+              f'{median([late for _, late in one.late_ms])} after it | '
+              f'drift {"-" if drift is None else f"{drift:.0f} ms"} | glitches {one.n_glitch} | dropped '
+              f'{sum(one.dropped_ms.values())} ms')
+        print(f'look and listen: {os.path.join(folder, "report.html")}')
+
+
+def main(cfg):
+    torch.set_num_threads(min(torch.get_num_threads(), 8))      # of a GPU's many cores a chunk needs few
+    server = make_server(cfg)
+    if not cfg.user:
+        with suppress(KeyboardInterrupt):
+            return asyncio.run(serve(cfg, server))
+    heard = asyncio.run(replay(cfg, server))
+    tell(cfg, server, heard)
+    return heard
+
+
+if __name__ == '__main__':
+    try:
+        main(config.load(Config, sys.argv[1:]))
+    except ValueError as error:
+        raise SystemExit(str(error))

@@ -1,0 +1,677 @@
+"""
+A live conversation: what is sent is as long as what was heard, an interruption is heard at once, talkers do
+not disturb each other, and whatever is wrong is refused in a sentence.
+
+Most use a model that is a rule: it answers when the user falls silent, and yields when the user speaks.
+"""
+import asyncio
+import base64
+import io
+import json
+import re
+import shutil
+import socket
+import zipfile
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+
+from flatten import get_layout
+from live.talker import Talker, check, speaking_lag
+
+aiohttp = pytest.importorskip('aiohttp')
+soundfile = pytest.importorskip('soundfile')
+
+import config  # noqa: E402
+import talk  # noqa: E402
+from checkpoint import load_checkpoint  # noqa: E402
+from codec.mel import MelCodec  # noqa: E402
+from data.made_up import hum, make_vocabulary  # noqa: E402
+from decode import Duplex  # noqa: E402
+from live import server as live_server  # noqa: E402
+from live.replay import Player, User, drift_ms  # noqa: E402
+from live.save import write_conversation, zip_conversation  # noqa: E402
+from live.server import Server, Session  # noqa: E402
+
+HOP, LAG = 640, 100             # samples a frame, samples that the speaker keeps back
+VOCAB = make_vocabulary(400, 8)
+ANSWER = 'It is 5.'
+
+
+class Tone:
+    """A codec of two sounds: code 1 is loud, 0 is silence."""
+    name, rate_hz, sample_rate, silence_codes = 'tone', 25.0, 16000, np.array([0], np.uint16)
+
+    def stream(self):
+        return ToneStream()
+
+    def speak(self):
+        return ToneSpeaker()
+
+
+class ToneStream:
+    def __init__(self):
+        self.rest = np.zeros(0, np.float32)
+
+    def push(self, samples):
+        self.rest = np.concatenate([self.rest, samples])
+        n = len(self.rest) // HOP
+        frames, self.rest = self.rest[:n * HOP].reshape(n, HOP), self.rest[n * HOP:]
+        return (np.abs(frames).max(1, initial=0) > 0.05).astype(np.uint16)
+
+
+class ToneSpeaker:
+    """Gives samples LAG later than their codes, as one with windows does."""
+    def __init__(self):
+        self.n_said = self.n_given = 0
+
+    def push(self, codes, keeps=LAG):
+        self.n_said += HOP * len(codes)
+        n, self.n_given = self.n_said - keeps - self.n_given, self.n_said - keeps
+        return np.full(n, 0.5, np.float32) * np.sin(np.arange(n) / 5, dtype=np.float32)
+
+    def finish(self):
+        return self.push([], 0)
+
+
+class Rule:
+    """In place of a Duplex: answers with n_frame frames as soon as the user falls silent."""
+    def __init__(self, n_frame=50, codes_per_frame=1):
+        self.layout, self.vocab = get_layout('duplex3'), VOCAB
+        self.n_frame, self.ids = n_frame, []
+        self.reset()
+
+    def reset(self, prompt=''):
+        self.has_heard, self.left = False, 0
+
+    def step(self, codes):
+        speech, text = np.full((1, 10), -1), np.full((1, 2), VOCAB.control['<|silent_text|>'])
+        for i, code in enumerate(codes[0]):
+            if code:
+                self.has_heard, self.left = True, 0
+            elif self.has_heard:
+                self.has_heard, self.left = False, self.n_frame
+                self.to_write = VOCAB.encode(ANSWER)
+            if self.left:
+                speech[0, i] = 1
+                self.left -= 1
+        if self.left and self.to_write:
+            ids, self.to_write = self.to_write[:2], self.to_write[2:]
+            text[0, :len(ids)] = ids
+        return text, speech
+
+
+def sound(n_sec):
+    return hum(200, n_sec).clip(-.5, .5) + 0.3 * np.sin(np.arange(int(16000 * n_sec)) / 9).astype(np.float32)
+
+
+def silence(n_sec):
+    return np.zeros(round(16000 * n_sec), np.float32)
+
+
+def tell(talker, wave, n=320):
+    """The user says wave, n samples at a time -> all events"""
+    events = []
+    for part in np.split(wave, range(n, len(wave), n)):
+        talker.push(part)
+        while talker.has_work():
+            events += talker.work()
+    return events
+
+
+def decoded(events):
+    pcm = b''.join(base64.b64decode(e['delta']) for e in events if e['type'] == 'response.audio.delta')
+    return np.frombuffer(pcm, '<i2') / 32768
+
+
+def kinds(events):
+    return [event['type'] for event in events]
+
+
+# ---- one talker
+
+def test_an_answer_is_as_long_as_it_was_written_and_in_its_place():
+    """
+    The user ends at 1 s, frame 25: the answer begins there, in the chunk from frame 20 on, so 5 frames of
+    silence and what the speaker keeps back come before it. 50 frames follow.
+    """
+    talker = Talker(Rule(), Tone(), speaking_lag(Tone()), 16000)
+    assert talker.lag == LAG
+    events = tell(talker, np.concatenate([sound(1), silence(4)]))
+    heard = decoded(events)
+    assert len(heard) == 5 * HOP + LAG + 50 * HOP
+    assert np.flatnonzero(heard)[0] == 5 * HOP + LAG + 1 and np.abs(heard[-20:]).max() > 0.3
+    parts = [event for event in events if event['type'] == 'response.audio.delta']
+    assert [part['heard_ms'] for part in parts] == [1200, 1600, 2000, 2400, 2800, 3200]
+    # each but the last is a chunk long: played one after the other, the next comes when one ends
+    sizes = [len(base64.b64decode(part['delta'])) // 2 for part in parts]
+    assert sizes[:-1] == [10 * HOP] * 5
+    assert ''.join(event['delta'] for event in events if 'transcript.delta' in event['type']) == ANSWER
+    started, stopped = (next(e for e in events if e['type'] == f'input_audio_buffer.speech_{what}')
+                        for what in ('started', 'stopped'))
+    assert started['audio_start_ms'] == 0 and stopped['audio_end_ms'] == 1000
+    done = events[kinds(events).index('response.done')]
+    assert done['response']['status'] == 'completed' and 'output_audio_buffer.cleared' not in kinds(events)
+
+
+def test_an_interruption_is_flushed():
+    """
+    The user begins again at 2.2 s, frame 55. In that chunk, from frame 50 on, the assistant says 5 frames
+    more: they are not sent, and what was sent and not played yet is to be dropped.
+    """
+    talker = Talker(Rule(100), Tone(), LAG, 16000)
+    events = tell(talker, np.concatenate([sound(1), silence(1.2), sound(1), silence(1)]))
+    at = kinds(events).index('output_audio_buffer.cleared')
+    before = decoded(events[:at])
+    assert events[at]['n_sent'] == len(before) == 3 * 10 * HOP
+    done = kinds(events).index('response.done')
+    assert events[done]['response']['status'] == 'cancelled'
+    assert 'response.audio.delta' not in kinds(events[at:done])
+    assert 'response.created' in kinds(events[done:])       # and the new question is answered
+
+
+def test_who_began_before_the_answer_does_not_interrupt_it():
+    """The answer of 4 frames begins and ends while the end of the question still counts as speech."""
+    talker = Talker(Rule(4), Tone(), LAG, 16000)
+    events = tell(talker, np.concatenate([sound(1), silence(2)]))
+    assert len(decoded(events)) == 9 * HOP + LAG
+    assert 'output_audio_buffer.cleared' not in kinds(events)
+
+
+def test_a_client_cancels():
+    talker = Talker(Rule(100), Tone(), LAG, 16000)
+    tell(talker, np.concatenate([sound(1), silence(1)]))
+    talker.wants_cancel = True
+    events = tell(talker, silence(5))
+    assert kinds(events)[0] == 'output_audio_buffer.cleared' and not len(decoded(events))
+    assert kinds(events).count('output_audio_buffer.cleared') == 1
+    assert events[-1]['response']['status'] == 'cancelled'
+
+
+def test_rates_are_converted():
+    """At 24 kHz the answer is as long in seconds, to a resampler's 20 ms."""
+    talker = Talker(Rule(), Tone(), LAG, 24000)
+    t = np.arange(24000) / 24000
+    wave = np.concatenate([0.4 * np.sin(2 * np.pi * 300 * t), np.zeros(4 * 24000)]).astype(np.float32)
+    heard = decoded(tell(talker, wave, 480))
+    assert len(heard) / 24000 == pytest.approx((55 * HOP + LAG) / 16000, abs=0.06)
+
+
+def test_what_waits_too_long_is_dropped():
+    """Of 5 s at once, in parts of 0.1 s, the newest second stays; the client is told, and times go on."""
+    talker = Talker(Rule(), Tone(), LAG, 16000)
+    for _ in range(50):
+        talker.push(np.concatenate([silence(0.05), sound(0.05)]))
+    assert talker.n_waiting == 16000
+    events = []
+    while talker.has_work():
+        events += talker.work()
+    assert events[0] == dict(type='nanoduplex.behind', where='model', dropped_ms=4000)
+    started = next(event for event in events if event['type'] == 'input_audio_buffer.speech_started')
+    assert 4000 <= started['audio_start_ms'] < 4200
+
+
+def test_who_cannot_be_talked_to(small_codec):
+    with pytest.raises(ValueError, match='half_duplex cannot listen and talk at once'):
+        check(get_layout('half_duplex'), Tone())
+    with pytest.raises(ValueError, match='has no stream'):
+        check(get_layout('duplex3'), object.__new__(type('Whole', (), dict(name='whole'))))
+    check(get_layout('duplex3'), Tone())
+
+
+# ---- the model
+
+class GrowingStream:
+    """As contract for the tests where a codec has no stream() yet: encodes all again at each push."""
+    def __init__(self, codec):
+        self.codec, self.wave, self.n = codec, silence(0), 0
+
+    def push(self, samples):
+        self.wave = np.concatenate([self.wave, samples])
+        sure = max(0, len(self.wave) // HOP - 3)
+        new, self.n = self.codec.encode(self.wave)[self.n:sure], max(sure, self.n)
+        return new
+
+
+class PartSpeaker:
+    def __init__(self, codec):
+        self.push = codec.decode
+
+    def finish(self):
+        return silence(0)
+
+
+@pytest.fixture(autouse=True)
+def streaming(monkeypatch):
+    if not hasattr(MelCodec, 'stream'):
+        monkeypatch.setattr(MelCodec, 'stream', lambda self: GrowingStream(self), raising=False)
+        monkeypatch.setattr(MelCodec, 'speak', lambda self: PartSpeaker(self), raising=False)
+
+
+def test_talkers_side_by_side_are_as_each_alone(small_run):
+    """Two conversations over the same weights, a chunk each in turn, give what each gives by itself; and one
+    that is used again gives what it gave before."""
+    import torch
+    model, vocab, codec, info = checkpoint = load_checkpoint(str(small_run[1]))
+    waves = [np.concatenate([hum(pitch, 1.0), silence(1.5)] * 2) for pitch in (100, 300)]
+
+    for dtype in (torch.float32, torch.bfloat16):
+        one = Duplex(model, vocab, checkpoint.layout, dtype=dtype)
+        two = one.another()
+        assert one.model is two.model and one.heads is two.heads       # the memory is one, packed or not
+        assert one.cache.keys[0].data_ptr() != two.cache.keys[0].data_ptr()
+        alone = [tell(Talker(duplex, codec, 0, 16000), wave, 3200) for duplex, wave in zip((one, two), waves)]
+        for duplex in (one, two):
+            duplex.reset()
+        talkers, beside = [Talker(duplex, codec, 0, 16000) for duplex in (one, two)], [[], []]
+        for at in range(0, len(waves[0]), 3200):
+            for talker, wave, events in zip(talkers, waves, beside):
+                events += tell(talker, wave[at:at + 3200], 3200)
+        for a, b in zip(alone, beside):
+            assert b == a
+
+
+# ---- the server
+
+@asynccontextmanager
+async def serving(duplexes=None, codec=None, **settings):
+    """-> (the server, its address)"""
+    settings.setdefault('speed', 1000.0)
+    server = Server('rule', duplexes or [Rule(), Rule()], codec or Tone(), **settings)
+    async with server.listening('127.0.0.1', 0) as port:
+        yield server, f'http://127.0.0.1:{port}'
+
+
+class Client:
+    def __init__(self, ws):
+        self.ws = ws
+
+    async def until(self, *wanted):
+        """-> the first event of one of these types, after the others"""
+        while True:
+            message = await asyncio.wait_for(self.ws.receive(), 10)
+            assert message.type == aiohttp.WSMsgType.TEXT, (message.type, self.ws.close_code, message.extra)
+            event = json.loads(message.data)
+            if event['type'] in wanted:
+                return event
+
+    async def say(self, wave):
+        pcm = (wave * 32767).astype('<i2').tobytes()
+        await self.ws.send_json(dict(type='input_audio_buffer.append', audio=base64.b64encode(pcm).decode()))
+
+    async def ask(self, until='response.done', rate=16000):
+        for part in np.split(np.concatenate([sound(0.6), silence(3)]), 36):
+            await self.say(part)
+            await asyncio.sleep(0.002)
+        return await self.until(until)
+
+    async def closed(self):
+        """-> (code, reason)"""
+        while True:
+            message = await asyncio.wait_for(self.ws.receive(), 10)
+            if message.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.ERROR):
+                return self.ws.close_code, message.extra
+
+
+@asynccontextmanager
+async def client(url, is_seated=True, **options):
+    async with aiohttp.ClientSession() as http, http.ws_connect(url + '/v1/realtime', **options) as ws:
+        one = Client(ws)
+        if is_seated:
+            await one.until('session.created')
+            await ws.send_json(dict(type='session.update', session=dict(input_sample_rate=16000)))
+            await one.until('session.updated')
+        yield one
+
+
+def test_protocol():
+    async def run():
+        async with serving() as (server, url), client(url) as one:
+            created = await one.ask('response.created')
+            first = await one.until('response.audio.delta')
+            assert first['response_id'] == created['response']['id'] and first['event_id']
+            done = await one.until('response.audio_transcript.done')
+            assert done['transcript'] == ANSWER
+            assert (await one.until('response.done'))['response']['status'] == 'completed'
+            await one.ws.send_json(dict(type='input_audio_buffer.commit'))
+            await one.until('input_audio_buffer.committed')
+
+        # a client of OpenAI's newer kind
+        async with serving() as (server, url), client(url) as one:
+            await one.ws.send_json(dict(type='session.update', session=dict(
+                type='realtime', audio=dict(input=dict(format=dict(type='audio/pcm', rate=16000))))))
+            session = (await one.until('session.updated'))['session']
+            assert session['audio']['output']['format']['rate'] == 16000
+            await one.ask('response.output_audio.delta')
+            done = await one.until('response.output_audio_transcript.done')
+            assert done['transcript'] == ANSWER
+    asyncio.run(run())
+
+
+def append(audio):
+    return json.dumps(dict(type='input_audio_buffer.append', audio=audio))
+
+
+def update(**session):
+    return json.dumps(dict(type='session.update', session=session))
+
+
+WRONG = [
+    ('not json', 'the message is no JSON'), ('[' * 100000, 'the message is no JSON'),
+    ('[1]', 'unknown event'), ('{"type": "dance"}', "unknown event 'dance'"), ('{"type": {}}', 'unknown'),
+    (append('AAA'), '"audio" is no base64'), (append('Hello, how are you?'), '"audio" is no base64'),
+    (append('QUJD'), 'half a sample'), (append(None), 'needs "audio"'), (append([1]), 'needs "audio"'),
+    (update(input_sample_rate=1), 'the rate has'), (update(input_sample_rate='x'), 'the rate has'),
+    (update(input_audio_format='g711_ulaw'), 'has to be pcm16'), (update(instructions=7), 'instructions'),
+    (update(audio=[1], instructions='x' * 10001), 'instructions'),
+    ('{"type": "session.update", "session": 1}', 'an object'), (b'\0\0', 'binary frames are not read')]
+
+
+def test_what_is_wrong_is_refused_and_others_are_not_disturbed():
+    """Each wrong message gets a sentence, and the conversation goes on; after MAX_FAULTS it ends. Beside it
+    another talks, and hears exactly what it hears alone."""
+    async def run():
+        async with serving() as (server, url), client(url) as good, client(url) as bad:
+            asking = asyncio.create_task(good.ask())
+            for message, sentence in WRONG:
+                await (bad.ws.send_bytes if isinstance(message, bytes) else bad.ws.send_str)(message)
+                error = (await bad.until('error'))['error']
+                assert sentence in error['message'], f'{str(message)[:60]}: {error}'
+                assert error['type'] == 'invalid_request_error' and '\n' not in error['message']
+            assert (await asking)['response']['status'] == 'completed'
+            await bad.ask()         # it may still talk
+            for _ in range(live_server.MAX_FAULTS - len(WRONG)):
+                await bad.ws.send_str('x')
+            code, reason = await bad.closed()
+            assert code == 1008 and 'messages were wrong' in reason
+            assert (await good.ask())['response']['status'] == 'completed'
+    asyncio.run(run())
+
+
+def test_too_large_and_too_fast():
+    async def run():
+        async with serving(speed=1.0) as (server, url), client(url) as good:
+            async with client(url) as bad:
+                try:        # 100 MB: the server does not read them to the end
+                    await bad.ws.send_str(append('A' * 100_000_000))
+                except (ConnectionError, RuntimeError):
+                    pass
+                code, reason = await bad.closed()
+                assert code in (1009, 1006) and (code == 1006 or 'a frame may have' in reason)
+            async with client(url) as bad:
+                for _ in range(24):
+                    await bad.say(silence(0.5))
+                code, reason = await bad.closed()
+                assert code == 1008 and 'ahead of real time' in reason
+            await good.say(sound(0.1))
+            assert len(server.sessions) == 1
+    asyncio.run(run())
+
+
+async def get(url, **headers):
+    async with aiohttp.ClientSession() as http, http.get(url, headers=headers) as answer:
+        return answer.status, await answer.text()
+
+
+def test_who_may_come_in():
+    async def run():
+        async with serving() as (server, url):
+            status, page = await get(url)
+            assert status == 200 and '</html>' in page
+            for path in ('/', '/v1/realtime'):
+                status, text = await get(url + path, Origin='https://evil.example')
+                assert status == 403
+                assert text == 'the page of https://evil.example may not talk to this model\n'
+                # another site's name that was given our address
+                status, text = await get(url + path, Host='evil.example', Origin='http://evil.example')
+                assert status == 403 and 'only localhost' in text
+            async with client(url, origin=url):
+                pass
+        async with serving(token='abc') as (server, url):
+            for address in (url, url + '/?token=x', url + '/?token=ä', url + '/v1/realtime'):
+                status, text = await get(address)
+                assert status == 403 and 'token is missing or wrong' in text
+            assert (await get(url + '/?token=abc'))[0] == 200
+            async with client(url, headers=dict(Authorization='Bearer abc')):
+                pass
+    asyncio.run(run())
+
+
+def test_more_wait_in_line_and_others_are_refused(monkeypatch):
+    async def run():
+        async with serving([Rule()], max_waiting=2) as (server, url), client(url, False) as third:
+            async with client(url, False) as second, client(url, False) as last:
+                await third.until('session.created')
+                assert (await second.until('nanoduplex.queued'))['place'] == 1
+                assert (await last.until('nanoduplex.queued'))['place'] == 2
+                status, text = await get(url + '/v1/realtime')
+                assert status == 503 and '1 talk and 2 wait' in text
+                await third.ws.close()
+                await second.until('session.created')
+                assert (await last.until('nanoduplex.queued'))['place'] == 1
+                await second.ws.close()
+                await last.until('session.created')
+                await last.ws.send_str(update(input_sample_rate=16000))
+                await last.ask()        # and the place is as new
+        # a thousand callers: more than MAX_CONNECTIONS are told so; who talks goes on
+        monkeypatch.setattr(live_server, 'MAX_CONNECTIONS', 20)
+        async with serving() as (server, url), client(url) as one:
+            address = '127.0.0.1', int(url.rpartition(':')[2])
+            callers = [await asyncio.open_connection(*address) for _ in range(1000)]
+            told = sum([b'come back later' in await reader.read(200) for reader, _ in callers[20:]])
+            assert told == 980
+            assert (await one.ask())['response']['status'] == 'completed'
+            for _, writer in callers:
+                writer.close()
+    asyncio.run(run())
+
+
+class Stuck:
+    """A socket whose other end never reads."""
+    closed = False
+
+    async def send_str(self, text):
+        await asyncio.sleep(60)
+
+
+def test_who_never_reads_is_dropped_and_nothing_piles_up(monkeypatch):
+    monkeypatch.setattr(live_server, 'READ_SEC', 0.05)
+    aborted = []
+
+    class Transport:
+        def abort(self):
+            aborted.append(True)
+
+    async def run():
+        server = Server('rule', [Rule()], Tone())
+        session = Session(server, Stuck(), Transport())
+        delta = base64.b64encode(bytes(24000 * 2 // 10)).decode()        # 0.1 s
+        session.send(*(dict(type='response.audio.delta', delta=delta, n=i) for i in range(100)))
+        assert [event['n'] for event, _ in session.unsent][0] == 80     # the newest two seconds
+        assert session.n_dropped_sec == pytest.approx(8.0)
+        await session.keep_sending()
+        assert aborted == [True]
+        session.send(*(dict(type='a.b') for _ in range(live_server.MAX_UNSENT + 1)))
+        assert aborted == [True, True]
+    asyncio.run(run())
+
+
+def test_a_fault_in_one_conversation_ends_that_one(capfd):
+    class Broken(Rule):
+        def step(self, codes):
+            raise RuntimeError('out of memory')
+
+    async def run():
+        async with serving([Rule(), Broken()]) as (server, url), client(url) as bad, client(url) as good:
+            await bad.say(silence(0.5))
+            error = (await bad.until('error'))['error']
+            assert error['type'] == 'server_error'
+            assert (await bad.closed())[1] == 'the model failed'
+            assert (await good.ask())['response']['status'] == 'completed'
+    asyncio.run(run())
+    assert 'out of memory' in capfd.readouterr().err
+
+
+# ---- at the user's end
+
+def test_player():
+    """The first part waits for the jitter, 40 ms; parts follow each other; running dry is a glitch, and what
+    is dropped is not heard."""
+    player = Player(1000)
+    player.add(np.ones(100))
+    assert np.flatnonzero(player.take(200))[[0, -1]].tolist() == [40, 139]
+    assert player.n_glitch == 1 and player.jitter_sec == pytest.approx(0.06)
+    player.add(np.ones(50))
+    player.add(np.ones(50))
+    heard = player.take(160)
+    assert heard[:60].sum() == 0 and heard[60:].sum() == 100 and player.n_glitch == 1
+    player.add(np.ones(100))        # in time: no wait
+    assert player.take(10).sum() == 10
+    assert player.drop() == 90 and player.take(10).sum() == 0 and player.n_glitch == 1
+
+
+def test_drift():
+    assert drift_ms([(i, 100.0 + i) for i in range(9)]) == 6.0 and drift_ms([(0, 1.0)]) is None
+
+
+def test_replay_measures_at_the_ear(tmp_path):
+    """
+    The user ends at 1 s; that chunk ends at 1.2 s, so the answer is heard at 1.2 s + its 5 frames, which is
+    400 ms after the end, + what waits: 6 ms in the speaker, 20 ms for the microphone, 40 ms for jitter. The
+    interruption at 3.2 s, frame 80, is at the start of a chunk that ends at 3.6 s: silence 400 ms later.
+    """
+    wave = np.concatenate([sound(1), silence(2.2), sound(1), silence(1.8)])
+
+    async def run():
+        async with serving([Rule(100)], speed=2.0) as (server, url):
+            return await User(url + '/v1/realtime', wave, 16000, speed=2.0).talk()
+    heard = asyncio.run(run())
+    times = write_conversation(str(tmp_path), 'one', heard.wave, 16000, heard.turns, 'One')
+    response, *_ = times['response_ms']
+    assert 440 <= response <= 900 and 380 <= times['yield_ms'][0] <= 900, times
+    assert heard.turns[0]['text'] == ANSWER and not heard.dropped_ms
+    assert {'one.wav', 'one.jsonl', 'report.html'} == {file.name for file in tmp_path.iterdir()}
+    rows = [json.loads(line) for line in (tmp_path / 'one.jsonl').read_text().splitlines()]
+    assert [row['role'] for row in rows][:2] == ['user', 'assistant'] and rows[1]['text'] == ANSWER
+
+
+def test_saving():
+    file = io.BytesIO()
+    soundfile.write(file, np.stack([sound(1), silence(1)], 1), 16000, format='WAV', subtype='PCM_16')
+    turns = json.dumps([dict(start_sec=0.2, end_sec=0.5, text='<b>')])
+    names = zipfile.ZipFile(io.BytesIO(zip_conversation(file.getvalue(), turns, 'demo', 25.0))).namelist()
+    assert [name.rpartition('.')[2] for name in names] == ['html', 'jsonl', 'wav']
+    mono = io.BytesIO()
+    soundfile.write(mono, silence(1), 16000, format='FLAC')
+    for wav, rows, sentence in ((b'', turns, 'no wav'), (b'RIFF' * 99, turns, 'no wav'),
+                                (mono.getvalue(), turns, 'FLAC PCM_16 of 1 channels'),
+                                (file.getvalue(), 'x', '"turns" has to be JSON'),
+                                (file.getvalue(), '[{"start_sec": 1}]', '"turns" has to be JSON'),
+                                (file.getvalue(), json.dumps([dict(start_sec=0, end_sec=9, text='')]),
+                                 'the audio beside it at')):
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            zip_conversation(wav, rows, 'demo', 25.0)
+
+    async def run():
+        async with serving() as (server, url), client(url) as one, aiohttp.ClientSession() as http:
+            async def save(id, content):
+                form = aiohttp.FormData(dict(turns='[]'))
+                form.add_field('wav', content, filename='talk.wav')
+                async with http.post(f'{url}/save?session={id}', data=form) as answer:
+                    return answer.status, await answer.read()
+            assert (await save('x', file.getvalue()))[0] == 403
+            id = server.sessions[0].id
+            status, content = await save(id, file.getvalue())
+            assert status == 200 and len(zipfile.ZipFile(io.BytesIO(content)).namelist()) == 3
+            assert await save(id, b'x') == (400, b'the recording is no wav\n')
+            await one.ask()
+    asyncio.run(run())
+
+
+def test_command(small_run, tmp_path, capsys):
+    """python talk.py --user=…, with a model of a few seconds' training"""
+    soundfile.write(tmp_path / 'user.wav', np.concatenate([hum(140, 1.0), silence(0.5)]), 16000)
+    cfg = config.load(talk.Config, [
+        f'--checkpoint={small_run[1]}', f'--user={tmp_path}/user.wav', f'--out={tmp_path}/out',
+        '--n_user=2', '--reply_sec=1', '--speed=3', '--device=cpu'])
+    one, two = talk.main(cfg)
+    assert len(one.wave) == len(two.wave) == 2.5 * 16000
+    assert 'question to first sound' in capsys.readouterr().out
+    assert (tmp_path / 'out' / 'user-2' / 'report.html').exists()
+
+
+def test_settings_that_do_not_go_together():
+    for argument, sentence in (
+            ('--cert=a', 'cert and key go together'), ('--speed=0', 'speed has to be above'),
+            ('--n_user=5', 'talk at once'), ('--max_talkers=0', 'at least 1'), ('--dtype=half', 'known are')):
+        with pytest.raises(SystemExit, match=sentence):
+            config.load(talk.Config, [argument])
+    with socket.socket() as taken:
+        taken.bind(('127.0.0.1', 0))
+        taken.listen()
+        cfg = talk.Config(port=taken.getsockname()[1])
+        with pytest.raises(ValueError, match='cannot serve on 127.0.0.1'):
+            asyncio.run(talk.serve(cfg, Server('rule', [Rule()], Tone())))
+    cfg = talk.Config(cert='/nowhere', key='/nowhere')
+    with pytest.raises(ValueError, match='no certificate and its key'):
+        asyncio.run(talk.serve(cfg, Server('rule', [Rule()], Tone())))
+
+
+# ---- in a browser
+
+FLAGS = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
+         '--disable-component-update --disable-sync --use-fake-ui-for-media-stream '
+         '--use-fake-device-for-media-stream --use-file-for-fake-audio-capture=').split()
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+
+
+@pytest.mark.slow
+def test_in_a_browser(tmp_path):
+    """
+    The page is opened, asked, answers, is interrupted, and the conversation is saved; the times in the saved
+    wav are those at the ear. Dark and on a phone's screen it fits, and a keyboard is enough.
+    """
+    pytest.importorskip('playwright')
+    if not CHROMIUM:
+        pytest.skip('no Chromium here')
+    from playwright.async_api import async_playwright
+    microphone = np.concatenate([silence(2), sound(1), silence(2.2), sound(1), silence(20)])
+    soundfile.write(tmp_path / 'microphone.wav', microphone, 16000, subtype='PCM_16')
+    troubles = []
+
+    async def run():
+        async with serving([Rule(100)], speed=1.0) as (server, url), async_playwright() as p:
+            flags = [*FLAGS[:-1], f'{FLAGS[-1]}{tmp_path}/microphone.wav%noloop']
+            browser = await p.chromium.launch(executable_path=CHROMIUM, args=flags)
+            page = await browser.new_page(color_scheme='dark', viewport=dict(width=390, height=844))
+            page.on('pageerror', lambda error: troubles.append(str(error)))
+            page.on('console', lambda m: troubles.append(m.text) if m.type in ('error', 'warning') else None)
+            await page.goto(url)
+            await page.keyboard.press('t')
+            await page.wait_for_function('talk && talk.yields.length && talk.responses.length > 1')
+            await page.wait_for_function('document.getElementById("status").textContent === "Listening."')
+            assert await page.evaluate('document.documentElement.scrollWidth') <= 390
+            said = await page.inner_text('#said')
+            assert ANSWER in said and 'interrupts, silence after' in said and 'after' in said
+            assert not await page.inner_text('#warning')
+            await page.screenshot(path=str(tmp_path / 'talk.png'))
+            async with page.expect_download() as download:
+                await page.keyboard.press('s')
+            await (await download.value).save_as(tmp_path / 'talk.zip')
+            times = await page.evaluate('[talk.responses, talk.yields, talk.n_glitch]')
+            await page.keyboard.press('t')
+            assert await page.inner_text('#talk') == 'Talk'
+            await browser.close()
+            return times
+    (first, *_), (yielded, *_), n_glitch = asyncio.run(run())
+    assert not troubles and n_glitch == 0
+    zipfile.ZipFile(tmp_path / 'talk.zip').extractall(tmp_path)
+    wav, = tmp_path.glob('talk-*/*.wav')
+    wave, rate = soundfile.read(wav, dtype='float32')
+    rows = [json.loads(line) for line in wav.with_suffix('.jsonl').read_text().splitlines()]
+    turns = [row for row in rows if row['role'] == 'assistant']
+    times = write_conversation(str(tmp_path), 'again', wave, rate, turns, 'Again')
+    # the user falls silent inside a chunk: its rest, and 400 ms as written, and what waits
+    assert 400 <= times['response_ms'][0] <= 900 and times['yield_ms'][0] <= 900, times
+    assert abs(first - times['response_ms'][0]) < 100 and abs(yielded - times['yield_ms'][0]) < 100

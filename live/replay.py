@@ -1,8 +1,8 @@
 """
 A user without a browser: plays a recording into the socket at real speed, and hears what comes back.
 
-    microphone  |20 ms|20 ms|20 ms|…        one clock for both, as in a browser: at each tick the 20 ms of the
-    ear         |20 ms|20 ms|20 ms|…        recording before it are sent, and 20 ms of sound are taken
+    microphone  |10 ms|10 ms|10 ms|…        one clock for both, as in a browser: at each tick the 10 ms of the
+    ear         |10 ms|10 ms|10 ms|…        recording before it are sent, and 10 ms of sound are taken
 """
 import asyncio
 import base64
@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import aiohttp
 import numpy as np
 
-TICK_SEC = 0.02
-JITTER_SEC = 0.04           # how much later than it could the first sound is played: what comes late has this
+TICK_SEC = 0.01
+MARGIN_SEC = 0.02       # an answer's first sound waits for what comes as late as the latest, and this
+N_LATE = 20             # of so many parts, the last ones
 
 
 class Player:
@@ -24,11 +25,14 @@ class Player:
     def __init__(self, rate):
         self.rate, self.queue, self.n_queued = rate, deque(), 0
         self.is_open = False        # is more of this response to come
-        self.n_glitch, self.jitter_sec = 0, JITTER_SEC
+        self.n_glitch, self.late = 0, deque(maxlen=N_LATE)
 
-    def add(self, samples):
-        if not self.n_queued and not self.is_open:  # it waits a little, so that the next part comes in time
-            self.put(np.zeros(round(self.jitter_sec * self.rate), np.float32))
+    def add(self, samples, late_sec=0.0):
+        """late_sec: how long after its chunk was spoken this part came"""
+        if not self.n_queued and not self.is_open:      # it waits, so that the next part comes in time
+            wait_sec = max(self.late, default=late_sec + MARGIN_SEC) - late_sec
+            self.put(np.zeros(round((max(wait_sec, 0) + MARGIN_SEC) * self.rate), np.float32))
+        self.late.append(late_sec)
         self.put(samples)
         self.is_open = True
 
@@ -55,7 +59,6 @@ class Player:
         if at < n and self.is_open:     # it ran dry in the middle of an answer
             self.n_glitch += 1
             self.is_open = False
-            self.jitter_sec = min(self.jitter_sec + TICK_SEC, 0.4)
         return out
 
 
@@ -130,13 +133,14 @@ class User:
             kind, now = event['type'], (time.monotonic() - self.start) * self.speed
             if kind == 'response.audio.delta':
                 samples = np.frombuffer(base64.b64decode(event['delta']), '<i2').astype(np.float32) / 32768
-                self.player.add(samples)
+                late_ms = 1e3 * now - event['heard_ms']
+                self.player.add(samples, late_ms / 1e3)
                 if event['response_id'] != self.response:
                     self.response = event['response_id']
                     start_sec = self.tick * TICK_SEC
                     self.heard.turns.append(dict(role='assistant', start_sec=start_sec, text='',
                                                  end_sec=start_sec + TICK_SEC))
-                self.heard.late_ms.append((now, 1e3 * now - event['heard_ms']))
+                self.heard.late_ms.append((now, late_ms))
                 continue
             self.heard.events.append(event | dict(at_sec=now))
             if kind == 'response.done':

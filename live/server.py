@@ -112,6 +112,9 @@ class Session:
             self.transport.abort()
         except ConnectionError:         # it has gone; the loop that receives ends, too
             pass
+        finally:
+            self.is_sending = False
+            self.unsent.clear()
 
     def as_text(self, event):
         name, _, rest = event['type'].rpartition('.')

@@ -516,19 +516,23 @@ def test_a_fault_in_one_conversation_ends_that_one(capfd):
 # ---- at the user's end
 
 def test_player():
-    """The first part waits for the jitter, 40 ms; parts follow each other; running dry is a glitch, and what
-    is dropped is not heard."""
+    """
+    The first part waits for 40 ms; parts follow each other; running dry is a glitch, and what is dropped is
+    not heard. An answer waits for as much as the latest of the last parts was later than its first, and 20.
+    """
     player = Player(1000)
-    player.add(np.ones(100))
+    player.add(np.ones(100), 0.1)
     assert np.flatnonzero(player.take(200))[[0, -1]].tolist() == [40, 139]
-    assert player.n_glitch == 1 and player.jitter_sec == pytest.approx(0.06)
-    player.add(np.ones(50))
-    player.add(np.ones(50))
-    heard = player.take(160)
-    assert heard[:60].sum() == 0 and heard[60:].sum() == 100 and player.n_glitch == 1
-    player.add(np.ones(100))        # in time: no wait
+    assert player.n_glitch == 1
+    player.add(np.ones(50), 0.13)
+    player.add(np.ones(50), 0.1)
+    heard = player.take(120)
+    assert heard[:20].sum() == 0 and heard[20:].sum() == 100 and player.n_glitch == 1
+    player.add(np.ones(100), 0.1)       # in time: no wait
     assert player.take(10).sum() == 10
     assert player.drop() == 90 and player.take(10).sum() == 0 and player.n_glitch == 1
+    player.add(np.ones(100), 0.1)
+    assert np.flatnonzero(player.take(100))[0] == 50
 
 
 def test_drift():
@@ -538,7 +542,7 @@ def test_drift():
 def test_replay_measures_at_the_ear(tmp_path):
     """
     The user ends at 1 s; that chunk ends at 1.2 s, so the answer is heard at 1.2 s + its 5 frames, which is
-    400 ms after the end, + what waits: 6 ms in the speaker, 20 ms for the microphone, 40 ms for jitter. The
+    400 ms after the end, + what waits: 6 ms in the speaker, 10 ms for the microphone, 40 ms for jitter. The
     interruption at 3.2 s, frame 80, is at the start of a chunk that ends at 3.6 s: silence 400 ms later.
     """
     wave = np.concatenate([sound(1), silence(2.2), sound(1), silence(1.8)])
@@ -650,7 +654,7 @@ def test_in_a_browser(tmp_path):
             await page.goto(url)
             await page.keyboard.press('t')
             await page.wait_for_function('talk && talk.yields.length && talk.responses.length > 1')
-            await page.wait_for_function('document.getElementById("status").textContent === "Listening."')
+            await page.wait_for_function('document.getElementById("who").textContent === "Nobody speaks."')
             assert await page.evaluate('document.documentElement.scrollWidth') <= 390
             said = await page.inner_text('#said')
             assert ANSWER in said and 'interrupts, silence after' in said and 'after' in said

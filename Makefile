@@ -1,4 +1,4 @@
-# make demo: from nothing to a model that listens and answers.  make test: the tests.  make install: both need it.
+# make demo: from nothing to a model that listens and answers.  make talk: talk to it.  make test: the tests.  make install: both need it.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
@@ -21,7 +21,10 @@ demo: install
 	$(BIN)/python sample.py --checkpoint=out/demo --user=out/demo/question.wav
 	$(BIN)/python sample.py --checkpoint=out/demo --data=data/demo --n_dialogue=4
 	$(BIN)/python evaluate.py --checkpoint=out/demo --data=data/demo
-	@echo 'Look and listen: out/demo/evaluation/report.html (how it learned: out/demo/report.html); out/demo/samples/*.wav, the user left.'
+	@echo 'Look and listen: out/demo/evaluation/report.html (how it learned: out/demo/report.html); out/demo/samples/*.wav, the user left. Talk to it: make talk'
+
+talk: install
+	$(BIN)/python talk.py --checkpoint=out/demo
 
 test: install
 	$(BIN)/ruff check .
@@ -30,4 +33,4 @@ test: install
 clean:
 	rm -rf .venv out
 
-.PHONY: install demo test clean
+.PHONY: install demo talk test clean

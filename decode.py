@@ -129,21 +129,18 @@ class Duplex:
         for slot, place in self.places():       # one for each kind of slot, and each place of a frame
             ranges = templates.allowed(slot, layout, vocab)[place]
             kind = 'speech' if slot.kind == 'speech' else 'text'
-            head = SlotHead(self.model, vocab, kind, ranges, self.sampling, linear)
-            self.heads[self.key(slot, place)] = head
+            key = self.key(slot, place)
+            self.heads[key] = SlotHead(self.model, vocab, kind, ranges, self.sampling, linear)
         self.cache_dtype = torch.bfloat16 if linear is Int8 else rest   # attention reads half as much
         self.uses_graphs = self.device.type == 'cuda'
-        self.read_one = self.model.run_blocks_cached
-        self.compile = compile
+        self.read_one, self.compile = self.model.run_blocks_cached, compile
         self.make_room(prompt)
         if compile:
             self.compile_pass()
 
     def another(self, prompt=''):
         """-> a conversation of its own beside this one: it has the same weights, in the same memory."""
-        other = copy.copy(self)
-        other.make_room(prompt)
-        return other
+        return copy.copy(self).make_room(prompt)
 
     def make_room(self, prompt):
         bucket = 32 if self.device.type == 'cpu' else 1024
@@ -151,6 +148,7 @@ class Duplex:
         self.graphs = {}            # on a GPU: shape of a pass -> what was captured
         self.pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
         self.reset(prompt)
+        return self
 
     def reset(self, prompt=''):
         """Forgets all that was said: a new conversation begins, in the same memory."""

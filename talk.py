@@ -16,6 +16,7 @@ import asyncio
 import os
 import secrets
 import signal
+import socket
 import ssl
 import sys
 from contextlib import suppress
@@ -116,6 +117,7 @@ async def serve(cfg, server):
     try:
         async with server.listening(cfg.host, cfg.port, context) as port:
             host = 'localhost' if cfg.host in LOCAL else cfg.host
+            host = socket.gethostname() if host in ('0.0.0.0', '::') else host
             print(f'talk: http{"s" * bool(context)}://{host}:{port}/'
                   + f'?token={server.token}' * bool(server.token), flush=True)
             if host != 'localhost' and not context:

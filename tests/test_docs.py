@@ -23,6 +23,7 @@ from conftest import ROOT
 import config
 import evaluate
 import sample
+import talk
 import train
 from data import simulate, texts
 from data.dialogues import SCHEMA
@@ -34,7 +35,8 @@ README, FORMAT, EVALUATION, PERFORMANCE, CORPORA = ((ROOT / name).read_text(enco
 DEMO = json.loads((ROOT / 'bench/results/demo.json').read_text())
 BENCH = json.loads((ROOT / 'bench/results/cpu.json').read_text())
 PROGRAM = r'(?:torchrun|python3?|make|pytest)'
-SETTINGS = {'train.py': train.Config, 'sample.py': sample.Config, 'evaluate.py': evaluate.Config}
+SETTINGS = {'train.py': train.Config, 'sample.py': sample.Config, 'evaluate.py': evaluate.Config,
+            'talk.py': talk.Config}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def printed(text, name):
 def test_table_of_files(regen):
     """Every file of ours that is no script of a corpus has its row in docs/files.md, with the lines that
     wc -l counts; README.md has some of them."""
-    folders = ('.', 'common', 'codec', 'data', 'measures')
+    folders = ('.', 'common', 'codec', 'data', 'measures', 'live')
     there = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).glob('*.py')}
     for name, is_whole in (('README.md', False), ('docs/files.md', True)):
         text = (ROOT / name).read_text(encoding='utf-8')

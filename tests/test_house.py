@@ -10,8 +10,8 @@ FLOORS = [
     ['data'],
     ['decode', 'respond', 'parallel', 'checkpoint'],
     ['measures'],
-    ['inputs'],
-    ['train', 'sample', 'evaluate', 'bench'],       # imported by nobody
+    ['inputs', 'live'],
+    ['train', 'sample', 'evaluate', 'bench', 'talk'],       # imported by nobody
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

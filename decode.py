@@ -158,12 +158,10 @@ class Duplex:
                              + f' behind a prompt of {len(prompt)}' * bool(prompt))
         self.generator = torch.Generator(self.device).manual_seed(self.sampling.seed)
         self.cache.len = self.cache.next_pos = 0
-        # ids that were chosen or heard, but that the model has not read yet
-        self.unfed = torch.empty(self.n_row, 0, dtype=torch.int64, device=self.device)
-        self.ids = []               # those of the whole conversation, in pieces of [n_row, tokens]
+        # ids that were chosen or heard, but that the model has not read yet: the prompt, if there is one
+        self.unfed = torch.tensor([prompt] * self.n_row, dtype=torch.int64, device=self.device)
+        self.ids = [self.unfed]     # those of the whole conversation, in pieces of [n_row, tokens]
         self.n_prompt = len(prompt)     # tokens of it that are not forgotten
-        if prompt:
-            self.feed(torch.tensor([prompt] * self.n_row, device=self.device))
         # of the user's last chunks, ids (n_row, n, codes of a frame), as some codes are laid late
         silent = self.vocab.control['<|silent_speech|>']
         empty = self.unfed.new_full((self.n_row, layout.speech_chunk, layout.codes_per_frame), silent)

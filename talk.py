@@ -161,7 +161,7 @@ def tell(cfg, server, heard):
         folder = os.path.join(out, f'{name}-{i}' if len(heard) > 1 else name)
         os.makedirs(folder, exist_ok=True)
         times = write_conversation(folder, name, one.wave, one.rate, one.turns, f'{name}, live',
-                                   server.codec.rate_hz, f'{cfg.checkpoint} listens to {cfg.user}.')
+                                   server.codec, f'{cfg.checkpoint} listens to {cfg.user}.')
         for turn in one.turns:
             print(f'  {turn["start_sec"]:6.2f} s  {turn["text"] or "(speech)"}')
         drift = drift_ms(one.late_ms)

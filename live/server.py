@@ -316,7 +316,7 @@ class Server:
                 raise ValueError('a form with the file "wav" and the text "turns" was expected')
             content = await self.loop.run_in_executor(
                 None, zip_conversation, form['wav'].file.read(), str(form.get('turns')), self.name,
-                self.codec.rate_hz)
+                self.codec)
         except ValueError as error:
             raise web.HTTPBadRequest(text=f'{error}\n')
         return web.Response(body=content, content_type='application/zip')

@@ -46,6 +46,9 @@ class Tone:
     def stream(self):
         return ToneStream()
 
+    def encode(self, wave):
+        return self.stream().push(wave)
+
     def speak(self):
         return ToneSpeaker()
 
@@ -551,7 +554,7 @@ def test_replay_measures_at_the_ear(tmp_path):
         async with serving([Rule(100)], speed=2.0) as (server, url):
             return await User(url + '/v1/realtime', wave, 16000, speed=2.0).talk()
     heard = asyncio.run(run())
-    times = write_conversation(str(tmp_path), 'one', heard.wave, 16000, heard.turns, 'One')
+    times = write_conversation(str(tmp_path), 'one', heard.wave, 16000, heard.turns, 'One', Tone())
     response, *_ = times['response_ms']
     assert 440 <= response <= 900 and 380 <= times['yield_ms'][0] <= 900, times
     assert heard.turns[0]['text'] == ANSWER and not heard.dropped_ms
@@ -564,7 +567,7 @@ def test_saving():
     file = io.BytesIO()
     soundfile.write(file, np.stack([sound(1), silence(1)], 1), 16000, format='WAV', subtype='PCM_16')
     turns = json.dumps([dict(start_sec=0.2, end_sec=0.5, text='<b>')])
-    names = zipfile.ZipFile(io.BytesIO(zip_conversation(file.getvalue(), turns, 'demo', 25.0))).namelist()
+    names = zipfile.ZipFile(io.BytesIO(zip_conversation(file.getvalue(), turns, 'demo', Tone()))).namelist()
     assert [name.rpartition('.')[2] for name in names] == ['html', 'jsonl', 'wav']
     mono = io.BytesIO()
     soundfile.write(mono, silence(1), 16000, format='FLAC')
@@ -575,7 +578,7 @@ def test_saving():
                                 (file.getvalue(), json.dumps([dict(start_sec=0, end_sec=9, text='')]),
                                  'the audio beside it at')):
         with pytest.raises(ValueError, match=re.escape(sentence)):
-            zip_conversation(wav, rows, 'demo', 25.0)
+            zip_conversation(wav, rows, 'demo', Tone())
 
     async def run():
         async with serving() as (server, url), client(url) as one, aiohttp.ClientSession() as http:
@@ -630,6 +633,14 @@ FLAGS = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-bac
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 
 
+# what the microphone hears: a tenth of what the ear heard 90 ms before; somebody else
+ECHO = '''
+    const burst = i => .1 * Math.abs(Math.sin(i / 17) * Math.sin(i / 5));
+    const ear = Array.from({length: 300}, (_, i) => burst(i)), noise = i => .001 * (i * 7919 % 13) / 13;
+    [ear.map((_, i) => .1 * burst(i - 9) + noise(i)), ear.map((_, i) => burst(i * 1.7 + 40) + noise(i))]
+        .map(mic => hears_itself({levels: {mic, ear}}))'''
+
+
 @pytest.mark.slow
 def test_in_a_browser(tmp_path):
     """
@@ -652,6 +663,7 @@ def test_in_a_browser(tmp_path):
             page.on('pageerror', lambda error: troubles.append(str(error)))
             page.on('console', lambda m: troubles.append(m.text) if m.type in ('error', 'warning') else None)
             await page.goto(url)
+            assert await page.evaluate(ECHO) == [True, False]
             await page.keyboard.press('t')
             await page.wait_for_function('talk && talk.yields.length && talk.responses.length > 1')
             await page.wait_for_function('document.getElementById("who").textContent === "Nobody speaks."')
@@ -675,7 +687,7 @@ def test_in_a_browser(tmp_path):
     wave, rate = soundfile.read(wav, dtype='float32')
     rows = [json.loads(line) for line in wav.with_suffix('.jsonl').read_text().splitlines()]
     turns = [row for row in rows if row['role'] == 'assistant']
-    times = write_conversation(str(tmp_path), 'again', wave, rate, turns, 'Again')
+    times = write_conversation(str(tmp_path), 'again', wave, rate, turns, 'Again', Tone())
     # the user falls silent inside a chunk: its rest, and 400 ms as written, and what waits
     assert 400 <= times['response_ms'][0] <= 900 and times['yield_ms'][0] <= 900, times
     assert abs(first - times['response_ms'][0]) < 100 and abs(yielded - times['yield_ms'][0]) < 100

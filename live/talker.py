@@ -77,7 +77,9 @@ class Talker:
         self.speaker, self.began = None, 0  # the first frame of what it says
         self.response, self.n_response = None, 0
         self.text_ids, self.text, self.is_text_over = [], '', False
-        self.n_sent = 0                     # samples of this response
+        self.has_spoken, self.n_sent = False, 0     # in this response; samples
+        # a response is over after so many silent frames; its text may come a chunk before its speech
+        self.n_quiet, self.max_quiet = 0, max(round(JOIN_SEC * codec.rate_hz), self.n + 1)
         self.wants_cancel = self.is_cancelled = False       # the client wants no more of it
 
     # -------------------------------------------------------------------------------- what the user says
@@ -156,22 +158,22 @@ class Talker:
         self.is_text_over = not ids
         events += self.say(speech if self.layout.codes_per_frame > 1 else speech[:, 0], says)
         if is_next:
+            events += self.end() if self.response and not self.speaker else []
             events += self.write(ids)
-        if self.response and not (ids or says.any() or self.speaker):
-            events += self.end()        # it wrote, and said nothing
         self.n_frame += self.n
         return events
 
     def begin(self):
         if not self.response:
             self.n_response += 1
-            self.response, self.n_sent = f'resp_{self.n_response}', 0
+            self.response, self.has_spoken, self.n_sent, self.n_quiet = f'resp_{self.n_response}', False, 0, 0
             self.text_ids, self.text, self.is_cancelled = [], '', False
             yield dict(type='response.created', response=dict(
                 id=self.response, object='realtime.response', status='in_progress'))
 
     def write(self, ids):
         yield from self.begin()
+        self.n_quiet = 0
         self.text_ids += ids
         text = self.vocab.decode(self.text_ids)
         if not text.endswith('\ufffd'):     # else half a character
@@ -184,25 +186,31 @@ class Talker:
 
     def say(self, speech, says):
         """One chunk of the assistant's codes: speech [n] or [n, codes a frame], says bool [n] -> events"""
-        events, pieces, at = [], [], 0
+        events, pieces = [], []
         edges = [0, *(np.flatnonzero(np.diff(says)) + 1).tolist(), self.n]
         for a, b in zip(edges, edges[1:]):
             if says[a]:
                 events += self.begin()
-                if not self.speaker:
-                    self.speaker, self.began = self.codec.speak(), self.n_frame + a
+                if not self.has_spoken:
+                    self.has_spoken, self.began = True, self.n_frame + a
                     self.outward = soxr.ResampleStream(self.codec.sample_rate, self.rate, 1, dtype='float32',
                                                        quality='MQ')
-                    pieces.append(np.zeros(round((a - at) * self.hop) + self.lag, np.float32))
+                    pieces.append(np.zeros(round(a * self.hop) + self.lag, np.float32))
+                self.speaker, self.n_quiet = self.speaker or self.codec.speak(), 0
                 pieces.append(self.speaker.push(speech[a:b].astype(np.uint16)))
-                at = b
-            elif self.speaker:
-                if self.is_interrupted(self.n_frame + a):
+            elif self.response:
+                if self.speaker and self.is_interrupted(self.n_frame + a):
+                    pieces, self.speaker = [], None
                     events += self.end(is_cancelled=True)
-                else:
+                    continue
+                if self.speaker:
                     pieces.append(self.speaker.finish())
+                self.speaker, self.n_quiet = None, self.n_quiet + b - a
+                if self.n_quiet >= self.max_quiet:
                     events += [*self.sound(pieces, is_last=True), *self.end()]
-                self.speaker, pieces, at = None, [], a
+                    pieces = []
+                elif self.has_spoken:       # it may go on
+                    pieces.append(np.zeros(round((b - a) * self.hop), np.float32))
         return [*events, *self.sound(pieces)]
 
     def is_interrupted(self, frame):

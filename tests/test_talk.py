@@ -137,14 +137,16 @@ def kinds(events):
 def test_an_answer_is_as_long_as_it_was_written_and_in_its_place():
     """
     The user ends at 1 s, frame 25: the answer begins there, in the chunk from frame 20 on, so 5 frames of
-    silence and what the speaker keeps back come before it. 50 frames follow.
+    silence and what the speaker keeps back come before it. 50 frames follow, up to frame 75, and silence to
+    the end of that chunk, as it may go on.
     """
     talker = Talker(Rule(), Tone(), speaking_lag(Tone()), 16000)
     assert talker.lag == LAG
     events = tell(talker, np.concatenate([sound(1), silence(4)]))
     heard = decoded(events)
-    assert len(heard) == 5 * HOP + LAG + 50 * HOP
-    assert np.flatnonzero(heard)[0] == 5 * HOP + LAG + 1 and np.abs(heard[-20:]).max() > 0.3
+    assert len(heard) == 5 * HOP + LAG + 50 * HOP + 5 * HOP
+    first, *_, last = np.flatnonzero(heard)
+    assert first == 5 * HOP + LAG + 1 and 55 * HOP + LAG - 20 < last < 55 * HOP + LAG
     parts = [event for event in events if event['type'] == 'response.audio.delta']
     assert [part['heard_ms'] for part in parts] == [1200, 1600, 2000, 2400, 2800, 3200]
     # each but the last is a chunk long: played one after the other, the next comes when one ends
@@ -178,8 +180,29 @@ def test_who_began_before_the_answer_does_not_interrupt_it():
     """The answer of 4 frames begins and ends while the end of the question still counts as speech."""
     talker = Talker(Rule(4), Tone(), LAG, 16000)
     events = tell(talker, np.concatenate([sound(1), silence(2)]))
-    assert len(decoded(events)) == 9 * HOP + LAG
+    assert len(decoded(events)) == 10 * HOP + LAG
     assert 'output_audio_buffer.cleared' not in kinds(events)
+
+
+def test_a_short_gap_ends_no_answer():
+    """Silent in its frames 20 to 27: one response, as long as before, and silent there."""
+    class Halting(Rule):
+        def step(self, codes):
+            text, speech = super().step(codes)
+            self.n_said = getattr(self, 'n_said', 0)
+            for i in np.flatnonzero(speech[0] >= 0):
+                if 20 <= self.n_said < 28:
+                    speech[0, i] = -1
+                self.n_said += 1
+            return text, speech
+
+    talker = Talker(Halting(), Tone(), LAG, 16000)
+    events = tell(talker, np.concatenate([sound(1), silence(4)]))
+    heard = decoded(events)
+    assert kinds(events).count('response.done') == 1 and len(heard) == 60 * HOP + LAG
+    gap = slice(25 * HOP + LAG, 33 * HOP + LAG)
+    assert not heard[gap].any()
+    assert heard[gap.stop:gap.stop + 20].any() and heard[gap.start - 20:gap.start].any()
 
 
 def test_a_client_cancels():
@@ -198,7 +221,7 @@ def test_rates_are_converted():
     t = np.arange(24000) / 24000
     wave = np.concatenate([0.4 * np.sin(2 * np.pi * 300 * t), np.zeros(4 * 24000)]).astype(np.float32)
     heard = decoded(tell(talker, wave, 480))
-    assert len(heard) / 24000 == pytest.approx((55 * HOP + LAG) / 16000, abs=0.06)
+    assert len(heard) / 24000 == pytest.approx((60 * HOP + LAG) / 16000, abs=0.06)
 
 
 def test_what_waits_too_long_is_dropped():

@@ -81,7 +81,7 @@ class Config:
 def make_server(cfg):
     device = pick_device(cfg.device)
     model, vocab, codec, info = checkpoint = load_checkpoint(cfg.checkpoint, device)
-    check(checkpoint.layout, codec)
+    check(checkpoint.layout)
     # a second thread only waits where a small model's layers take microseconds: parts of the demo's answers
     # came 113 ms after their chunk with one, 141 with two, on two cores that others used, too
     is_small = sum(p.numel() for p in model.parameters()) < 1e8

@@ -28,7 +28,7 @@ MAX_WAIT_SEC = 1.0      # audio that waits longer is dropped, the oldest first
 ONSET_FRAMES = 2        # the user speaks once so many frames in a row are no silence
 
 
-def check(layout, codec):
+def check(layout):
     """Raises ValueError where nobody can talk to such a model."""
     if not layout.period or not layout.has_speech_of('assistant'):
         raise ValueError(f'layout {layout.name} cannot listen and talk at once, chunk by chunk; '
@@ -36,8 +36,6 @@ def check(layout, codec):
     if layout.n_late:
         raise ValueError(f'layout {layout.name} lays some codes of a frame later than others, which talk.py '
                          'does not undo yet')
-    if not hasattr(codec, 'stream'):
-        raise ValueError(f'codec {codec.name} has no stream(): it encodes whole recordings only')
 
 
 def speaking_lag(codec):

@@ -26,7 +26,6 @@ soundfile = pytest.importorskip('soundfile')
 import config  # noqa: E402
 import talk  # noqa: E402
 from checkpoint import load_checkpoint  # noqa: E402
-from codec.mel import MelCodec  # noqa: E402
 from data.made_up import hum, make_vocabulary  # noqa: E402
 from decode import Duplex, Sampling  # noqa: E402
 from live import server as live_server  # noqa: E402
@@ -238,42 +237,13 @@ def test_what_waits_too_long_is_dropped():
     assert 4000 <= started['audio_start_ms'] < 4200
 
 
-def test_who_cannot_be_talked_to(small_codec):
+def test_who_cannot_be_talked_to():
     with pytest.raises(ValueError, match='half_duplex cannot listen and talk at once'):
-        check(get_layout('half_duplex'), Tone())
-    with pytest.raises(ValueError, match='has no stream'):
-        check(get_layout('duplex3'), object.__new__(type('Whole', (), dict(name='whole'))))
-    check(get_layout('duplex3'), Tone())
+        check(get_layout('half_duplex'))
+    check(get_layout('duplex3'))
 
 
 # ---- the model
-
-class GrowingStream:
-    """As contract for the tests where a codec has no stream() yet: encodes all again at each push."""
-    def __init__(self, codec):
-        self.codec, self.wave, self.n = codec, silence(0), 0
-
-    def push(self, samples):
-        self.wave = np.concatenate([self.wave, samples])
-        sure = max(0, len(self.wave) // HOP - 3)
-        new, self.n = self.codec.encode(self.wave)[self.n:sure], max(sure, self.n)
-        return new
-
-
-class PartSpeaker:
-    def __init__(self, codec):
-        self.push = codec.decode
-
-    def finish(self):
-        return silence(0)
-
-
-@pytest.fixture(autouse=True)
-def streaming(monkeypatch):
-    if not hasattr(MelCodec, 'stream'):
-        monkeypatch.setattr(MelCodec, 'stream', lambda self: GrowingStream(self), raising=False)
-        monkeypatch.setattr(MelCodec, 'speak', lambda self: PartSpeaker(self), raising=False)
-
 
 def test_talkers_side_by_side_are_as_each_alone(small_run):
     """Two conversations over the same weights, a chunk each in turn, give what each gives by itself; and one

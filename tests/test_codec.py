@@ -108,6 +108,7 @@ def test_channel_out_of_range(tmp_path):
         read_audio(str(tmp_path / 'a.wav'), 16000, 2)
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path, small_codec, run):
     small_codec.save(tmp_path / 'codec')
     write_audio(str(tmp_path / 'a.wav'), hum(200, 1.0), 16000)

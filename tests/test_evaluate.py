@@ -123,6 +123,7 @@ def test_an_alignment_checkpoint_has_error_rates_and_no_conversation(small_run, 
     assert 'tts_assistant_wer' in metrics and 'tts_user_wer' not in metrics
 
 
+@pytest.mark.slow
 def test_finished_dialogues_of_another_system(run, tmp_path):
     """The user hums for a second, the other hums back 0.6 s later; by energy, as webrtcvad wants voices."""
     wave = 1e-4 * np.random.default_rng(0).standard_normal((16000 * 5, 2)).astype(np.float32)

@@ -137,6 +137,7 @@ dist.destroy_process_group()
 '''
 
 
+@pytest.mark.slow
 def test_buckets_sum_to_the_same_and_leave_while_backward_runs(tmp_path, run):
     script = tmp_path / 'buckets.py'
     script.write_text(BUCKETS)

@@ -535,6 +535,7 @@ def test_drift():
     assert drift_ms([(i, 100.0 + i) for i in range(9)]) == 6.0 and drift_ms([(0, 1.0)]) is None
 
 
+@pytest.mark.slow
 def test_replay_measures_at_the_ear(tmp_path):
     """
     The user ends at 1 s; that chunk ends at 1.2 s, so the answer is heard at 1.2 s + its 5 frames, which is

@@ -196,6 +196,7 @@ def test_ranks_and_micro_steps_give_the_gradient_of_one_big_batch(toy, tmp_path,
                 torch.testing.assert_close(other[name], moments[0][name], rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_torchrun_equals_one_process(toy, tmp_path, run):
     """10 steps on two ranks end where one process ends, up to the order of additions; and its log is the
     same."""

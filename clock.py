@@ -47,7 +47,7 @@ def lay_turns(dialogue, role, n_chunk, m, n, vocab):
     there.
     """
     stream = np.full(n_chunk * m, vocab.control['<|silent_text|>'], np.int32)
-    n_text = n_kept = 0
+    n_text = 0
     for turn in turns_of(dialogue, role):
         tokens, at = vocab.encode(turn['text']), to_step(turn['start'], n) * m
         laid = [vocab.control['<|begin|>'], *tokens][:max(0, len(stream) - at)]
@@ -100,7 +100,7 @@ def lay_words(dialogue, role, n_chunk, m, n, vocab):
     for turn in turns_of(dialogue, role):
         if not turn.get('words'):
             raise ValueError(f'dialogue {dialogue["id"]!r}: the {role} turn at frame {turn["start"]} has no '
-                             'words with their times (docs/corpora.md: times of words)')
+                             'words with their times (docs/corpora.md: word times)')
         words += [(word['start'] // n * m, vocab.encode(' ' * (i > 0) + word['text']))
                   for i, word in enumerate(turn['words'])]
     limits = [at for at, _ in words[1:]] + [len(stream)]

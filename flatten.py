@@ -82,6 +82,7 @@ class Document(NamedTuple):
     learned: np.ndarray     # bool [T], is this id a target of the loss
     n_dropped: int = 0      # text tokens that found no room (see lay_text)
     cuts: tuple = ()        # where it may be cut, if its chunks differ in length
+    n_frame: int = 0        # of conversation, where the number of codes does not tell
 
 
 def flatten(dialogue, layout, vocab, is_checked=False, rng=None):
@@ -107,7 +108,9 @@ def flatten(dialogue, layout, vocab, is_checked=False, rng=None):
     spoken = [turns for turns in spoken if has_speech(turns, layout)]
     if layout.order == 'segments':
         rng = rng or np.random.default_rng(0)
-        return [join(templates.lay_segments(dialogue, turns[''], layout, vocab, rng)) for turns in spoken]
+        turns = [turns[''] for turns in spoken]
+        return [join(templates.lay_segments(dialogue, turn, layout, vocab, rng))._replace(
+            n_frame=turn['end'] - turn['start']) for turn in turns]
     documents = [lay_line(layout.slots[[*turns][-1]], dialogue, turns, vocab, layout) for turns in spoken]
     if layout.order == 'turns' and documents:
         start = layout.slots.get('start')
@@ -161,20 +164,21 @@ def lay_chunks(dialogue, layout, vocab):
     n_dropped = at = 0
     for slot, size in zip(layout.chunk, layout.sizes):
         part = slice(at, at + size)
-        stream, lost = lay_stream(dialogue, slot, n_chunk - layout.n_late, layout, vocab)
+        stream, lost = lay_stream(dialogue, slot, max(0, n_chunk - layout.n_late), layout, vocab)
         n_dropped += lost
         if layout.n_late:
             ids[:, part], learned[:, part] = clock.shift(stream, slot, layout, vocab)
         else:
             ids[:, part] = stream.reshape(n_chunk, size)
         at += size
-    cuts = ()
+    cuts, n_frame = (), 0
     if layout.is_ragged:
+        n_frame = len(dialogue['user'])
         ids, learned, cuts = clock.drop_repeats(ids, learned, layout)
     prompt = np.array(lay_prompt(dialogue.get('prompt', ''), vocab), np.int32)
     cuts = tuple(len(prompt) + cut for cut in cuts)
     learned = np.concatenate([np.zeros(len(prompt), bool), learned.reshape(-1)])
-    return Document(np.concatenate([prompt, ids.reshape(-1)]), learned, n_dropped, cuts)
+    return Document(np.concatenate([prompt, ids.reshape(-1)]), learned, n_dropped, cuts, n_frame)
 
 
 def lay_stream(dialogue, slot, n_chunk, layout, vocab):

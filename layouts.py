@@ -24,8 +24,8 @@ What stands in a line:
     {word <|sep|> speech}           once for each word of the turn
     {word / <|sep|>}                likewise, but <|sep|> only between two words
 
-The user is listened to, not imitated: their speech is not learned where the assistant's is (paper, section
-3.3: training is steadier so, as the user's channel is noisy).
+In OmniFlatten's layouts the user is listened to, not imitated: their speech is fed, not learned (paper,
+section 3.3: training is steadier so, as the user's channel is noisy).
 """
 import difflib
 import re
@@ -278,7 +278,15 @@ def parse(line, name):
         else:
             kind, parts = stack.pop()
             kind = kind.strip('/')[:2]
+            is_right = kind + bracket in ('[:]', '[|]', '{}') and all(parts)
+            if kind != '{':     # one stream in each part; portions say how many
+                is_right &= all(len(part) == 1 and (part[0].n or kind == '[|') for part in parts)
+            if not is_right:
+                raise ValueError(f'layout {name}: the bracket before {line[at:at + 20]!r} is none of '
+                                 '[text 13 : speech 26], [text | speech +1], {word <|sep|> speech}')
             stack[-1][1][-1].append(Group(kind, parts))
+    if len(stack) > 1 or len(stack[0][1]) > 1:
+        raise ValueError(f'layout {name}: a bracket is missing in {line!r}')
     return stack[0][1][0]
 
 

@@ -18,7 +18,7 @@ import torch
 from common.linear import Int8, pick_linear
 from common.record import START
 from decode import Sampling, SlotHead, for_decoding, to_dialogue
-from flatten import unflatten
+from flatten import lay_prompt, unflatten
 from model import KVCache
 from templates import Choice, Reader, advance, is_in
 
@@ -184,8 +184,10 @@ def line_steps(reader, line, turn, write_texts=None, read_texts=None):
 
 
 def chunk_steps(reader, turn):
-    """Chunks of unequal length: those of the user are fed, without repeats."""
-    layout = reader.layout
+    """Chunks of unequal length, behind the prompt: those of the user are fed, without repeats."""
+    layout, prompt = reader.layout, lay_prompt(turn.prompt, reader.vocab)
+    if prompt:
+        yield np.array(prompt)
     slot = next(slot for slot in layout.chunk if slot.role == 'user')
     firsts = reader.firsts(layout.chunk)
     codes = to_ids(turn.codes, reader.vocab)

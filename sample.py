@@ -148,6 +148,10 @@ def answer(cfg, checkpoint, settings, dialogues, heard, out):
     """Layouts by turns: one document after the other."""
     codec, layout, start, rows = checkpoint.codec, checkpoint.layout, time.perf_counter(), []
     asked = [(user.id, [Asked(user.codes, user.row.get('text', ''), user.prompt)]) for user in heard]
+    for id, (turn,) in asked:
+        if not (turn.text if layout.is_voice else len(turn.codes)):
+            wanted = 'text' if layout.is_voice else 'audio'
+            raise ValueError(f'{id}: layout {layout.name} needs "{wanted}" in rows of --input')
     asked += [each for dialogue in dialogues for each in ask(dialogue, layout, cfg.prompt)]
     if not asked:
         raise ValueError(f'{cfg.data}: in {cfg.split} nobody says what layout {layout.name} answers')

@@ -100,7 +100,8 @@ def say_words(dialogue, turn, layout):
     the word behind it, as in OuteTTS), and the last with the rest of the turn."""
     if not turn.get('words'):
         raise ValueError(f'dialogue {dialogue["id"]!r}: the {turn["role"]} turn at frame {turn["start"]} has '
-                         f'no words with their times, which {layout.name} needs (docs/corpora.md)')
+                         f'no words with their times, which {layout.name} needs (docs/corpora.md: word '
+                         'times)')
     ends = list(accumulate([word['end'] for word in turn['words'][:-1]], max)) + [turn['end']]
     return [dict(role=turn['role'], start=start, end=end, text=word['text'])
             for word, start, end in zip(turn['words'], [turn['start'], *ends], ends)]

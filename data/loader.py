@@ -191,8 +191,10 @@ class Loader:
             parts, at, ends = [], 0, [*document.cuts[1:], len(document.ids)]
             for end, following in zip(ends, [*ends[1:], None]):     # as many chunks as fit into a row
                 if not following or following - at > self.block_size + 1:
-                    n_code = np.count_nonzero(self.is_speech(document.ids[at:end]))
-                    parts.append(Piece(lambda document=document: document, at, end - at, n_code / code_hz))
+                    sec = np.count_nonzero(self.is_speech(document.ids[at:end])) / code_hz
+                    if document.n_frame:
+                        sec = document.n_frame / layout.rate_hz * (end - at) / len(document.ids)
+                    parts.append(Piece(lambda document=document: document, at, end - at, sec))
                     at = end
             pieces.append(parts if all([1 < piece.n <= self.block_size + 1 for piece in parts]) else [])
         return pieces

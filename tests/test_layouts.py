@@ -335,6 +335,14 @@ def test_golden(regen):
     assert '\n'.join(drawn) == path.read_text(encoding='utf-8')
 
 
+@pytest.mark.parametrize('name', ['moshi', 'nemo_duplex', 'syncllm', 'mini_omni2_irq'])
+def test_an_empty_dialogue(name):
+    layout = get_layout(name)
+    vocab = letters(layout.codes_per_frame)
+    document, = flatten(dict(id='e', user=[], assistant=[], turns=[]), layout, vocab)
+    assert len(document.ids) == 0 and unflatten(document.ids, layout, vocab)['user'] == []
+
+
 # ------------------------------------------------------------------------------------------------------------
 # proofs
 
@@ -442,6 +450,11 @@ def test_the_present_does_not_depend_on_later_codes(data, name, frame):
     ('~user.foo', "nothing is called 'user.foo'; streams are speech, text"),
     ('text@sideways', 'text@sideways is unknown; known are speech@real'),
     ('<|sos|> %', "'%' is no slot"),
+    ('[text : speech]', 'is none of [text 13 : speech 26]'),
+    ('[text <|sos|> | speech] <|eos|>', "the bracket before ' <|eos|>' is none of"),
+    ('[text 3 : speech 3', 'a bracket is missing'),
+    ('text | speech', 'a bracket is missing'),
+    ('text]', 'is none of'),
 ])
 def test_lines_that_cannot_be_read(line, message):
     with pytest.raises(ValueError) as error:

@@ -136,6 +136,11 @@ def test_each_epoch_draws_anew(data):
         rows = loader.read_window(epoch, 0, shuffle=False)
         return sorted(lay().ids.tolist() for row in rows for lay, *_ in row)
     assert ids(0) == ids(0) and ids(0) != ids(1) and ids(0) != ids(0, seed=1)
+    # whatever is written of a turn, it lasts as long as the turn
+    loader = Loader(Dialogues(str(data), 'train'), [get_layout('usdm_pretrain', speech_chunk=10)], vocab,
+                    512, 1)
+    turns = [turn for i in range(20) for turn in loader.dialogues[i]['turns']]
+    assert loader.counts['sec'] == pytest.approx(sum(turn['end'] - turn['start'] for turn in turns) / 25)
 
 
 def test_long_ragged_dialogues_are_cut_at_chunks(data, small_codec):
@@ -148,6 +153,7 @@ def test_long_ragged_dialogues_are_cut_at_chunks(data, small_codec):
         assert len(parts) > 1 and [part.at for part in parts][0] == 0
         assert all(part.at in document.cuts and part.n <= 41 for part in parts)
         assert sum(part.n for part in parts) == len(document.ids)
+        assert sum(part.sec for part in parts) == pytest.approx(len(dialogues[i]['user']) / 25)
         ends = [part.at + part.n for part in parts]
         assert ends == [part.at for part in parts[1:]] + [len(document.ids)]
 
@@ -191,6 +197,9 @@ def test_text_is_read_aloud(data, tmp_path):
         '--max_new_tokens=9']))
     (turn,) = dialogue['turns']
     assert turn['role'] == 'assistant' and turn['text'] == 'yes ok' and 0 <= turn['end'] <= 10
+    write_audio(str(tmp_path / 'a.wav'), hum(150, 0.4), 16000)
+    with pytest.raises(ValueError, match='a: layout tts needs "text" in rows of --input'):
+        sample.main(sample.Config(checkpoint=out, user=str(tmp_path / 'a.wav'), out=str(tmp_path / 'out')))
 
 
 def test_interruptions_are_counted():

@@ -39,7 +39,7 @@ def asked_of(d, layout):
     """What respond is asked, for each document of a dialogue."""
     turns = sorted(d['turns'], key=lambda t: t['start'])
     if layout.is_ragged:
-        return [[Asked(d['user'], prompt='')]]
+        return [[Asked(d['user'], prompt=d['prompt'])]]
     pairs = [(a, b) for a, b in zip(turns, turns[1:]) if (a['role'], b['role']) == ('user', 'assistant')]
     chosen = [a for a, _ in pairs] if layout.order == 'pair' else turns
     asked = [Asked(d[t['role']][t['start']:t['end']], t['text'], d['prompt']) for t in chosen]
@@ -58,10 +58,7 @@ def test_what_is_laid_can_be_written(small_tokenizer, data, name):
     d = data.draw(dialogues(width, 'abé'))
     documents = flatten(d, layout, vocab)
     for document, asked in zip(documents, asked_of(d, layout), strict=True):
-        n_prompt = 0
-        if layout.is_ragged and d['prompt']:
-            n_prompt = document.cuts[0]
-        written, ids = [], document.ids[n_prompt:].tolist()
+        written, ids = [], document.ids.tolist()
         steps = steps_of(Reader(layout, vocab), asked)
         step = next(steps, None)
         while step is not None:

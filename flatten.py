@@ -113,9 +113,8 @@ def flatten(dialogue, layout, vocab, is_checked=False, rng=None):
             n_frame=turn['end'] - turn['start']) for turn in turns]
     documents = [lay_line(layout.slots[[*turns][-1]], dialogue, turns, vocab, layout) for turns in spoken]
     if layout.order == 'turns' and documents:
-        start = layout.slots.get('start')
-        if start:
-            documents.insert(0, lay_line(start, dialogue, {'': dict(role='start')}, vocab, layout))
+        if 'start' in layout.slots:
+            documents.insert(0, lay_line(layout.slots['start'], dialogue, {}, vocab, layout))
         ids, learned, *_ = zip(*documents)
         documents = [Document(np.concatenate(ids), np.concatenate(learned))]
     return documents
@@ -171,9 +170,8 @@ def lay_chunks(dialogue, layout, vocab):
         else:
             ids[:, part] = stream.reshape(n_chunk, size)
         at += size
-    cuts, n_frame = (), 0
+    cuts, n_frame = (), len(dialogue['user']) * layout.is_ragged
     if layout.is_ragged:
-        n_frame = len(dialogue['user'])
         ids, learned, cuts = clock.drop_repeats(ids, learned, layout)
     prompt = np.array(lay_prompt(dialogue.get('prompt', ''), vocab), np.int32)
     cuts = tuple(len(prompt) + cut for cut in cuts)

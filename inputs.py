@@ -25,22 +25,37 @@ class Heard(NamedTuple):
     row: dict = {}              # of input
 
 
-def read_input(cfg, codec, reply_sec):
-    """What sample.py's --user or --input names -> [Heard]. reply_sec: silence behind each, for the answer"""
+def read_input(cfg, codec, layout):
+    """What sample.py's --user or --input names -> [Heard]. Raises ValueError where the layout answers to
+    something else: some read a text aloud, all others listen."""
+    reply_sec = cfg.reply_sec * (layout.order == 'chunks')      # an answer needs time, where there is a clock
     if cfg.user:
         name = os.path.splitext(os.path.basename(cfg.user))[0]
-        return [listen_to_file(cfg.user, codec, cfg.user_channel, reply_sec, name, cfg.prompt or '')]
-    heard = []
+        heard = {name: listen_to_file(cfg.user, codec, cfg.user_channel, reply_sec, name, cfg.prompt or '')}
+    else:
+        heard = read_rows(cfg, codec, reply_sec)
+    for id, user in heard.items():
+        if not (user.row.get('text') if layout.is_voice else len(user.codes)):
+            wanted = 'text' if layout.is_voice else 'audio'
+            raise ValueError(f'{id}: layout {layout.name} needs "{wanted}" in rows of --input')
+    return list(heard.values())
+
+
+def read_rows(cfg, codec, reply_sec):
+    """JSON lines -> {id: Heard}"""
+    heard = {}
     for number, row in read_jsonl(cfg.input):
         id = str(row.get('id', f'{os.path.splitext(os.path.basename(cfg.input))[0]}-{number}'))
         prompt = row.get('instruction', cfg.instruction or cfg.prompt or '')
         if not isinstance(row.get('audio', row.get('text')), str):
             raise ValueError(f'{cfg.input}:{number}: a row needs "audio", a file, or "text" to be read aloud')
+        if id in heard:
+            raise ValueError(f'{cfg.input}:{number}: an earlier row has the id {id!r}, too')
         try:
             user = Heard(id, codec.silence_codes[:0], [], None, None, prompt)
             if 'audio' in row:
                 user = listen_to_file(row['audio'], codec, cfg.user_channel, reply_sec, id, prompt)
-            heard.append(user._replace(row=row))
+            heard[id] = user._replace(row=row)
         except ValueError as error:
             raise ValueError(f'{cfg.input}:{number}: {error}') from None
     if not heard:

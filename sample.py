@@ -101,8 +101,7 @@ def main(cfg):
     if cfg.data:
         check_codec(cfg.checkpoint, codec.describe(), dialogues)
         dialogues = [dialogues[i] for i in range(min(cfg.n_dialogue or len(dialogues), len(dialogues)))]
-    # an answer needs time, where there is a clock
-    heard = [] if cfg.data else read_input(cfg, codec, cfg.reply_sec * (checkpoint.layout.order == 'chunks'))
+    heard = [] if cfg.data else read_input(cfg, codec, checkpoint.layout)
     out = cfg.out or os.path.join(cfg.checkpoint, 'samples')
     os.makedirs(out, exist_ok=True)
     return (talk if checkpoint.layout.period else answer)(cfg, checkpoint, settings, dialogues, heard, out)
@@ -148,10 +147,6 @@ def answer(cfg, checkpoint, settings, dialogues, heard, out):
     """Layouts by turns: one document after the other."""
     codec, layout, start, rows = checkpoint.codec, checkpoint.layout, time.perf_counter(), []
     asked = [(user.id, [Asked(user.codes, user.row.get('text', ''), user.prompt)]) for user in heard]
-    for id, (turn,) in asked:
-        if not (turn.text if layout.is_voice else len(turn.codes)):
-            wanted = 'text' if layout.is_voice else 'audio'
-            raise ValueError(f'{id}: layout {layout.name} needs "{wanted}" in rows of --input')
     asked += [each for dialogue in dialogues for each in ask(dialogue, layout, cfg.prompt)]
     if not asked:
         raise ValueError(f'{cfg.data}: in {cfg.split} nobody says what layout {layout.name} answers')

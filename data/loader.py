@@ -184,16 +184,14 @@ class Loader:
         return rows
 
     def take(self, i, layout, epoch):
-        """For each document of dialogue i: [its Pieces, one where it cannot be cut], or [] if it does not fit
-        into a row."""
-        code_hz, pieces = self.dialogues.codec['rate_hz'] * layout.codes_per_frame, []
+        """For each document of dialogue i: its [Piece], or [] if it does not fit into a row."""
+        pieces, width, rate_hz = [], layout.codes_per_frame, self.dialogues.codec['rate_hz']
         for document in self.flatten(i, layout, epoch):
             parts, at, ends = [], 0, [*document.cuts[1:], len(document.ids)]
             for end, following in zip(ends, [*ends[1:], None]):     # as many chunks as fit into a row
                 if not following or following - at > self.block_size + 1:
-                    sec = np.count_nonzero(self.is_speech(document.ids[at:end])) / code_hz
-                    if document.n_frame:
-                        sec = document.n_frame / layout.rate_hz * (end - at) / len(document.ids)
+                    n_code = np.count_nonzero(self.is_speech(document.ids[at:end]))
+                    sec = (document.n_frame * (end - at) / len(document.ids) or n_code / width) / rate_hz
                     parts.append(Piece(lambda document=document: document, at, end - at, sec))
                     at = end
             pieces.append(parts if all([1 < piece.n <= self.block_size + 1 for piece in parts]) else [])
@@ -214,7 +212,7 @@ class Loader:
             lay = cache(lay)            # several rows share it
         pieces, at = [], 0
         for first, end in pairwise([0, *range(n_first, n_chunk, n_most), n_chunk]):
-            sec = (end - first) * layout.speech_chunk / layout.rate_hz
+            sec = (end - first) * layout.speech_chunk / self.dialogues.codec['rate_hz']
             to = n_prompt + end * layout.period
             pieces.append(Piece(lay, at, to - at, sec))
             at = to

@@ -183,6 +183,12 @@ def test_jsonl_in_and_out(data, tmp_path):
     (tmp_path / 'in.jsonl').write_text('\n{"audio": "nowhere.wav"}\n')
     with pytest.raises(ValueError, match='in.jsonl:2: .*nowhere.wav'):
         sample.main(cfg)
+    (tmp_path / 'in.jsonl').write_text('{"text": "read this"}\n')
+    with pytest.raises(ValueError, match='in-1: layout blsp needs "audio" in rows of --input'):
+        sample.main(cfg)
+    (tmp_path / 'in.jsonl').write_text('{"text": "a", "id": 1}\n{"text": "b", "id": 1}\n')
+    with pytest.raises(ValueError, match="in.jsonl:2: an earlier row has the id '1', too"):
+        sample.main(cfg)
     with pytest.raises(ValueError, match='output and instruction go with input'):
         replace(cfg, input=None, data=str(data))
 

@@ -295,56 +295,54 @@ class MelStream:
 
 class MelSpeaker:
     """
-    MelCodec.decode as the codes come: Griffin-Lim, 40 ms by 40 ms. The phases of one code settle between what
-    was said before and what the next code says; then they stay. lookahead_sec: samples are sure 47.5 ms after
-    their code.
+    MelCodec.decode as the codes come: Griffin-Lim, 40 ms by 40 ms. The phases of a hop begin as if what was
+    said before went on, settle with those of the other hops of its code, and stay: nothing waits for the next
+    code. lookahead_sec: samples are sure 7.5 ms after their code, as a window reaches that far beyond it.
     """
     n_iter, past = 8, 2         # past: earlier hops whose windows reach into the next one's
-    lookahead_sec = (PATCH * HOP + SIDE) / MelCodec.sample_rate
+    lookahead_sec = SIDE / MelCodec.sample_rate
 
     def __init__(self, codec):
         self.spectra, self.window, self.rng = codec.spectra, codec.window.numpy(), np.random.default_rng(0)
         self.target = np.empty((0, N_FFT // 2 + 1), np.float32)     # amplitudes, a row a hop
-        self.phase, self.n_settled = self.target.astype(np.complex64), 0    # of length 1
+        self.phase = self.target.astype(np.complex64)               # of length 1
         # sum of overlapping windows, and of their weights, from the first sample on that is not out
         self.wave, self.weight, self.skip = *np.zeros((2, WINDOW - HOP), np.float32), SIDE
 
     def push(self, codes):
-        parts = [np.empty(0, np.float32)]
-        for code in np.asarray(codes, np.int64):
-            phase = np.exp(2j * np.pi * self.rng.random((PATCH, N_FFT // 2 + 1)))
-            self.target = np.concatenate([self.target, self.spectra[code]])
-            self.phase = np.concatenate([self.phase, phase.astype(np.complex64)])
-            if len(self.target) == self.n_settled + 2 * PATCH:
-                parts.append(self.settle())
-        return np.concatenate(parts)
+        return np.concatenate([np.empty(0, np.float32), *map(self.say, np.asarray(codes, np.int64))])
 
     def finish(self):
-        rest = self.settle() if len(self.target) > self.n_settled else np.empty(0, np.float32)
         # the last window reaches 2 SIDE beyond its hop, the last half of it beyond the last code
-        return np.concatenate([rest, loud_enough(self.wave, self.weight)[:SIDE]]) if len(rest) else rest
+        return loud_enough(self.wave, self.weight)[:SIDE] if len(self.target) else np.empty(0, np.float32)
 
-    def frames(self, hops):
-        wave = np.fft.irfft(self.target[hops] * self.phase[hops], N_FFT)[:, :WINDOW]
+    def frames(self, hops=slice(None)):
+        """Windows of the hops that have their phases"""
+        wave = np.fft.irfft(self.target[:len(self.phase)][hops] * self.phase[hops], N_FFT)[:, :WINDOW]
         return (wave * self.window).astype(np.float32)
 
-    def settle(self):
-        """The first code that has not -> its 40 ms, less the half window that is still open"""
-        free = slice(self.n_settled, None)
+    def phases(self, first, more=()):
+        """What the phases are from hop `first` on in the sum of all windows, with more samples behind it"""
+        wave = add_up(self.frames()) / add_up([self.window ** 2] * len(self.phase)).clip(0.01)
+        wave = np.lib.stride_tricks.sliding_window_view(np.concatenate([wave, more]), WINDOW)[::HOP][first:]
+        phase = np.fft.rfft(wave * self.window, N_FFT)
+        return (phase / np.abs(phase).clip(1e-12)).astype(np.complex64)
+
+    def say(self, code):
+        """-> its 40 ms, later by the half window that is still open"""
+        n_past = len(self.target)
+        self.target = np.concatenate([self.target, self.spectra[code]])
+        for hop in range(n_past, n_past + PATCH):   # faint noise goes on for silence: its phases are random
+            more = 1e-6 * self.rng.standard_normal(HOP)
+            self.phase = np.concatenate([self.phase, self.phases(hop, more)])
         for _ in range(self.n_iter):    # keep the amplitudes, let the phases follow from the wave
-            wave = add_up(self.frames(slice(None))) / add_up([self.window ** 2] * len(self.target)).clip(0.01)
-            again = np.lib.stride_tricks.sliding_window_view(wave, WINDOW)[::HOP][free] * self.window
-            again = np.fft.rfft(again, N_FFT)
-            self.phase[free] = again / np.abs(again).clip(1e-8)
-        done = slice(self.n_settled, self.n_settled + PATCH)
-        room = np.zeros(PATCH * HOP, np.float32)
-        self.wave = np.concatenate([self.wave, room]) + add_up(self.frames(done))
-        self.weight = np.concatenate([self.weight, room]) + add_up([self.window ** 2] * PATCH)
-        n = len(room)
+            self.phase[n_past:] = self.phases(n_past)
+        n = PATCH * HOP
+        self.wave = np.pad(self.wave, (0, n)) + add_up(self.frames(slice(n_past, None)))
+        self.weight = np.pad(self.weight, (0, n)) + add_up([self.window ** 2] * PATCH)
         out = loud_enough(self.wave[:n], self.weight[:n])[self.skip:]
         self.wave, self.weight, self.skip = self.wave[n:], self.weight[n:], 0
-        begin = self.n_settled + PATCH - self.past
-        self.target, self.phase, self.n_settled = self.target[begin:], self.phase[begin:], self.past
+        self.target, self.phase = self.target[-self.past:], self.phase[-self.past:]
         return out
 
 

@@ -29,11 +29,11 @@ import config
 from checkpoint import load_checkpoint
 from common.audio import read_audio
 from common.device import pick_device, pick_dtype
-from decode import Duplex, Sampling
+from decode import Sampling
 from live.replay import User, drift_ms
 from live.save import write_conversation
 from live.server import LOCAL, Server
-from live.talker import check
+from live.talker import Speaking, check
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def make_server(cfg):
     torch.set_num_threads(1 if is_small else min(torch.get_num_threads(), 8))
     sampling = Sampling(cfg.text_temperature, cfg.speech_temperature, silence_bias=cfg.silence_bias,
                         text_weight=info.text_weight, seed=cfg.seed)
-    first = Duplex(model, vocab, checkpoint.layout, sampling=sampling, max_context=cfg.max_context,
-                   dtype=pick_dtype(cfg.dtype, device), prompt=cfg.prompt)
+    first = Speaking(model, vocab, checkpoint.layout, sampling=sampling, max_context=cfg.max_context,
+                     dtype=pick_dtype(cfg.dtype, device), prompt=cfg.prompt)
     duplexes = [first, *(first.another(cfg.prompt) for _ in range(cfg.max_talkers - 1))]
     for duplex in duplexes:     # on a GPU: all shapes that there can be are captured now, not while it talks
         duplex.warm_up(duplex.max_context // checkpoint.layout.period + 2)

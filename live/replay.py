@@ -15,8 +15,8 @@ import aiohttp
 import numpy as np
 
 TICK_SEC = 0.01
-MARGIN_SEC = 0.02       # an answer's first sound waits for what comes as late as the latest, and this
-N_LATE = 20             # of so many parts, the last ones
+MARGIN_SEC = 0.01       # an answer's first sound waits for what comes as late as the latest, and this
+N_LATE = 200            # of so many parts, the last ones: 8 s
 
 
 class Player:
@@ -28,7 +28,7 @@ class Player:
         self.n_glitch, self.late = 0, deque(maxlen=N_LATE)
 
     def add(self, samples, late_sec=0.0):
-        """late_sec: how long after its chunk was spoken this part came"""
+        """late_sec: how long after it could have been heard, if nothing took time, this part came"""
         if not self.n_queued and not self.is_open:      # it waits, so that the next part comes in time
             wait_sec = max(self.late, default=late_sec + MARGIN_SEC) - late_sec
             self.put(np.zeros(round((max(wait_sec, 0) + MARGIN_SEC) * self.rate), np.float32))
@@ -68,7 +68,7 @@ class Heard:
     rate: int
     wave: np.ndarray                # float32 [n_sample, 2]: microphone, ear
     turns: list = field(default_factory=list)       # the assistant's: role, start_sec, end_sec, text
-    late_ms: list = field(default_factory=list)     # (when, how long after its chunk) a part came
+    late_ms: list = field(default_factory=list)     # (when, how long after it) a chunk's first part came
     dropped_ms: dict = field(default_factory=dict)  # model, network -> audio that was dropped
     n_glitch: int = 0
     events: list = field(default_factory=list)      # all but audio
@@ -84,6 +84,7 @@ class User:
         self.heard = Heard(rate, np.stack([wave, np.zeros_like(wave)], 1))
         self.player, self.tick, self.start = Player(rate), 0, None
         self.response = None        # of the turn that is heard
+        self.chunk_ms, self.n_chunk = 1, None       # the last chunk of which something came
 
     async def talk(self):
         """-> Heard. Raises ValueError, with the server's words, where it is refused."""
@@ -112,6 +113,7 @@ class User:
             if event['type'] == 'error':
                 raise ValueError(event['error']['message'])
             seen.add(event['type'])
+            self.chunk_ms = event.get('session', {}).get('chunk_ms', self.chunk_ms)
 
     async def play(self, ws):
         self.start, n = time.monotonic(), self.n
@@ -133,14 +135,16 @@ class User:
             kind, now = event['type'], (time.monotonic() - self.start) * self.speed
             if kind == 'response.audio.delta':
                 samples = np.frombuffer(base64.b64decode(event['delta']), '<i2').astype(np.float32) / 32768
-                late_ms = 1e3 * now - event['heard_ms']
+                late_ms = 1e3 * now - event['due_ms']
                 self.player.add(samples, late_ms / 1e3)
                 if event['response_id'] != self.response:
                     self.response = event['response_id']
                     start_sec = self.tick * TICK_SEC
                     self.heard.turns.append(dict(role='assistant', start_sec=start_sec, text='',
                                                  end_sec=start_sec + TICK_SEC))
-                self.heard.late_ms.append((now, late_ms))
+                if event['due_ms'] // self.chunk_ms != self.n_chunk:
+                    self.n_chunk = event['due_ms'] // self.chunk_ms
+                    self.heard.late_ms.append((now, late_ms))
                 continue
             self.heard.events.append(event | dict(at_sec=now))
             if kind == 'response.done':

@@ -33,7 +33,6 @@ import traceback
 import uuid
 from collections import deque
 from contextlib import asynccontextmanager
-from functools import partial
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -93,6 +92,10 @@ class Session:
         if len(self.unsent) > MAX_UNSENT:
             self.transport.abort()
         self.has_unsent.set()
+
+    def emit(self, *events):
+        """send, from the thread"""
+        self.server.loop.call_soon_threadsafe(self.send, *events)
 
     async def keep_sending(self):
         try:
@@ -201,7 +204,7 @@ class Session:
         if not self.duplex:     # who waits for a place is not heard
             return
         if not self.talker:
-            self.talker = Talker(self.duplex, self.server.codec, self.server.lag, self.rate)
+            self.talker = Talker(self.duplex, self.server.codec, self.server.lag, self.rate, self.emit)
             self.server.talkers[self.talker] = self
         self.talker.push(np.frombuffer(pcm, '<i2').astype(np.float32) / 32768)
         self.server.wake()
@@ -266,15 +269,12 @@ class Server:
             for talker, session in list(self.talkers.items()):
                 try:
                     with self.in_turn:
-                        is_here = talker in self.talkers and talker.has_work()
-                        events = talker.work() if is_here else []
+                        if talker in self.talkers and talker.has_work():
+                            talker.work()
                 except Exception:       # a fault in one conversation ends that one
                     traceback.print_exc()
                     self.talkers.pop(talker, None)
                     self.loop.call_soon_threadsafe(self.fail, session)
-                    continue
-                if events:
-                    self.loop.call_soon_threadsafe(partial(session.send, *events))
 
     def fail(self, session):
         session.send(dict(type='error', error=dict(type='server_error', code='model',

@@ -5,7 +5,8 @@ One conversation as it happens: the user's samples go in as they come, events co
     assistant                                      └─► a chunk, Duplex ──┴─ codes ─► codec.speak ─► samples
 
 The clock is the microphone. A chunk of the assistant's speech stands for the same time as the user's chunk
-from which it was made, so it is heard that much later, and all that is sent is as long as what was heard:
+from which it was made, so it is heard that much later, and all that is sent is as long as what was heard. A
+frame is sent as soon as the model has chosen it:
 
     user's chunk          |░░░░░░░░.......|
     assistant's chunk     |............▓▓▓|                what the model writes about this time
@@ -20,8 +21,10 @@ from collections import deque
 
 import numpy as np
 import soxr
+import torch
 
 from common.levels import is_silent
+from decode import Duplex
 from measures.turns import JOIN_SEC
 
 MAX_WAIT_SEC = 1.0      # audio that waits longer is dropped, the oldest first
@@ -38,6 +41,22 @@ def check(layout):
                          'does not undo yet')
 
 
+class Speaking(Duplex):
+    """A Duplex that gives each frame to on_frame, int [codes a frame], -1 is silence, before it chooses the
+    next. So the device is waited for at each frame."""
+    on_frame = None
+
+    def write(self, slot, place, text=None):
+        token = super().write(slot, place, text)
+        if slot.kind == 'speech' and self.on_frame:
+            self.frame = [*(self.frame if place else []), token]
+            if len(self.frame) == self.layout.codes_per_frame:
+                codes = torch.cat(self.frame, 1)[0].cpu().numpy()
+                silent = codes == self.vocab.control['<|silent_speech|>']
+                self.on_frame(np.where(silent, -1, codes - self.vocab.code_start))
+        return token
+
+
 def speaking_lag(codec):
     """How many samples codec.speak() keeps back at most, as later codes may change them."""
     speaker, hop = codec.speak(), codec.sample_rate / codec.rate_hz
@@ -50,15 +69,17 @@ def speaking_lag(codec):
 
 class Talker:
     """
-    push takes samples, from any thread; work does what there is to do, in one thread, and returns events.
-        duplex      of one row, with nothing said yet
+    push takes samples, from any thread; work does what there is to do, in one thread.
+        duplex      Speaking, of one row, with nothing said yet
         lag         speaking_lag(codec), in samples
         rate        samples a second, both ways
+        emit        is called with one event or several, as they happen
     """
 
-    def __init__(self, duplex, codec, lag, rate):
-        self.duplex, self.codec, self.rate = duplex, codec, rate
+    def __init__(self, duplex, codec, lag, rate, emit):
+        self.duplex, self.codec, self.rate, self.emit = duplex, codec, rate, emit
         self.layout, self.vocab = duplex.layout, duplex.vocab
+        duplex.on_frame = self.say
         self.n, self.hop = self.layout.speech_chunk, codec.sample_rate / codec.rate_hz
         self.lag, self.stream = lag, codec.stream()
         # of the user
@@ -67,6 +88,7 @@ class Talker:
         self.inward = soxr.ResampleStream(rate, codec.sample_rate, 1, dtype='float32', quality='MQ')
         self.codes = codec.silence_codes[:0]        # heard, but no chunk yet
         self.n_frame = 0                    # in chunks
+        self.n_said = 0                     # of them, of the chunk that is written
         self.max_waiting = round(rate * max(MAX_WAIT_SEC, 2 * self.n / codec.rate_hz))
         self.n_sounding = 0                 # frames without silence, up to now
         self.span = None                    # [first, last] frame of what the user says, or said last
@@ -96,18 +118,17 @@ class Talker:
         return self.n_waiting > 0 or len(self.codes) >= self.n or self.wants_cancel
 
     def work(self):
-        """Listens to what came, and writes at most one chunk -> events"""
-        events = []
+        """Listens to what came, and writes at most one chunk."""
         if self.wants_cancel:
             self.wants_cancel = False
-            events += self.cancel()
+            self.cancel()
         if len(self.codes) < self.n:
             with self.lock:
                 samples, self.n_waiting, dropped = list(self.waiting), 0, self.n_dropped
                 self.waiting.clear()
             if dropped > self.n_told:
-                events.append(dict(type='nanoduplex.behind', where='model',
-                                   dropped_ms=round(1e3 * (dropped - self.n_told) / self.rate)))
+                self.emit(dict(type='nanoduplex.behind', where='model',
+                               dropped_ms=round(1e3 * (dropped - self.n_told) / self.rate)))
                 self.n_told = dropped
             if samples:
                 samples = self.inward.resample_chunk(np.concatenate(samples))
@@ -115,15 +136,14 @@ class Talker:
                 self.codes = np.concatenate([self.codes, new]) if len(new) else self.codes
         if len(self.codes) >= self.n:
             chunk, self.codes = self.codes[:self.n], self.codes[self.n:]
-            events += self.step(chunk)
-        return events
+            self.step(chunk)
 
     def user_ms(self, frame):
         """When the user's frame was in the microphone."""
         return round(1e3 * (frame / self.codec.rate_hz + self.n_told / self.rate))
 
     def watch(self, chunk):
-        """Yields when the user starts and stops to speak."""
+        """Tells when the user starts and stops to speak."""
         quiet = JOIN_SEC * self.codec.rate_hz
         for i, silent in enumerate(is_silent(chunk, self.codec.silence_codes)):
             frame = self.n_frame + i
@@ -132,84 +152,83 @@ class Talker:
                 if not self.is_user_speaking:
                     self.is_user_speaking = True
                     self.span = [frame - self.n_sounding + 1, frame]
-                    yield dict(type='input_audio_buffer.speech_started',
-                               audio_start_ms=self.user_ms(self.span[0]))
+                    self.emit(dict(type='input_audio_buffer.speech_started',
+                                   audio_start_ms=self.user_ms(self.span[0])))
                 self.span[1] = frame
             if self.is_user_speaking and frame - self.span[1] >= quiet:
                 self.is_user_speaking = False
-                yield dict(type='input_audio_buffer.speech_stopped',
-                           audio_end_ms=self.user_ms(self.span[1] + 1))
+                self.emit(dict(type='input_audio_buffer.speech_stopped',
+                               audio_end_ms=self.user_ms(self.span[1] + 1)))
 
     # -------------------------------------------------------------------------------- what the assistant says
 
     def step(self, chunk):
-        events = list(self.watch(chunk))
-        text, speech = self.duplex.step(chunk[None])
+        self.watch(chunk)
+        self.n_said, before = 0, self.response
+        text, speech = self.duplex.step(chunk[None])    # calls say for each frame
         self.duplex.ids.clear()     # a conversation may last for hours
-        speech = speech.reshape(self.n, -1)
-        says = (speech >= 0).all(1)
         ids = [i for i in text[0].tolist() if i < self.vocab.n_text]
         # text after a gap, while the assistant still ends its sentence, is the next one's
-        is_next = bool(ids) and self.response is not None and self.is_text_over and not says.all()
-        if ids and not is_next:
-            events += self.write(ids)
+        is_next = bool(ids) and self.is_text_over and (speech < 0).any() and not self.speaker
+        if is_next and before and before == self.response:
+            self.end()
         self.is_text_over = not ids
-        events += self.say(speech if self.layout.codes_per_frame > 1 else speech[:, 0], says)
-        if is_next:
-            events += self.end() if self.response and not self.speaker else []
-            events += self.write(ids)
+        if ids:
+            self.write(ids)
         self.n_frame += self.n
-        return events
 
     def begin(self):
         if not self.response:
             self.n_response += 1
             self.response, self.has_spoken, self.n_sent, self.n_quiet = f'resp_{self.n_response}', False, 0, 0
             self.text_ids, self.text, self.is_cancelled = [], '', False
-            yield dict(type='response.created', response=dict(
-                id=self.response, object='realtime.response', status='in_progress'))
+            self.emit(dict(type='response.created', response=dict(
+                id=self.response, object='realtime.response', status='in_progress')))
 
     def write(self, ids):
-        yield from self.begin()
+        self.begin()
         self.n_quiet = 0
         self.text_ids += ids
         text = self.vocab.decode(self.text_ids)
         if not text.endswith('\ufffd'):     # else half a character
             delta, self.text = text[len(self.text):], text
-            yield dict(type='response.audio_transcript.delta', delta=delta, **self.place())
+            self.emit(dict(type='response.audio_transcript.delta', delta=delta, **self.place()))
 
     def place(self):
         return dict(response_id=self.response, item_id=f'item_{self.n_response}', output_index=0,
                     content_index=0)
 
-    def say(self, speech, says):
-        """One chunk of the assistant's codes: speech [n] or [n, codes a frame], says bool [n] -> events"""
-        events, pieces = [], []
-        edges = [0, *(np.flatnonzero(np.diff(says)) + 1).tolist(), self.n]
-        for a, b in zip(edges, edges[1:]):
-            if says[a]:
-                events += self.begin()
-                if not self.has_spoken:
-                    self.has_spoken, self.began = True, self.n_frame + a
-                    self.outward = soxr.ResampleStream(self.codec.sample_rate, self.rate, 1, dtype='float32',
-                                                       quality='MQ')
-                    pieces.append(np.zeros(round(a * self.hop) + self.lag, np.float32))
-                self.speaker, self.n_quiet = self.speaker or self.codec.speak(), 0
-                pieces.append(self.speaker.push(speech[a:b].astype(np.uint16)))
-            elif self.response:
-                if self.speaker and self.is_interrupted(self.n_frame + a):
-                    pieces, self.speaker = [], None
-                    events += self.end(is_cancelled=True)
-                    continue
-                if self.speaker:
-                    pieces.append(self.speaker.finish())
-                self.speaker, self.n_quiet = None, self.n_quiet + b - a
-                if self.n_quiet >= self.max_quiet:
-                    events += [*self.sound(pieces, is_last=True), *self.end()]
-                    pieces = []
-                elif self.has_spoken:       # it may go on
-                    pieces.append(np.zeros(round((b - a) * self.hop), np.float32))
-        return [*events, *self.sound(pieces)]
+    def say(self, codes):
+        """The chunk's next frame, int [codes a frame], -1 is silence"""
+        i, pieces = self.n_said, []
+        self.n_said += 1
+        if codes.min() >= 0:
+            self.begin()
+            if not self.has_spoken:
+                self.has_spoken, self.began = True, self.n_frame + i
+                self.outward = soxr.ResampleStream(self.codec.sample_rate, self.rate, 1, dtype='float32',
+                                                   quality='MQ')
+                pieces.append(np.zeros(self.sample(i) + self.lag, np.float32))
+                i = 0
+            self.speaker, self.n_quiet = self.speaker or self.codec.speak(), 0
+            pieces.append(self.speaker.push((codes if len(codes) > 1 else codes[0])[None].astype(np.uint16)))
+        elif self.response:
+            if self.speaker and self.is_interrupted(self.n_frame + i):
+                self.speaker = None
+                return self.end(is_cancelled=True)
+            if self.speaker:
+                pieces.append(self.speaker.finish())
+            self.speaker, self.n_quiet = None, self.n_quiet + 1
+            if self.has_spoken and self.n_quiet < self.max_quiet:       # it may go on
+                pieces.append(np.zeros(self.sample(i + 1) - self.sample(i), np.float32))
+        if pieces:
+            self.sound(pieces, i)
+        if self.response and self.n_quiet >= self.max_quiet:
+            self.end()
+
+    def sample(self, i):
+        """The first of the chunk's frame i"""
+        return round(i * self.hop)
 
     def is_interrupted(self, frame):
         """Did the user begin while the assistant spoke, and speak (almost) until it fell silent, in frame?"""
@@ -217,30 +236,32 @@ class Talker:
             return False
         return frame <= self.span[1] + JOIN_SEC * self.codec.rate_hz
 
-    def sound(self, pieces, is_last=False):
-        if pieces and not self.is_cancelled:
-            samples = self.outward.resample_chunk(np.concatenate(pieces), last=is_last)
+    def sound(self, pieces, i):
+        """pieces: samples that begin with the chunk's frame i"""
+        samples = self.outward.resample_chunk(np.concatenate(pieces))
+        if not self.is_cancelled:
             self.n_sent += len(samples)
             pcm = (np.clip(samples, -1, 1) * 32767).astype('<i2').tobytes()
-            # until when the user was heard: who plays it knows from this how late that is
-            yield dict(type='response.audio.delta', delta=base64.b64encode(pcm).decode(), **self.place(),
-                       heard_ms=self.user_ms(self.n_frame + self.n))
+            # who plays it knows from this how late it is
+            self.emit(dict(type='response.audio.delta', delta=base64.b64encode(pcm).decode(), **self.place(),
+                           due_ms=self.user_ms(self.n_frame + self.n + i)))
 
     def end(self, is_cancelled=False):
         place = self.place()
-        if is_cancelled and not self.is_cancelled:
-            yield dict(type='output_audio_buffer.cleared', response_id=self.response, n_sent=self.n_sent)
-        is_cancelled = is_cancelled or self.is_cancelled
-        yield dict(type='response.audio.done', **place)
-        yield dict(type='response.audio_transcript.done', transcript=self.text, **place)
-        yield dict(type='response.done', response=dict(
-            id=self.response, object='realtime.response',
-            status='cancelled' if is_cancelled else 'completed',
-            status_details=dict(type='cancelled', reason='turn_detected') if is_cancelled else None))
+        if is_cancelled:
+            self.cancel()
+        is_cancelled = self.is_cancelled
+        self.emit(
+            dict(type='response.audio.done', **place),
+            dict(type='response.audio_transcript.done', transcript=self.text, **place),
+            dict(type='response.done', response=dict(
+                id=self.response, object='realtime.response',
+                status='cancelled' if is_cancelled else 'completed',
+                status_details=dict(type='cancelled', reason='turn_detected') if is_cancelled else None)))
         self.response = None
 
     def cancel(self):
-        """The client wants to hear no more of this response; the model goes on, unheard -> events"""
+        """The client is to hear no more of this response; the model goes on, unheard."""
         if self.response and not self.is_cancelled:
             self.is_cancelled = True
-            yield dict(type='output_audio_buffer.cleared', response_id=self.response, n_sent=self.n_sent)
+            self.emit(dict(type='output_audio_buffer.cleared', response_id=self.response, n_sent=self.n_sent))

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from flatten import get_layout
-from live.talker import Talker, check, speaking_lag
+from live.talker import Speaking, Talker, check, speaking_lag
 
 aiohttp = pytest.importorskip('aiohttp')
 soundfile = pytest.importorskip('soundfile')
@@ -27,7 +27,7 @@ import config  # noqa: E402
 import talk  # noqa: E402
 from checkpoint import load_checkpoint  # noqa: E402
 from data.made_up import hum, make_vocabulary  # noqa: E402
-from decode import Duplex, Sampling  # noqa: E402
+from decode import Sampling  # noqa: E402
 from live import server as live_server  # noqa: E402
 from live.replay import Player, User, drift_ms  # noqa: E402
 from live.save import write_conversation, zip_conversation  # noqa: E402
@@ -78,16 +78,22 @@ class ToneSpeaker:
 
 
 class Rule:
-    """In place of a Duplex: answers with n_frame frames as soon as the user falls silent."""
+    """In place of Speaking: answers with n_frame frames as soon as the user falls silent."""
     def __init__(self, n_frame=50, codes_per_frame=1):
         self.layout, self.vocab = get_layout('duplex3'), VOCAB
-        self.n_frame, self.ids = n_frame, []
+        self.n_frame, self.ids, self.on_frame = n_frame, [], None
         self.reset()
 
     def reset(self, prompt=''):
         self.has_heard, self.left = False, 0
 
     def step(self, codes):
+        text, speech = self.choose(codes)
+        for code in speech[0] if self.on_frame else ():
+            self.on_frame(code[None])
+        return text, speech
+
+    def choose(self, codes):
         speech, text = np.full((1, 10), -1), np.full((1, 2), VOCAB.control['<|silent_text|>'])
         for i, code in enumerate(codes[0]):
             if code:
@@ -114,12 +120,20 @@ def silence(n_sec):
 
 def tell(talker, wave, n=320):
     """The user says wave, n samples at a time -> all events"""
-    events = []
+    heard_before = len(talker.events)
     for part in np.split(wave, range(n, len(wave), n)):
         talker.push(part)
         while talker.has_work():
-            events += talker.work()
-    return events
+            talker.work()
+    return talker.events[heard_before:]
+
+
+def make_talker(duplex, codec=None, lag=LAG, rate=16000):
+    """It keeps its events."""
+    events = []
+    talker = Talker(duplex, codec or Tone(), lag, rate, lambda *new: events.extend(new))
+    talker.events = events
+    return talker
 
 
 def decoded(events):
@@ -136,21 +150,22 @@ def kinds(events):
 def test_an_answer_is_as_long_as_it_was_written_and_in_its_place():
     """
     The user ends at 1 s, frame 25: the answer begins there, in the chunk from frame 20 on, so 5 frames of
-    silence and what the speaker keeps back come before it. 50 frames follow, up to frame 75, and silence to
-    the end of that chunk, as it may go on.
+    silence and what the speaker keeps back come before it. 50 frames follow, up to frame 75, and 10 of
+    silence, as it may go on.
     """
-    talker = Talker(Rule(), Tone(), speaking_lag(Tone()), 16000)
+    talker = make_talker(Rule(), lag=speaking_lag(Tone()))
     assert talker.lag == LAG
     events = tell(talker, np.concatenate([sound(1), silence(4)]))
     heard = decoded(events)
-    assert len(heard) == 5 * HOP + LAG + 50 * HOP + 5 * HOP
+    assert len(heard) == 5 * HOP + LAG + 50 * HOP + 10 * HOP
     first, *_, last = np.flatnonzero(heard)
     assert first == 5 * HOP + LAG + 1 and 55 * HOP + LAG - 20 < last < 55 * HOP + LAG
     parts = [event for event in events if event['type'] == 'response.audio.delta']
-    assert [part['heard_ms'] for part in parts] == [1200, 1600, 2000, 2400, 2800, 3200]
-    # each but the last is a chunk long: played one after the other, the next comes when one ends
+    # played one after the other, each begins when it is due: the first with its chunk, at 1.2 s, the others
+    # 40 ms apart
+    assert [part['due_ms'] for part in parts] == [1200, *range(1200 + 6 * 40, 1200 + 65 * 40, 40)]
     sizes = [len(base64.b64decode(part['delta'])) // 2 for part in parts]
-    assert sizes[:-1] == [10 * HOP] * 5
+    assert sizes[:-10] == [6 * HOP] + [HOP] * 49
     assert ''.join(event['delta'] for event in events if 'transcript.delta' in event['type']) == ANSWER
     started, stopped = (next(e for e in events if e['type'] == f'input_audio_buffer.speech_{what}')
                         for what in ('started', 'stopped'))
@@ -162,13 +177,13 @@ def test_an_answer_is_as_long_as_it_was_written_and_in_its_place():
 def test_an_interruption_is_flushed():
     """
     The user begins again at 2.2 s, frame 55. In that chunk, from frame 50 on, the assistant says 5 frames
-    more: they are not sent, and what was sent and not played yet is to be dropped.
+    more. What was sent and not played yet, these among it, is to be dropped.
     """
-    talker = Talker(Rule(100), Tone(), LAG, 16000)
+    talker = make_talker(Rule(100))
     events = tell(talker, np.concatenate([sound(1), silence(1.2), sound(1), silence(1)]))
     at = kinds(events).index('output_audio_buffer.cleared')
     before = decoded(events[:at])
-    assert events[at]['n_sent'] == len(before) == 3 * 10 * HOP
+    assert events[at]['n_sent'] == len(before) == 35 * HOP
     done = kinds(events).index('response.done')
     assert events[done]['response']['status'] == 'cancelled'
     assert 'response.audio.delta' not in kinds(events[at:done])
@@ -177,17 +192,17 @@ def test_an_interruption_is_flushed():
 
 def test_who_began_before_the_answer_does_not_interrupt_it():
     """The answer of 4 frames begins and ends while the end of the question still counts as speech."""
-    talker = Talker(Rule(4), Tone(), LAG, 16000)
+    talker = make_talker(Rule(4))
     events = tell(talker, np.concatenate([sound(1), silence(2)]))
-    assert len(decoded(events)) == 10 * HOP + LAG
+    assert len(decoded(events)) == (5 + 4 + 10) * HOP + LAG
     assert 'output_audio_buffer.cleared' not in kinds(events)
 
 
 def test_a_short_gap_ends_no_answer():
     """Silent in its frames 20 to 27: one response, as long as before, and silent there."""
     class Halting(Rule):
-        def step(self, codes):
-            text, speech = super().step(codes)
+        def choose(self, codes):
+            text, speech = super().choose(codes)
             self.n_said = getattr(self, 'n_said', 0)
             for i in np.flatnonzero(speech[0] >= 0):
                 if 20 <= self.n_said < 28:
@@ -195,17 +210,17 @@ def test_a_short_gap_ends_no_answer():
                 self.n_said += 1
             return text, speech
 
-    talker = Talker(Halting(), Tone(), LAG, 16000)
+    talker = make_talker(Halting())
     events = tell(talker, np.concatenate([sound(1), silence(4)]))
     heard = decoded(events)
-    assert kinds(events).count('response.done') == 1 and len(heard) == 60 * HOP + LAG
+    assert kinds(events).count('response.done') == 1 and len(heard) == 65 * HOP + LAG
     gap = slice(25 * HOP + LAG, 33 * HOP + LAG)
     assert not heard[gap].any()
     assert heard[gap.stop:gap.stop + 20].any() and heard[gap.start - 20:gap.start].any()
 
 
 def test_a_client_cancels():
-    talker = Talker(Rule(100), Tone(), LAG, 16000)
+    talker = make_talker(Rule(100))
     tell(talker, np.concatenate([sound(1), silence(1)]))
     talker.wants_cancel = True
     events = tell(talker, silence(5))
@@ -216,22 +231,22 @@ def test_a_client_cancels():
 
 def test_rates_are_converted():
     """At 24 kHz the answer is as long in seconds, to a resampler's 20 ms."""
-    talker = Talker(Rule(), Tone(), LAG, 24000)
+    talker = make_talker(Rule(), rate=24000)
     t = np.arange(24000) / 24000
     wave = np.concatenate([0.4 * np.sin(2 * np.pi * 300 * t), np.zeros(4 * 24000)]).astype(np.float32)
     heard = decoded(tell(talker, wave, 480))
-    assert len(heard) / 24000 == pytest.approx((60 * HOP + LAG) / 16000, abs=0.06)
+    assert len(heard) / 24000 == pytest.approx((65 * HOP + LAG) / 16000, abs=0.06)
 
 
 def test_what_waits_too_long_is_dropped():
     """Of 5 s at once, in parts of 0.1 s, the newest second stays; the client is told, and times go on."""
-    talker = Talker(Rule(), Tone(), LAG, 16000)
+    talker = make_talker(Rule())
     for _ in range(50):
         talker.push(np.concatenate([silence(0.05), sound(0.05)]))
     assert talker.n_waiting == 16000
-    events = []
     while talker.has_work():
-        events += talker.work()
+        talker.work()
+    events = talker.events
     assert events[0] == dict(type='nanoduplex.behind', where='model', dropped_ms=4000)
     started = next(event for event in events if event['type'] == 'input_audio_buffer.speech_started')
     assert 4000 <= started['audio_start_ms'] < 4200
@@ -253,14 +268,14 @@ def test_talkers_side_by_side_are_as_each_alone(small_run):
     waves = [np.concatenate([hum(pitch, 1.0), silence(1.5)] * 2) for pitch in (100, 300)]
 
     for dtype in (torch.float32, torch.bfloat16):
-        one = Duplex(model, vocab, checkpoint.layout, dtype=dtype, sampling=Sampling(1.0, 1.0))
+        one = Speaking(model, vocab, checkpoint.layout, dtype=dtype, sampling=Sampling(1.0, 1.0))
         two = one.another()
         assert one.model is two.model and one.heads is two.heads       # the memory is one, packed or not
         assert one.cache.keys[0].data_ptr() != two.cache.keys[0].data_ptr()
-        alone = [tell(Talker(duplex, codec, 0, 16000), wave, 3200) for duplex, wave in zip((one, two), waves)]
+        alone = [tell(make_talker(duplex, codec, 0), wave, 3200) for duplex, wave in zip((one, two), waves)]
         for duplex in (one, two):
             duplex.reset()
-        talkers, beside = [Talker(duplex, codec, 0, 16000) for duplex in (one, two)], [[], []]
+        talkers, beside = [make_talker(duplex, codec, 0) for duplex in (one, two)], [[], []]
         for at in range(0, len(waves[0]), 3200):
             for talker, wave, events in zip(talkers, waves, beside):
                 events += tell(talker, wave[at:at + 3200], 3200)
@@ -513,22 +528,22 @@ def test_a_fault_in_one_conversation_ends_that_one(capfd):
 
 def test_player():
     """
-    The first part waits for 40 ms; parts follow each other; running dry is a glitch, and what is dropped is
-    not heard. An answer waits for as much as the latest of the last parts was later than its first, and 20.
+    The first part waits for 20 ms; parts follow each other; running dry is a glitch, and what is dropped is
+    not heard. An answer waits for as much as the latest of the last parts was later than its first, and 10.
     """
     player = Player(1000)
     player.add(np.ones(100), 0.1)
-    assert np.flatnonzero(player.take(200))[[0, -1]].tolist() == [40, 139]
+    assert np.flatnonzero(player.take(200))[[0, -1]].tolist() == [20, 119]
     assert player.n_glitch == 1
     player.add(np.ones(50), 0.13)
     player.add(np.ones(50), 0.1)
-    heard = player.take(120)
-    assert heard[:20].sum() == 0 and heard[20:].sum() == 100 and player.n_glitch == 1
+    heard = player.take(110)
+    assert heard[:10].sum() == 0 and heard[10:].sum() == 100 and player.n_glitch == 1
     player.add(np.ones(100), 0.1)       # in time: no wait
     assert player.take(10).sum() == 10
     assert player.drop() == 90 and player.take(10).sum() == 0 and player.n_glitch == 1
     player.add(np.ones(100), 0.1)
-    assert np.flatnonzero(player.take(100))[0] == 50
+    assert np.flatnonzero(player.take(100))[0] == 40
 
 
 def test_drift():
@@ -539,7 +554,7 @@ def test_drift():
 def test_replay_measures_at_the_ear(tmp_path):
     """
     The user ends at 1 s; that chunk ends at 1.2 s, so the answer is heard at 1.2 s + its 5 frames, which is
-    400 ms after the end, + what waits: 6 ms in the speaker, 10 ms for the microphone, 40 ms for jitter. The
+    400 ms after the end, + what waits: 6 ms in the speaker, 10 ms for the microphone, 20 ms for jitter. The
     interruption at 3.2 s, frame 80, is at the start of a chunk that ends at 3.6 s: silence 400 ms later.
     """
     wave = np.concatenate([sound(1), silence(2.2), sound(1), silence(1.8)])
@@ -550,7 +565,7 @@ def test_replay_measures_at_the_ear(tmp_path):
     heard = asyncio.run(run())
     times = write_conversation(str(tmp_path), 'one', heard.wave, 16000, heard.turns, 'One', Tone())
     response, *_ = times['response_ms']
-    assert 440 <= response <= 900 and 380 <= times['yield_ms'][0] <= 900, times
+    assert 410 <= response <= 900 and 380 <= times['yield_ms'][0] <= 900, times
     assert heard.turns[0]['text'] == ANSWER and not heard.dropped_ms
     assert {'one.wav', 'one.jsonl', 'report.html'} == {file.name for file in tmp_path.iterdir()}
     rows = [json.loads(line) for line in (tmp_path / 'one.jsonl').read_text().splitlines()]

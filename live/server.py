@@ -33,6 +33,7 @@ import traceback
 import uuid
 from collections import deque
 from contextlib import asynccontextmanager
+from functools import partial
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -49,6 +50,7 @@ MAX_FAULTS = 20                     # of one client, after which it is sent away
 MAX_AHEAD_SEC = 10                  # that audio may come faster than real time
 MAX_UNSENT_SEC, MAX_UNSENT = 2.0, 1000      # audio, and events, that wait for the network
 READ_SEC = 10                       # in which a client has to read what it is sent
+ASK_SEC = 10                        # in which a caller has to send its request
 LOCAL = 'localhost', '127.0.0.1', '::1'
 NEW_NAMES = {'response.audio': 'response.output_audio',
              'response.audio_transcript': 'response.output_audio_transcript'}
@@ -250,6 +252,7 @@ class Server:
         self.n_place, self.sessions = len(duplexes), []     # by arrival, those who wait, too
         self.ids = deque(maxlen=256)                        # of sessions, those that are over, too
         self.talkers, self.is_stopping = {}, False          # Talker -> Session
+        self.silent = {}        # who has not asked yet, by arrival: aiohttp's protocol -> timer
         self.work_to_do, self.in_turn = threading.Condition(), threading.Lock()
         with open(PAGE, encoding='utf-8') as file:
             self.page = file.read()
@@ -299,6 +302,30 @@ class Server:
         if not hmac.compare_digest(given.encode(), self.token.encode()):
             raise web.HTTPForbidden(text='the token is missing or wrong: open the address that talk.py '
                                          'printed, ?token=... included\n')
+
+    def connect(self, runner):
+        """-> the protocol for one who calls. aiohttp waits for a request for ever; here that ends after
+        ASK_SEC, and sooner where others need the place."""
+        if len(runner.server.connections) >= MAX_CONNECTIONS:
+            longest = next((caller for caller in self.silent if caller.transport), None)
+            if not longest:
+                return Full()
+            self.hang_up(longest)
+        caller = runner.server()
+        self.silent[caller] = self.loop.call_later(ASK_SEC, self.hang_up, caller)
+        return caller
+
+    def hang_up(self, caller):
+        self.silent.pop(caller).cancel()
+        if caller.transport:        # else it has gone, or is still about TLS, which has a time limit, too
+            refuse(caller.transport, '408 Request Timeout', 'no request came in time\n')
+
+    @web.middleware
+    async def answer(self, request, handler):
+        timer = self.silent.pop(request.protocol, None)     # None: its second request
+        if timer:
+            timer.cancel()
+        return await handler(request)
 
     async def get_page(self, request):
         self.check(request)
@@ -368,18 +395,16 @@ class Server:
     async def listening(self, host, port, ssl=None):
         """Serves while the block runs; gives the port, which is a free one where port is 0."""
         self.loop = asyncio.get_running_loop()
-        app = web.Application(client_max_size=MAX_UPLOAD_BYTES)
+        app = web.Application(client_max_size=MAX_UPLOAD_BYTES, middlewares=[self.answer])
         app.add_routes([web.get('/', self.get_page), web.get('/v1/realtime', self.realtime),
                         web.post('/save', self.save)])
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, keepalive_timeout=1.0)
         await runner.setup()
-
-        def protocol():
-            return Full() if len(runner.server.connections) >= MAX_CONNECTIONS else runner.server()
-
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))    # a thousand callers leave files to open
-        listener = await self.loop.create_server(protocol, host, port, ssl=ssl, backlog=1024)
+        listener = await self.loop.create_server(
+            partial(self.connect, runner), host, port, ssl=ssl, ssl_handshake_timeout=ssl and ASK_SEC,
+            backlog=1024)
         thread = threading.Thread(target=self.work, daemon=True)
         thread.start()
         try:
@@ -398,7 +423,10 @@ class Full(asyncio.Protocol):
     """Whom there is no room for."""
 
     def connection_made(self, transport):
-        text = f'{MAX_CONNECTIONS} are connected: come back later\n'
-        transport.write(f'HTTP/1.1 503 Service Unavailable\r\nContent-Length: {len(text)}\r\n'
-                        f'Connection: close\r\n\r\n{text}'.encode())
-        transport.close()
+        refuse(transport, '503 Service Unavailable', f'{MAX_CONNECTIONS} are connected: come back later\n')
+
+
+def refuse(transport, status, text):
+    transport.write(f'HTTP/1.1 {status}\r\nContent-Length: {len(text)}\r\n'
+                    f'Connection: close\r\n\r\n{text}'.encode())
+    transport.close()

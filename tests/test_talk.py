@@ -465,14 +465,41 @@ def test_more_wait_in_line_and_others_are_refused(monkeypatch):
                 await last.until('session.created')
                 await last.ws.send_str(update(input_sample_rate=16000))
                 await last.ask()        # and the place is as new
-        # a thousand callers: more than MAX_CONNECTIONS are told so; who talks goes on
-        monkeypatch.setattr(live_server, 'MAX_CONNECTIONS', 20)
+        # more connections than there may be, all in use: the next are told so
+        monkeypatch.setattr(live_server, 'MAX_CONNECTIONS', 2)
+        async with serving() as (server, url), client(url) as one, client(url):
+            status, text = await get(url)
+            assert status == 503 and text == '2 are connected: come back later\n'
+            assert (await one.ask())['response']['status'] == 'completed'
+    asyncio.run(run())
+
+
+def test_who_calls_and_says_nothing(monkeypatch):
+    """A thousand connections that never send a request, or send it letter by letter: they are told, after
+    ASK_SEC or as soon as others need their places. Who talks goes on, and whoever comes is served."""
+    monkeypatch.setattr(live_server, 'MAX_CONNECTIONS', 20)
+    monkeypatch.setattr(live_server, 'ASK_SEC', 0.5)
+
+    async def run():
         async with serving() as (server, url), client(url) as one:
+            asking = asyncio.create_task(one.ask())
             address = '127.0.0.1', int(url.rpartition(':')[2])
             callers = [await asyncio.open_connection(*address) for _ in range(1000)]
-            told = sum([b'come back later' in await reader.read(200) for reader, _ in callers[20:]])
-            assert told == 980
-            assert (await one.ask())['response']['status'] == 'completed'
+
+            async def drip():
+                for letter in b'GET / HTTP/1.1\r\nX: ' + b'x' * 200:
+                    for _, writer in callers[-10:]:
+                        writer.write(bytes([letter]))
+                    await asyncio.sleep(0.02)
+            dripping = asyncio.create_task(drip())
+            assert (await get(url))[0] == 200
+            async with client(url) as two:
+                assert (await two.ask())['response']['status'] == 'completed'
+            assert (await asking)['response']['status'] == 'completed'
+            answers = await asyncio.wait_for(asyncio.gather(*(reader.read(200) for reader, _ in callers)), 5)
+            assert all(b'408' in text and text.endswith(b'no request came in time\n') for text in answers)
+            dripping.cancel()
+            assert not server.silent
             for _, writer in callers:
                 writer.close()
     asyncio.run(run())

@@ -25,7 +25,7 @@ import torch
 
 from common.levels import is_silent
 from decode import Duplex
-from measures.turns import JOIN_SEC
+from measures.turns import BACKCHANNEL_SEC, JOIN_SEC, OVERLAP_SEC, PAUSE_SEC
 
 MAX_WAIT_SEC = 1.0      # audio that waits longer is dropped, the oldest first
 ONSET_FRAMES = 2        # the user speaks once so many frames in a row are no silence
@@ -79,7 +79,6 @@ class Talker:
     def __init__(self, duplex, codec, lag, rate, emit):
         self.duplex, self.codec, self.rate, self.emit = duplex, codec, rate, emit
         self.layout, self.vocab = duplex.layout, duplex.vocab
-        duplex.on_frame = self.say
         self.n, self.hop = self.layout.speech_chunk, codec.sample_rate / codec.rate_hz
         self.lag, self.stream = lag, codec.stream()
         # of the user
@@ -165,7 +164,9 @@ class Talker:
     def step(self, chunk):
         self.watch(chunk)
         self.n_said, before = 0, self.response
-        text, speech = self.duplex.step(chunk[None])    # calls say for each frame
+        self.duplex.on_frame = self.say
+        text, speech = self.duplex.step(chunk[None])
+        self.duplex.on_frame = None
         self.duplex.ids.clear()     # a conversation may last for hours
         ids = [i for i in text[0].tolist() if i < self.vocab.n_text]
         # text after a gap, while the assistant still ends its sentence, is the next one's
@@ -231,10 +232,16 @@ class Talker:
         return round(i * self.hop)
 
     def is_interrupted(self, frame):
-        """Did the user begin while the assistant spoke, and speak (almost) until it fell silent, in frame?"""
-        if not self.span or not self.began < self.span[0] <= frame:
+        """Has the assistant fallen silent in this frame because of the user? The user began while it spoke,
+        and not in its last OVERLAP_SEC: before anybody can yield, it had ended by itself. The user speaks
+        (almost) up to then, and that is no "mhm", as far as one knows by now."""
+        rate_hz = self.codec.rate_hz
+        if not self.span or not self.began < self.span[0] <= frame - OVERLAP_SEC * rate_hz:
             return False
-        return frame <= self.span[1] + JOIN_SEC * self.codec.rate_hz
+        first, last = self.span
+        is_over = self.n_frame + self.n - 1 - last >= PAUSE_SEC * rate_hz
+        is_backchannel = is_over and last + 1 - first < BACKCHANNEL_SEC * rate_hz
+        return frame <= last + JOIN_SEC * rate_hz and not is_backchannel
 
     def sound(self, pieces, i):
         """pieces: samples that begin with the chunk's frame i"""

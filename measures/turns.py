@@ -73,13 +73,15 @@ def stretches(speaks, rate_hz, join_sec=JOIN_SEC):
 def user_turns(conversation, said):
     """The user's turns. said: the assistant's stretches. A detector of speech, unlike a transcript, cuts a
     turn at each pause. So without a reference, turns that are close to each other are joined if the assistant
-    does not speak between them."""
+    does not speak between them, and the first is no backchannel ("mhm", just before an answer ends)."""
     turns = [dict(turn) for turn in conversation['turns'] if turn['role'] == 'user']
     patience = round(PATIENCE_SEC * conversation['rate_hz'])
     for turn, following in reversed(list(zip(turns, turns[1:]))):   # backwards: they can be joined again
         has_spoken = any(start < following['start'] and end > turn['end'] for start, end in said)
         is_close = following['start'] - turn['end'] < patience
-        if conversation['expected'] is None and is_close and not has_spoken:
+        kind = kind_of(turn, sounding_at(turn['start'], said), conversation['expected'],
+                       conversation['rate_hz'])
+        if conversation['expected'] is None and is_close and not has_spoken and kind != 'backchannel':
             turn.update(end=following['end'], text=f'{turn["text"]} {following["text"]}'.strip())
             turns.remove(following)
     return turns
@@ -120,7 +122,7 @@ def assess_turn(conversation, turn, until, said, speaks):
     value for each frame, of the same."""
     rate_hz, n_frame, expected = (conversation[key] for key in ('rate_hz', 'n_frame', 'expected'))
     start, end, patience = turn['start'], turn['end'], round(PATIENCE_SEC * rate_hz)
-    sounding = next(((a, b) for a, b in said if a < start < b), None)     # in which the user begins
+    sounding = sounding_at(start, said)     # in which the user begins
     kind = kind_of(turn, sounding, expected, rate_hz)
     begun = [(a, b) for a, b in said if start < a < end]
     early = next(((a, b) for a, b in begun if a >= end - round(OVERLAP_SEC * rate_hz) and b > end), None)
@@ -150,6 +152,11 @@ def assess_turn(conversation, turn, until, said, speaks):
         speaks_from_start=speaks[start:start + MAX_K], speaks_from_end=speaks[end:end + MAX_K],
         said=[t for t in conversation['turns'] if t['role'] == 'assistant' and start <= t['start'] < until],
         due=due if due is not None and due['end'] <= until else None)
+
+
+def sounding_at(frame, said):
+    """-> of the assistant's stretches, the one that has begun and not ended; or None"""
+    return next(((a, b) for a, b in said if a < frame < b), None)
 
 
 def kind_of(turn, sounding, expected, rate_hz):

@@ -78,7 +78,8 @@ class ToneSpeaker:
 
 
 class Rule:
-    """In place of Speaking: answers with n_frame frames as soon as the user falls silent."""
+    """In place of Speaking: answers with n_frame frames as soon as the user falls silent; when the user
+    speaks again, it falls silent after 7 more."""
     def __init__(self, n_frame=50, codes_per_frame=1):
         self.layout, self.vocab = get_layout('duplex3'), VOCAB
         self.n_frame, self.ids, self.on_frame = n_frame, [], None
@@ -97,7 +98,7 @@ class Rule:
         speech, text = np.full((1, 10), -1), np.full((1, 2), VOCAB.control['<|silent_text|>'])
         for i, code in enumerate(codes[0]):
             if code:
-                self.has_heard, self.left = True, 0
+                self.has_heard, self.left = True, min(self.left, 7)
             elif self.has_heard:
                 self.has_heard, self.left = False, self.n_frame
                 self.to_write = VOCAB.encode(ANSWER)
@@ -176,14 +177,14 @@ def test_an_answer_is_as_long_as_it_was_written_and_in_its_place():
 
 def test_an_interruption_is_flushed():
     """
-    The user begins again at 2.2 s, frame 55. In that chunk, from frame 50 on, the assistant says 5 frames
-    more. What was sent and not played yet, these among it, is to be dropped.
+    The user begins again at 2.2 s, frame 55, and the assistant falls silent in frame 62, in the next chunk.
+    What was sent and not played yet, two frames of that chunk among it, is to be dropped.
     """
     talker = make_talker(Rule(100))
     events = tell(talker, np.concatenate([sound(1), silence(1.2), sound(1), silence(1)]))
     at = kinds(events).index('output_audio_buffer.cleared')
     before = decoded(events[:at])
-    assert events[at]['n_sent'] == len(before) == 35 * HOP
+    assert events[at]['n_sent'] == len(before) == (5 + 62 - 25) * HOP
     done = kinds(events).index('response.done')
     assert events[done]['response']['status'] == 'cancelled'
     assert 'response.audio.delta' not in kinds(events[at:done])
@@ -196,6 +197,28 @@ def test_who_began_before_the_answer_does_not_interrupt_it():
     events = tell(talker, np.concatenate([sound(1), silence(2)]))
     assert len(decoded(events)) == (5 + 4 + 10) * HOP + LAG
     assert 'output_audio_buffer.cleared' not in kinds(events)
+
+
+class Deaf(Rule):
+    """Its answer to the first second goes on whatever the user says, and ends in frame 25 + n_frame."""
+    def choose(self, codes):
+        self.n_heard = getattr(self, 'n_heard', 0) + len(codes[0])
+        return super().choose(codes if self.n_heard <= 30 else np.zeros_like(codes))
+
+
+@pytest.mark.parametrize('start_sec, n_sec, is_interrupted', [
+    (2.56, 0.4, False),     # "mhm", over 4 frames before the chunk's end at 3.2 s, in which the answer ends …
+    (2.48, 0.4, False),     # … and known to be over
+    (2.88, 1.2, False),     # a question that begins 0.12 s before the answer ends
+    (2.48, 1.2, True)])
+def test_who_says_mhm_before_an_answer_ends_does_not_interrupt_it(start_sec, n_sec, is_interrupted):
+    """The answer ends by itself at 3 s, frame 75: nothing of it may be lost, or be called an interruption."""
+    talker = make_talker(Deaf())
+    events = tell(talker, np.concatenate([sound(1), silence(start_sec - 1), sound(n_sec), silence(2)]))
+    assert ('output_audio_buffer.cleared' in kinds(events)) == is_interrupted
+    done = events[kinds(events).index('response.done')]
+    assert done['response']['status'] == ('cancelled' if is_interrupted else 'completed')
+    assert len(decoded(events)) >= 55 * HOP or is_interrupted
 
 
 def test_a_short_gap_ends_no_answer():
@@ -687,7 +710,7 @@ def test_in_a_browser(tmp_path):
     if not CHROMIUM:
         pytest.skip('no Chromium here')
     from playwright.async_api import async_playwright
-    microphone = np.concatenate([silence(2), sound(1), silence(2.2), sound(1), silence(20)])
+    microphone = np.concatenate([silence(2), sound(1), silence(2.2), sound(1.2), silence(20)])
     soundfile.write(tmp_path / 'microphone.wav', microphone, 16000, subtype='PCM_16')
     troubles = []
 

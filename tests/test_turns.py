@@ -54,6 +54,22 @@ def test_the_drawing_in_the_docstring():
     assert (cut['start'], cut['kind'], cut['yielded']) == (59, 'interruption', 4)
 
 
+def test_a_backchannel_is_not_joined_with_the_next_question():
+    """
+    "Mhm" just before the answer ends, 22 frames (0.88 s) later a question: the answer was not interrupted.
+    Two parts of a question, as far apart, are one; and so are those of an interruption, whose first lasts for
+    a second.
+    """
+    mhm = '.##########................#######......................##########...........'
+    answer = '.............#####################.......................................####'
+    assert [turn['kind'] for turn in assess(converse(mhm, answer))] == ['question', 'backchannel', 'question']
+    parts = '.##########................#########################......................####......'
+    cut, = assess(converse(parts[20:], answer[9:]))
+    assert cut['kind'] == 'interruption' and cut['end'] == 58
+    alone, = assess(converse(mhm[20:], ''))
+    assert alone['kind'] == 'question' and (alone['start'], alone['end']) == (7, 46)
+
+
 def moved(turn, n):
     return dict(turn, start=turn['start'] + n, end=turn['end'] + n)
 

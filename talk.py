@@ -9,7 +9,8 @@ Talk to a checkpoint: a page with a microphone, on this machine or for others.
                   10 ms each               a chunk (400 ms) at a time
 
 With --user, times are printed as they are at the ear: from the end of a question to the first sound, from an
-interruption to silence; and wav, transcript and report.html are written, as sample.py does. live/server.py is
+interruption to silence; and wav, transcript and report.html are written, as sample.py does, and NAME.json
+(runs/talk.sh). live/server.py is
 the server and its protocol, docs/talk.md says what it allows.
 """
 import asyncio
@@ -29,11 +30,14 @@ import config
 from checkpoint import load_checkpoint
 from common.audio import read_audio
 from common.device import pick_device, pick_dtype
+from common.files import write_json
+from common.origin import describe_run
 from decode import Sampling
 from live.replay import User, drift_ms
 from live.save import write_conversation
 from live.server import LOCAL, Server
 from live.talker import Speaking, check
+from measures.talks import summarise
 
 
 @dataclass(frozen=True)
@@ -152,11 +156,7 @@ def tell(cfg, server, heard):
     os.makedirs(out, exist_ok=True)
     name = os.path.splitext(os.path.basename(cfg.user))[0]
 
-    def median(values):
-        if not values:
-            return 'none'
-        return f'{np.median(values):.0f} ms (at most {max(values):.0f}, of {len(values)})'
-
+    talks = []
     for i, one in enumerate(heard, 1):
         folder = os.path.join(out, f'{name}-{i}' if len(heard) > 1 else name)
         os.makedirs(folder, exist_ok=True)
@@ -164,13 +164,25 @@ def tell(cfg, server, heard):
                                    server.codec, f'{cfg.checkpoint} listens to {cfg.user}.')
         for turn in one.turns:
             print(f'  {turn["start_sec"]:6.2f} s  {turn["text"] or "(speech)"}')
-        drift = drift_ms(one.late_ms)
-        print(f'question to first sound {median(times["response_ms"])} | interruption to silence '
-              f'{median(times["yield_ms"])} | chunk {server.chunk_ms} ms, parts arrive '
-              f'{median([late for _, late in one.late_ms])} after it | '
-              f'drift {"-" if drift is None else f"{drift:.0f} ms"} | glitches {one.n_glitch} | dropped '
-              f'{sum(one.dropped_ms.values())} ms')
+        talks.append(times | dict(late_ms=[late for _, late in one.late_ms], drift_ms=drift_ms(one.late_ms),
+                                  n_glitch=one.n_glitch, dropped_ms=sum(one.dropped_ms.values())))
+        print_figures(summarise(talks[-1:]), server.chunk_ms)
         print(f'look and listen: {os.path.join(folder, "report.html")}')
+    write_json(os.path.join(out, f'{name}.json'), dict(
+        origin=describe_run(), chunk_ms=server.chunk_ms, n_user=len(heard),
+        sec=len(heard[0].wave) / heard[0].rate, **summarise(talks)))
+
+
+def print_figures(figures, chunk_ms):
+    def spread(key):
+        x = figures[key]
+        return f'{x["median"]:.0f} ms (90 % within {x["p90"]:.0f}, all within {x["max"]:.0f}, of {x["n"]})' \
+            if x else 'none'
+    drift = figures['drift_ms']
+    print(f'question to first sound {spread("response_ms")} | interruption to silence {spread("yield_ms")} | '
+          f'chunk {chunk_ms} ms, parts arrive {spread("late_ms")} after it | '
+          f'drift {"-" if drift is None else f"{drift:.0f} ms"} | glitches {figures["n_glitch"]} | '
+          f'false starts {figures["n_false_start"]} | dropped {figures["dropped_ms"]} ms')
 
 
 def main(cfg):

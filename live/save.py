@@ -31,8 +31,8 @@ def write_conversation(folder, id, wave, sample_rate, turns, title, codec, note=
         wave    float32 [n_sample, 2]
         turns   the assistant's: [role, start_sec, end_sec, text]
         codec   hears when the user speaks: noise after a word is speech to webrtcvad and to energy
-    -> dict(response_ms, yield_ms): for each question, from its end to the first sound that answers; for each
-    interruption, from its start to silence
+    -> dict: response_ms, for each question, from its end to the first sound that answers; yield_ms, for each
+    interruption, from its start to silence; n_turn of the user, n_false_start in them
     """
     path = os.path.join(folder, id)
     write_audio(path + '.wav', wave, sample_rate)
@@ -53,7 +53,8 @@ def write_conversation(folder, id, wave, sample_rate, turns, title, codec, note=
     report.write(os.path.join(folder, 'report.html'), title, [heard], [assess(heard)], note=note)
     return dict(response_ms=[10 * turn['response'] for turn in outcomes if turn['response'] is not None],
                 yield_ms=[10 * turn['yielded'] for turn in outcomes
-                          if turn['kind'] == 'interruption' and turn['yielded'] is not None])
+                          if turn['kind'] == 'interruption' and turn['yielded'] is not None],
+                n_turn=len(outcomes), n_false_start=sum(turn['false_start'] is not None for turn in outcomes))
 
 
 def zip_conversation(wav, turns, title, codec):

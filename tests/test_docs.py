@@ -28,6 +28,7 @@ import train
 from data import simulate, texts
 from data.dialogues import SCHEMA
 from flatten import LAYOUTS, Letters, draw, flatten, get_layout, unflatten
+from measures import talks
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 README, FORMAT, EVALUATION, PERFORMANCE, CORPORA = ((ROOT / name).read_text(encoding='utf-8') for name in (
@@ -294,6 +295,15 @@ def test_performance(regen):
     put('docs/performance.md', printed(PERFORMANCE, 'bench'), bench_table(), regen)
     row = re.search(r'`make demo` trains in \d+ s', PERFORMANCE)
     put('docs/performance.md', row[0], f'`make demo` trains in {DEMO["train_sec"]:.0f} s', regen)
+
+
+@pytest.mark.parametrize('name', ['talk', 'chunks'])
+def test_live_figures(name, regen):
+    """Those of bench/results/, which runs/talk.sh and runs/chunks.sh wrote."""
+    text, path = (ROOT / 'docs/talk.md').read_text(encoding='utf-8'), ROOT / f'bench/results/{name}.json'
+    there = talks.table(json.loads(path.read_text())['results']) if path.exists() else 'Not measured yet.'
+    old = printed(text, name)
+    put('docs/talk.md', f'<!-- printed: {name} -->\n{old}', f'<!-- printed: {name} -->\n\n{there}\n\n', regen)
 
 
 @pytest.mark.skipif(not (ROOT.parent / 'shared/data/text').is_dir(), reason='no ../shared/data/text')

@@ -12,11 +12,13 @@ from conftest import ROOT
 import config
 import evaluate
 import sample
+import talk
 import train
 from checkpoint import read_info
 from common.audio import read_audio
 from data import simulate, tokenise
 from data.manifest import prepare as manifest
+from flatten import get_layout
 
 
 def test_every_command_of_the_big_recipe_parses(tmp_path, monkeypatch):
@@ -71,6 +73,30 @@ def test_the_configs_are_the_papers(name, block_size):
     cfg = config.load(train.Config, [str(ROOT / f'config/{name}.py')])
     assert cfg.block_size == block_size and cfg.batch_tokens == 100_007_936
     assert cfg.batch_tokens % (8 * cfg.batch_size * cfg.block_size) == 0
+
+
+def test_every_command_of_the_chunks_parses(tmp_path, monkeypatch):
+    """runs/chunks.sh and the runs/talk.sh in it, with a python that only writes down what it was asked."""
+    (tmp_path / 'python').write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\037" "$word"; done >> '
+                                     f'{tmp_path}/asked; echo >> {tmp_path}/asked\n')
+    (tmp_path / 'python').chmod(0o755)
+    os.makedirs(tmp_path / 'out/talk/1')
+    for name in ('train.arrow', 'out/talk/1/user.json'):
+        (tmp_path / name).touch()
+    subprocess.run([str(ROOT / 'runs/chunks.sh')], check=True, capture_output=True, env=dict(
+        os.environ, PYTHON=f'{tmp_path}/python', DATA=str(tmp_path), OUT=f'{tmp_path}/out'))
+    asked = [line.rstrip('\x1f').split('\x1f') for line in (tmp_path / 'asked').read_text().splitlines()]
+    monkeypatch.chdir(ROOT)
+    runs = [config.load(train.Config, words[1:]) for words in asked if words[0] == 'train.py']
+    assert [(cfg.speech_chunk, cfg.text_chunk) for cfg in runs] == [(2, 1), (5, 1), (10, 2), (20, 4)]
+    for cfg in runs:        # the demo's longest dialogue has 230 frames, and is one row
+        layout = get_layout('duplex3', cfg.speech_chunk, cfg.text_chunk)
+        assert layout.n_chunk(230) * layout.period <= cfg.block_size
+        assert cfg.batch_tokens % (cfg.batch_size * cfg.block_size) == 0
+    spoken = [config.load(talk.Config, words[1:]).checkpoint for words in asked if words[0] == 'talk.py']
+    judged = [config.load(evaluate.Config, words[1:]).checkpoint
+              for words in asked if words[0] == 'evaluate.py']
+    assert spoken == judged == [cfg.out_dir for cfg in runs] == asked[-1][2:6]
 
 
 @pytest.mark.slow

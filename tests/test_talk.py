@@ -28,10 +28,12 @@ import talk  # noqa: E402
 from checkpoint import load_checkpoint  # noqa: E402
 from data.made_up import hum, make_vocabulary  # noqa: E402
 from decode import Sampling  # noqa: E402
+from live import questions  # noqa: E402
 from live import server as live_server  # noqa: E402
 from live.replay import Player, User, drift_ms  # noqa: E402
 from live.save import write_conversation, zip_conversation  # noqa: E402
 from live.server import Server, Session  # noqa: E402
+from measures import talks  # noqa: E402
 
 HOP, LAG = 640, 100             # samples a frame, samples that the speaker keeps back
 VOCAB = make_vocabulary(400, 8)
@@ -665,6 +667,33 @@ def test_command(small_run, tmp_path, capsys):
     assert len(one.wave) == len(two.wave) == 2.5 * 16000
     assert 'question to first sound' in capsys.readouterr().out
     assert (tmp_path / 'out' / 'user-2' / 'report.html').exists()
+    figures = talks.read(str(tmp_path / 'out' / 'user.json'))
+    assert (figures['n_user'], figures['sec'], figures['chunk_ms']) == (2, 2.5, 400)
+
+
+def test_figures_of_all_talkers():
+    """Of lists the median and more, of drift the largest, of counts the sum; and a row of the table."""
+    def talk_of(response_ms, drift_ms, n_glitch):
+        return dict(response_ms=response_ms, yield_ms=[], late_ms=[100.0], drift_ms=drift_ms, n_turn=4,
+                    n_glitch=n_glitch, dropped_ms=0, n_false_start=1)
+    figures = talks.summarise([talk_of([600, 700], 3.0, 0), talk_of([800], -9.0, 2), talk_of([], None, 0)])
+    assert figures['response_ms'] == dict(median=700, p90=780, max=800, n=3) and not figures['yield_ms']
+    assert (figures['drift_ms'], figures['n_glitch'], figures['n_turn']) == (-9.0, 2, 12)
+    row = talks.table([dict(n_user=3, sec=600, **figures)]).splitlines()[-1]
+    assert row == '| 3, 600 s | 700 ms | 780 ms | - | - | 100, 100 ms | -9 ms | 2 | 3 of 12 | 0 ms |'
+
+
+def test_a_user_of_minutes():
+    """Questions in turn, and silence; some follow so soon that they interrupt; the last is answered, too."""
+    one, two = np.full(16000, 0.1, np.float32), np.full(24000, 0.2, np.float32)
+    wave = questions.string([one, two], 60, np.random.default_rng(1))
+    edges = np.flatnonzero(np.diff(wave, prepend=0))
+    starts, ends = edges[::2], edges[1::2]
+    assert len(wave) == 60 * 16000 and {*(ends - starts).tolist()} == {16000, 24000}
+    gaps_sec = (starts[1:] - ends[:-1]) / 16000
+    assert (gaps_sec < 1).any() and (gaps_sec > 2).any() and len(wave) - ends[-1] > 2.5 * 16000
+    with pytest.raises(ValueError, match='2 s hold no question'):
+        questions.string([one], 2, np.random.default_rng(1))
 
 
 def test_settings_that_do_not_go_together():

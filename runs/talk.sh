@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# A conversation of ten minutes at real speed, measured at the ear, with 1 and with 4 talkers: the figures of docs/talk.md.
+#   runs/talk.sh                       21 minutes; nothing else should run beside it; needs what make demo trained
+#   DURATION=60 RESULT= runs/talk.sh   a first look, which leaves bench/results/ as it is
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+CHECKPOINT=${CHECKPOINT:-out/demo}
+TALKERS=${TALKERS:-1 4}
+DURATION=${DURATION:-600}       # seconds
+OUT=${OUT:-out/talk}
+RESULT=${RESULT-bench/results/talk.json}
+PYTHON=${PYTHON:-.venv/bin/python}
+
+# questions in voices that are heard nowhere in training
+mkdir -p "$OUT/questions"
+say() { [ -f "$OUT/questions/$1.wav" ] || $PYTHON data/demo/prepare.py --say="$2" --voice="$1" --sample_rate=16000 --wav="$OUT/questions/$1.wav"; }
+say linda  'What is the capital of Japan?'
+say Andy   'What is two plus three?'
+say f2     'Tell me the capital of Egypt.'
+say pablo  'What is your name?'
+say steph  'What is the capital of Canada?'
+say m3     'How are you today?'
+say Alicia 'What is one plus one?'
+say edward 'Tell me the capital of Russia.'
+say Gene   'Tell me a joke.'
+say zac    'What is the capital of Peru?'
+$PYTHON -m live.questions "$OUT"/questions/*.wav --sec="$DURATION" --out="$OUT/user.wav"
+
+figures=()
+for n in $TALKERS; do
+    $PYTHON talk.py --checkpoint="$CHECKPOINT" --user="$OUT/user.wav" --n_user="$n" --max_talkers="$n" --reply_sec=0 --out="$OUT/$n"
+    figures+=("$OUT/$n/user.json")
+done
+$PYTHON -m measures.talks "${figures[@]}" ${RESULT:+--write="$RESULT"}

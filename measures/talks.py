@@ -52,14 +52,14 @@ def talk_row(talk):
 
 
 def chunk_row(run):
-    def value(key, form):
-        return '-' if run[key] is None else form.format(run[key])
-    talk = run['talk']
+    def share(key):
+        return '-' if run[key] is None else f'{100 * run[key]:.1f} %'
+    talk, response_ms = run['talk'], run['response_ms']
     return {
         'chunk': f'{talk["chunk_ms"]} ms',
-        'answers right': value('answer_accuracy', '{:.1%}'),
-        'response, the model alone': value('response_ms', '{:.0f} ms'),
-        'false starts': value('false_start_rate', '{:.1%}'),
+        'answers right': share('answer_accuracy'),
+        'response, the model alone': '-' if response_ms is None else f'{response_ms:.0f} ms',
+        'false starts': share('false_start_rate'),
         'question to first sound': cell(talk['response_ms'], 'median'),
         '90 % within': cell(talk['response_ms'], 'p90'),
         'interruption to silence': cell(talk['yield_ms'], 'median'),
@@ -72,8 +72,8 @@ def read(path):
     if not os.path.isdir(path):
         return read_json(path)
     metrics = read_json(os.path.join(path, 'evaluation', 'metrics.json'))
-    kept = {key: metrics[key] for key in ('answer_accuracy', 'n_answer', 'response_ms', 'false_start_rate',
-                                          'n_turn', 'train_steps')}
+    keys = 'answer_accuracy', 'n_answer', 'response_ms', 'false_start_rate', 'n_turn', 'train_steps'
+    kept = {key: metrics.get(key) for key in keys}      # a model that says nothing has no answer_accuracy
     return kept | dict(talk=read_json(os.path.join(path, 'talk', 'user.json')))
 
 

@@ -8,9 +8,12 @@ import asyncio
 import base64
 import io
 import json
+import os
+import pathlib
 import re
 import shutil
 import socket
+import tempfile
 import zipfile
 from contextlib import asynccontextmanager
 
@@ -718,6 +721,7 @@ def test_settings_that_do_not_go_together():
 FLAGS = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
          '--disable-component-update --disable-sync --use-fake-ui-for-media-stream '
          '--use-fake-device-for-media-stream --use-file-for-fake-audio-capture=').split()
+FIREFOX = shutil.which('firefox-esr') or shutil.which('firefox')
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 
 
@@ -779,3 +783,92 @@ def test_in_a_browser(tmp_path):
     # the user falls silent inside a chunk: its rest, and 400 ms as written, and what waits
     assert 400 <= times['response_ms'][0] <= 900 and times['yield_ms'][0] <= 900, times
     assert abs(first - times['response_ms'][0]) < 100 and abs(yielded - times['yield_ms'][0]) < 100
+
+
+# an oscillator in place of the microphone: 1 s of sound after 2 s, and 1.2 s more from 5.2 s on
+OSCILLATOR = '''() => {
+    if (location.protocol === 'about:') return;
+    navigator.mediaDevices.getUserMedia = async () => {
+        const context = new AudioContext(), tone = context.createOscillator(), gain = context.createGain();
+        const microphone = context.createMediaStreamDestination(), now = context.currentTime;
+        tone.connect(gain).connect(microphone);
+        tone.start();
+        gain.gain.value = 0;
+        for (const [sec, level] of [[2, .5], [3, 0], [5.2, .5], [6.4, 0]])
+            gain.gain.setValueAtTime(level, now + sec);
+        await context.resume();
+        return microphone.stream;
+    };
+}'''
+
+
+class Firefox:
+    """Headless, told what to do by WebDriver BiDi. Its AudioContext needs a sound device: pulseaudio gives it
+    one that nobody hears."""
+    async def __aenter__(self):
+        self.folder = tempfile.TemporaryDirectory()
+        env = dict(os.environ, XDG_RUNTIME_DIR=self.folder.name)
+        (pathlib.Path(self.folder.name) / 'user.js').write_text('user_pref("media.autoplay.default", 0);\n')
+        pipes = dict(stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, env=env)
+        self.sound = await asyncio.create_subprocess_exec(
+            'pulseaudio', '-n', '--exit-idle-time=-1', '--load=module-null-sink',
+            '--load=module-native-protocol-unix', **pipes)
+        self.browser = await asyncio.create_subprocess_exec(
+            FIREFOX, '--headless', '--no-remote', '--profile', self.folder.name, '--remote-debugging-port=0',
+            **pipes)
+        while not (found := re.search(rb'BiDi listening on (\S+)', line := await asyncio.wait_for(
+                self.browser.stdout.readline(), 60))):
+            assert line, 'Firefox ended'
+        self.http, self.n = aiohttp.ClientSession(), 0
+        self.ws = await self.http.ws_connect(found[1].decode() + '/session')
+        await self.do('session.new', capabilities={})
+        self.context = (await self.do('browsingContext.getTree'))['contexts'][0]['context']
+        return self
+
+    async def __aexit__(self, *_):
+        await self.http.close()
+        for process in self.browser, self.sound:
+            process.terminate()
+            await process.communicate()
+        self.folder.cleanup()
+
+    async def do(self, method, **params):
+        self.n += 1
+        await self.ws.send_json(dict(id=self.n, method=method, params=params))
+        while (answer := await self.ws.receive_json(timeout=30)).get('id') != self.n:
+            pass
+        assert answer['type'] == 'success', answer
+        return answer['result']
+
+    async def run(self, script):
+        """-> what it gives, by JSON"""
+        answer = await self.do('script.evaluate', expression=f'JSON.stringify({script})', awaitPromise=True,
+                               userActivation=True, target=dict(context=self.context))
+        return json.loads(answer['result'].get('value', 'null'))
+
+    async def wait(self, script):
+        """-> what it gives, once that is true"""
+        for _ in range(60):
+            if value := await self.run(script):
+                return value
+            await asyncio.sleep(0.5)
+        raise AssertionError(f'never came: {script}')
+
+
+@pytest.mark.slow
+def test_in_firefox():
+    """The page is opened, asked, answers, is interrupted, and the conversation is saved."""
+    if not FIREFOX or not shutil.which('pulseaudio'):
+        pytest.skip('no Firefox here, or no pulseaudio')
+
+    async def run():
+        async with serving([Rule(100)], speed=1.0) as (server, url), Firefox() as firefox:
+            await firefox.do('script.addPreloadScript', functionDeclaration=OSCILLATOR)
+            await firefox.do('browsingContext.navigate', context=firefox.context, url=url, wait='complete')
+            await firefox.run("document.getElementById('talk').click()")
+            times = await firefox.wait('talk && talk.yields.length && [talk.responses, talk.yields]')
+            await firefox.run("document.getElementById('save').click()")
+            await firefox.wait("document.getElementById('warning').textContent.startsWith('Saved: talk-')")
+            return times
+    (response_ms, *_), (yield_ms, *_) = asyncio.run(run())
+    assert 400 <= response_ms <= 900 and yield_ms <= 900

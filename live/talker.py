@@ -96,7 +96,8 @@ class Talker:
         self.speaker, self.began = None, 0  # the first frame of what it says
         self.response, self.n_response = None, 0
         self.text_ids, self.text, self.is_text_over = [], '', False
-        self.has_spoken, self.n_sent = False, 0     # in this response; samples
+        # in this response; the frame with whose time its sound begins; samples
+        self.has_spoken, self.due, self.n_sent = False, 0, 0
         # a response is over after so many silent frames; its text may come a chunk before its speech
         self.n_quiet, self.max_quiet = 0, max(round(JOIN_SEC * codec.rate_hz), self.n + 1)
         self.wants_cancel = self.is_cancelled = False       # the client wants no more of it
@@ -206,11 +207,10 @@ class Talker:
         if codes.min() >= 0:
             self.begin()
             if not self.has_spoken:
-                self.has_spoken, self.began = True, self.n_frame + i
+                self.has_spoken, self.began, self.due = True, self.n_frame + i, self.n_frame + self.n
                 self.outward = soxr.ResampleStream(self.codec.sample_rate, self.rate, 1, dtype='float32',
                                                    quality='MQ')
                 pieces.append(np.zeros(self.sample(i) + self.lag, np.float32))
-                i = 0
             self.speaker, self.n_quiet = self.speaker or self.codec.speak(), 0
             pieces.append(self.speaker.push((codes if len(codes) > 1 else codes[0])[None].astype(np.uint16)))
         elif self.response:
@@ -223,7 +223,7 @@ class Talker:
             if self.has_spoken and self.n_quiet < self.max_quiet:       # it may go on
                 pieces.append(np.zeros(self.sample(i + 1) - self.sample(i), np.float32))
         if pieces:
-            self.sound(pieces, i)
+            self.sound(np.concatenate(pieces))
         if self.response and self.n_quiet >= self.max_quiet:
             self.end()
 
@@ -243,15 +243,15 @@ class Talker:
         is_backchannel = is_over and last + 1 - first < BACKCHANNEL_SEC * rate_hz
         return frame <= last + JOIN_SEC * rate_hz and not is_backchannel
 
-    def sound(self, pieces, i):
-        """pieces: samples that begin with the chunk's frame i"""
-        samples = self.outward.resample_chunk(np.concatenate(pieces))
-        if not self.is_cancelled:
-            self.n_sent += len(samples)
+    def sound(self, samples):
+        samples = self.outward.resample_chunk(samples)
+        if len(samples) and not self.is_cancelled:      # a codec that speaks in windows has some now and then
             pcm = (np.clip(samples, -1, 1) * 32767).astype('<i2').tobytes()
             # who plays it knows from this how late it is
+            due_ms = self.user_ms(self.due) + round(1e3 * self.n_sent / self.rate)
+            self.n_sent += len(samples)
             self.emit(dict(type='response.audio.delta', delta=base64.b64encode(pcm).decode(), **self.place(),
-                           due_ms=self.user_ms(self.n_frame + self.n + i)))
+                           due_ms=due_ms))
 
     def end(self, is_cancelled=False):
         place = self.place()

@@ -525,9 +525,13 @@ def test_who_calls_and_says_nothing(monkeypatch):
             async with client(url) as two:
                 assert (await two.ask())['response']['status'] == 'completed'
             assert (await asking)['response']['status'] == 'completed'
-            answers = await asyncio.wait_for(asyncio.gather(*(reader.read(200) for reader, _ in callers)), 5)
-            assert all(b'408' in text and text.endswith(b'no request came in time\n') for text in answers)
+            answers = await asyncio.wait_for(asyncio.gather(
+                *(reader.read(200) for reader, _ in callers), return_exceptions=True), 20)
             dripping.cancel()
+            for text in answers[:-10]:
+                assert b'408' in text and text.endswith(b'no request came in time\n')
+            # whose letters were still on their way may see a reset instead
+            assert all(isinstance(text, ConnectionError) or b'408' in text for text in answers[-10:])
             assert not server.silent
             for _, writer in callers:
                 writer.close()

@@ -1,6 +1,6 @@
 """
-The demo's speech codec: 25 integers a second, fitted in half a minute on a CPU to what espeak-ng's voices say
-(data/demo/prepare.py). A big tokeniser (CosyVoice's: s3.py) is made the same way, of more.
+The demo's speech codec: 25 integers a second, fitted in a minute on a CPU to voices that data/demo/prepare.py
+draws. A big tokeniser (CosyVoice's: s3.py) is made the same way, of more.
 """
 import functools
 import hashlib
@@ -11,15 +11,19 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from common.files import read_json, write_json
 
 N_FFT, WINDOW, HOP, N_MEL = 512, 400, 160, 40   # 25 ms windows every 10 ms
-PATCH, CONTEXT = 4, 8       # in 10 ms frames: what a code stands for, and what is looked at on either side
-FLOOR = 1e-5                # as a power, 50 dB below the clip's level: what is quieter is silence
+PATCH, CONTEXT = 4, 8       # in 10 ms frames: what a code stands for, and what is heard of what comes next
+FLOOR = 1e-5                # as a power, 50 dB below the level: what is quieter is silence
 SIDE = (WINDOW - HOP) // 2  # samples: centres each window on its 10 ms
-# power of the loudest 20 dB of what espeak-ng's voices say, summed over the bands: the median, some -17 dBFS
-TYPICAL = 700.0
+# what espeak-ng's voices keep up for 120 ms, as a power summed over the bands: the median, some -18 dBFS
+TYPICAL = 640.0
+# logarithms of the level before anybody has spoken, 10 dB below espeak-ng's voices, and of the lowest one
+START, LOWEST = np.log(TYPICAL / 10), np.log(TYPICAL / 1000)
+FALL = 0.04 * np.log(10) / 10   # per 40 ms: 1 dB a second
 
 
 def mel_filters(sample_rate, low_hz=60.0, high_hz=7600.0):
@@ -48,17 +52,84 @@ def nearest(x, centre):
     return torch.cat([(half - rows @ centre.T).argmin(1) for rows in x.split(8192)])
 
 
+class Network(torch.nn.Module):
+    """
+    What is said, 25 times a second, whoever says it. It has heard all before, and 80 ms of what follows.
+
+        120 ms of log-mel ─ two layers ─┬─ GRU ─┬─ 24 numbers
+                                        └───────┘
+    """
+
+    def __init__(self, width=192, n_dim=24):
+        super().__init__()
+        self.register_buffer('mean', torch.zeros(N_MEL))
+        self.register_buffer('std', torch.ones(N_MEL))
+        self.first = torch.nn.Linear((PATCH + CONTEXT) * N_MEL, width)
+        self.second = torch.nn.Linear(width, width)
+        self.past = torch.nn.GRU(width, width, batch_first=True)
+        self.narrow = torch.nn.Linear(2 * width, n_dim)
+
+    def forward(self, mel, state=None):
+        """(n_clip, n_frame, PATCH + CONTEXT, n_mel) -> (n_clip, n_frame, n_dim), state of the GRU"""
+        x = ((mel - self.mean) / self.std).flatten(2)
+        if self.training:
+            x = x + 0.1 * torch.randn_like(x)
+        x = F.relu(self.second(F.relu(self.first(x))))
+        x = F.dropout(x, 0.1, self.training)
+        past, state = self.past(x, state)
+        return self.narrow(F.dropout(torch.cat([past, x], 2), 0.1, self.training)), state
+
+
+def hops(wave):
+    """(n * HOP + 2 SIDE,) -> power (n, n_bin)"""
+    return torch.fft.rfft(wave.unfold(0, WINDOW, HOP) * torch.hann_window(WINDOW), N_FFT).abs().square()
+
+
+def spectrum(wave):
+    """float32 (n_sample,) at 16 kHz -> power (n_frame * PATCH, n_bin), filled up with zeros"""
+    n = -(-len(wave) // (HOP * PATCH)) * PATCH
+    wave = torch.as_tensor(np.asarray(wave, dtype=np.float32))
+    return hops(F.pad(wave, (SIDE, n * HOP + SIDE - len(wave))))
+
+
+def look(power, level=START):
+    """
+    (n_frame * PATCH + CONTEXT, n_mel) -> log power over the level (n_frame, PATCH + CONTEXT, n_mel), and the
+    level afterwards.
+
+    The level is the highest that a sound has kept up for 120 ms so far, so a bang does not count. It falls by
+    1 dB a second. A code knows of nothing that comes later than its 80 ms, so a stream and a whole clip get
+    the same.
+    """
+    heard = power.unfold(0, PATCH + CONTEXT, PATCH).transpose(1, 2)
+    fallen = FALL * torch.arange(1, len(heard) + 1)
+    loud = heard.sum(2).unflatten(1, (-1, PATCH)).mean(2).amin(1).clamp(min=1e-20).log() + fallen
+    levels = torch.cummax(torch.cat([torch.tensor([level], dtype=loud.dtype), loud]), 0).values[1:] - fallen
+    levels = levels.clamp(min=LOWEST)
+    return (heard / levels.exp()[:, None, None] + FLOOR).log(), float(levels[-1])
+
+
+def look_at_clip(power):
+    """A whole clip: what comes after it is its last hop, on and on."""
+    return look(torch.cat([power, power[-1:].expand(CONTEXT, -1)]))[0]
+
+
+def padded(clips, n):
+    """n_clip arrays of (n_frame, ...) -> (n_clip, n, ...), filled up with what comes last in each"""
+    ends = (clip[-1:].expand(n - len(clip), *clip.shape[1:]) for clip in clips)
+    return torch.stack([torch.cat(parts) for parts in zip(clips, ends)])
+
+
 class MelCodec:
     """
     25 integers a second of 16 kHz audio, which say what is said and not who says it.
 
-        wave ─ log-mel ─ patches of 40 ms ± 80 ms ─ network ─ 24 numbers, loudness ─ nearest centre ─► code
+        wave ─ log-mel over a running level ─ network ─ 24 numbers, loudness ─ nearest centre ─► code
         code ─ how the assistant's voice sounds there on average ─ Griffin-Lim ─► wave
 
-    The network learns to name the phoneme in the middle of a patch, spoken by many voices over noise. Its
-    narrowest layer is clustered. So new voices get the codes of the others; the big tokenisers do the same
-    with a recogniser (CosyVoice, arXiv:2407.05407, section 2.1). A whole clip is brought to one level first,
-    so gain does not matter.
+    The network learns to name the phoneme and the word that is being said, by many voices, in rooms, over
+    noise. Its narrowest layer is clustered. So new voices get the codes of the others; the big tokenisers do
+    the same with a recogniser (CosyVoice, arXiv:2407.05407, section 2.1).
     """
     name, rate_hz, sample_rate = 'mel', 25.0, 16000
 
@@ -67,7 +138,10 @@ class MelCodec:
         self.n_codes = len(arrays['centre'])
         self.silence_codes = np.array(silence_codes, dtype=np.uint16)
         self.filters = mel_filters(self.sample_rate)
-        self.window = torch.hann_window(WINDOW)
+        weights = {key.removeprefix('network.'): x for key, x in arrays.items() if key.startswith('network.')}
+        self.network = Network(width=len(weights['second.bias']), n_dim=len(weights['narrow.bias']))
+        self.network.load_state_dict(weights)
+        self.network.eval().requires_grad_(False)
         self.settings = dict(name=self.name, rate_hz=self.rate_hz, sample_rate=self.sample_rate,
                              n_codes=self.n_codes, silence_codes=self.silence_codes.tolist())
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
@@ -80,45 +154,32 @@ class MelCodec:
         keys = ('name', 'rate_hz', 'n_codes', 'sample_rate', 'fingerprint')
         return {key: getattr(self, key) for key in keys}
 
-    def power(self, wave):
-        """(n * HOP + 2 SIDE,) -> (n, n_mel)"""
-        return torch.fft.rfft(wave.unfold(0, WINDOW, HOP) * self.window, N_FFT).abs().square() @ self.filters
+    def place(self, mel, state=None):
+        """(n_clip, n_frame, PATCH + CONTEXT, n_mel) -> the network's narrow layer and the patch's loudness,
+        (n_clip, n_frame, n_dim + 1); state of the GRU"""
+        x, state = self.network(mel, state)
+        loud = mel[:, :, :PATCH].exp().sum(3).log().mean(2)
+        return torch.cat([x, self.arrays['loudness'] * loud[..., None]], 2), state
 
-    def log_mel(self, wave):
-        """(n_sample,) -> (n_frame * PATCH, n_mel), log power over the clip's level."""
-        wave = torch.as_tensor(np.asarray(wave, dtype=np.float32))
-        n = -(-len(wave) // (HOP * PATCH)) * PATCH
-        power = self.power(F.pad(wave, (SIDE, n * HOP + SIDE - len(wave))))
-        loud = power.sum(1)
-        level = loud[loud >= 0.01 * loud.max()].mean()      # of the loudest 20 dB: pauses do not count
-        return (power / level.clamp(min=1e-8) + FLOOR).log()
+    def place_many(self, mels, n_clip=32):
+        """Of clips of any length, some at a time: a GRU takes as long for one as for a few."""
+        for at in range(0, len(mels), n_clip):
+            some = mels[at:at + n_clip]
+            z = self.place(padded(some, max(map(len, some))))[0]
+            yield from (row[:len(mel)] for row, mel in zip(z, some))
 
-    def look(self, mel):
-        """(n_frame * PATCH, n_mel) -> (n_frame, (PATCH + 2 CONTEXT) * n_mel), patches with their context."""
-        padded = F.pad(mel.T[None], (CONTEXT, CONTEXT), mode='replicate')[0].T
-        return padded.unfold(0, PATCH + 2 * CONTEXT, PATCH).flatten(1)
-
-    def embed(self, mel):
-        """(n_frame * PATCH, n_mel) -> (n_frame, n_dim + 1): the network's narrow layer, and loudness."""
-        return self.place(self.look(mel), mel.exp().sum(1).log().view(-1, PATCH).mean(1, keepdim=True))
-
-    def place(self, look, loud):
-        """What look returns, and the log power of each patch's middle (n_frame, 1) -> what embed returns"""
-        a = self.arrays
-        x = (look - a['mean']) / a['std']
-        x = F.relu(F.linear(x, a['0.weight'], a['0.bias']))
-        x = F.relu(F.linear(x, a['1.weight'], a['1.bias']))
-        x = F.linear(x, a['2.weight'], a['2.bias'])
-        return torch.cat([x, a['loudness'] * loud], 1)
+    def encode_power(self, powers):
+        """Clips of power (n_frame * PATCH, n_mel) -> [uint16 (n_frame,)]"""
+        mels = [look_at_clip(power) for power in powers]
+        return [nearest(z, self.arrays['centre']).numpy().astype(np.uint16) for z in self.place_many(mels)]
 
     def encode(self, wave):
         """float32 (n_sample,) at 16 kHz -> uint16 (ceil(n_sample / 640),)"""
-        if len(wave) == 0:
-            return np.empty(0, np.uint16)
-        return nearest(self.embed(self.log_mel(wave)), self.arrays['centre']).numpy().astype(np.uint16)
+        return self.encode_many([wave])[0]
 
     def encode_many(self, waves):
-        return [self.encode(wave) for wave in waves]
+        codes = iter(self.encode_power([spectrum(wave) @ self.filters for wave in waves if len(wave)]))
+        return [next(codes) if len(wave) else np.empty(0, np.uint16) for wave in waves]
 
     def decode(self, codes):
         """uint16 (n_frame,) -> float32 (n_frame * 640,)"""
@@ -142,66 +203,54 @@ class MelCodec:
         return power.sqrt().numpy()
 
     @classmethod
-    def fit(cls, waves, labels, voice, n_codes=512, n_dim=24, width=256, n_epoch=6, loudness=0.6, seed=0):
+    def fit(cls, powers, labels, voice, n_codes=512, n_dim=24, width=192, n_epoch=5, seed=0):
         """
-        waves: clips of many voices. labels: the phoneme of each of their 40 ms, as integers, 0 is silence.
-        voice: for each clip, whether it is the voice that decode should have.
+        powers: clips of many voices, (n_frame * PATCH, n_mel). labels: what is said in each of their 40 ms,
+        as integers (n_frame, n_label): the phoneme, 0 is silence; and what else should be told, such as the
+        word. voice: for each clip, whether it is the voice that decode should have.
         """
-        rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-        self = cls({'centre': torch.zeros(n_codes, n_dim + 1)}, [])
-        mels = [self.log_mel(wave) for wave in waves]
-        x = torch.cat([self.look(mel) for mel in mels])
-        y = torch.as_tensor(np.concatenate(labels))
-        a = self.arrays = {'mean': x.mean(0), 'std': x.std(0), 'loudness': torch.tensor(loudness)}
-        x = (x - a['mean']) / a['std']
-        sizes = (x.shape[1], width, width, n_dim, int(y.max()) + 1)
-        net = []
-        for n_in, n_out in zip(sizes, sizes[1:]):
-            net += [(torch.randn(n_out, n_in, generator=generator) * (2 / n_in) ** 0.5).requires_grad_(),
-                    torch.zeros(n_out, requires_grad=True)]
-        n_step, batch = n_epoch * len(x) // 512, 512
-        optimiser = torch.optim.AdamW(net, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=n_step)
-        for _ in range(n_step):
-            rows = torch.randint(len(x), (batch,), generator=generator)
-            h = x[rows] + 0.1 * torch.randn(batch, x.shape[1], generator=generator)
-            for i in (0, 2, 4, 6):
-                h = F.linear(h, net[i], net[i + 1])
-                h = F.relu(h) if i < 4 else h
-            loss = F.cross_entropy(h, y[rows], label_smoothing=0.1)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-        for i in range(3):
-            a[f'{i}.weight'], a[f'{i}.bias'] = net[2 * i].detach(), net[2 * i + 1].detach()
-
-        mel = torch.cat(mels)
-        z = torch.cat([self.embed(clip) for clip in mels])
-        keep = (y > 0) | (torch.rand(len(y), generator=generator) < 0.2)    # silence needs few codes
-        a['centre'] = kmeans(z[keep], n_codes, rng)
+        mels = [look_at_clip(power) for power in powers]
+        labels = [torch.as_tensor(label) for label in labels]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = learn(mels, labels, Network(width, n_dim), n_epoch)
+        a = {f'network.{key}': x for key, x in network.state_dict().items()}
+        a |= {'loudness': torch.tensor(0.6), 'centre': torch.zeros(n_codes, n_dim + 1)}
+        self, rng = cls(a, []), np.random.default_rng(seed)
+        z, phoneme = torch.cat(list(self.place_many(mels))), torch.cat(labels)[:, 0]
+        # silence needs few codes
+        keep = rng.permutation(np.flatnonzero((phoneme > 0).numpy() | (rng.random(len(phoneme)) < 0.2)))
+        a['centre'] = kmeans(z[keep[:400 * n_codes]], n_codes, rng)
         code = nearest(z, a['centre'])
-        mine = torch.as_tensor(np.repeat(voice, [len(label) for label in labels]))
-        mean = torch.zeros(n_codes, PATCH * N_MEL)
+        mine = torch.as_tensor(np.repeat(voice, [len(mel) for mel in mels]))
+        patches = torch.cat([mel[:, :PATCH] for mel in mels])
+        mean = torch.zeros(n_codes, PATCH, N_MEL)
         for rows in torch.ones_like(mine), mine:    # all voices; where decode's has the code, that one alone
-            count = torch.bincount(code[rows], minlength=n_codes)[:, None]
-            total = torch.zeros_like(mean).index_add_(0, code[rows], mel.view(-1, PATCH * N_MEL)[rows])
+            count = torch.bincount(code[rows], minlength=n_codes)[:, None, None]
+            total = torch.zeros_like(mean).index_add_(0, code[rows], patches[rows])
             mean = torch.where(count > 0, total / count.clamp(min=1), mean)
-        mean = mean.view(n_codes, PATCH, N_MEL)
-        patch = mean.clone().requires_grad_()
-        optimiser = torch.optim.Adam([patch], lr=0.1)
-        # nudge what a code sounds like until it is heard as that code, in that voice's sentences
-        for _ in range(30):
-            distance = torch.cdist(self.embed(patch[code[mine]].flatten(0, 1)), a['centre']) ** 2
-            loss = F.cross_entropy(-2 * distance, code[mine]) + 0.1 * F.mse_loss(patch, mean)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        a['patch'] = patch.detach()
+        each = code.split([len(mel) for mel in mels])
+        a['patch'] = self.nudge(mean, [codes for codes, is_mine in zip(each, voice) if is_mine])
         count = torch.bincount(code, minlength=n_codes)
-        quiet = torch.zeros(n_codes).index_add_(0, code, (y == 0).float()) > 0.5 * count
+        quiet = torch.zeros(n_codes).index_add_(0, code, (phoneme == 0).float()) > 0.5 * count
         digital_silence = self.encode(np.zeros(self.sample_rate))
         return cls(a, np.union1d(np.flatnonzero(quiet.numpy()), digital_silence))
+
+    def nudge(self, mean, clips, n_step=30):
+        """What a code sounds like, moved until it is heard as that code in the voice's sentences (codes)"""
+        patch, longest = mean.clone().requires_grad_(), max(map(len, clips))
+        code = padded(clips, longest)
+        optimiser = torch.optim.Adam([patch], lr=0.1)
+        for _ in range(n_step):
+            hops = patch[code].flatten(1, 2)        # (n_clip, longest * PATCH, n_mel)
+            hops = torch.cat([hops, hops[:, -1:].expand(-1, CONTEXT, -1)], 1)
+            z = self.place(hops.unfold(1, PATCH + CONTEXT, PATCH).transpose(2, 3))[0]
+            distance = torch.cdist(z.flatten(0, 1), self.arrays['centre']) ** 2
+            loss = F.cross_entropy(-2 * distance, code.flatten()) + 0.1 * F.mse_loss(patch, mean)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        return patch.detach()
 
     def save(self, folder):
         os.makedirs(folder, exist_ok=True)
@@ -218,79 +267,75 @@ class MelCodec:
         return self
 
 
-class RunningLevel:
-    """
-    How loud somebody speaks, as log_mel has it of a clip, but of what was heard so far: the mean of the
-    loudest 20 dB of the last 10 s of sound. Sound is what is 6 dB above the noise, so a pause of any length,
-    however noisy, leaves the level as it is. Before anything is heard it is 10 dB below that of espeak-ng's
-    voices, which suits talkers from 20 dB below to 20 dB above them. This start counts as 30 ms of sound, and
-    as nothing once there was 1 s.
-    """
-    start, quiet = TYPICAL / 10, TYPICAL / 1e4      # 40 dB below espeak-ng nobody speaks
-    sound_db, rise_db_sec, n_hop = 6.0, 3.0, 1000   # the noise is the lowest power; it may rise by 3 dB/s
-
-    def __init__(self):
-        self.heard, self.noise, self.level = [], np.inf, self.start
-
-    def hear(self, loud):
-        """power of a few hops, summed over the bands"""
-        for power in loud.tolist():
-            self.noise = max(self.quiet, min(power, self.noise * 10 ** (self.rise_db_sec * HOP / 16000 / 10)))
-            # A bang counts as 10 dB above the level, as loud vowels are,
-            # lest all else seem silent beside it; but at first a level that is too low has to rise at once
-            if power > self.noise * 10 ** (self.sound_db / 10):
-                self.heard.append(min(power, (10 if len(self.heard) >= 100 else 100) * self.level))
-        if self.heard:
-            del self.heard[:-self.n_hop]
-            speech = np.array(self.heard)
-            speech = speech[speech >= 0.01 * speech.max()]
-            weight = 3 * max(0, 1 - len(speech) / 100)
-            self.level = (speech.sum() + weight * self.start) / (len(speech) + weight)
+def learn(mels, labels, network, n_epoch, batch=24):
+    """The network, trained to name what is said: one linear layer a label on top of its narrowest one."""
+    everything = torch.cat([mel[:, 0] for mel in mels])
+    network.mean.copy_(everything.mean(0)), network.std.copy_(everything.std(0))
+    sizes = torch.cat(labels).amax(0) + 1
+    heads = torch.nn.ModuleList(torch.nn.Linear(network.narrow.out_features, int(n)) for n in sizes)
+    parameters = [*network.parameters(), *heads.parameters()]
+    n_step = max(200, n_epoch * -(-len(mels) // batch))
+    optimiser = torch.optim.AdamW(parameters, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=n_step)
+    by_length = torch.tensor([len(mel) for mel in mels]).argsort()
+    for _ in tqdm(range(n_step), desc='fitting the codec', unit='step', mininterval=1):
+        # clips of about the same length, so that little of a batch is filling
+        at = int(torch.randint(len(mels), ()))
+        rows = by_length[max(0, at - 2 * batch):at + 2 * batch]
+        rows = rows[torch.randperm(len(rows))[:batch]].tolist()
+        n = max(len(mels[i]) for i in rows)
+        x, _ = network(padded([mels[i] for i in rows], n))
+        real = torch.arange(n) < torch.tensor([len(mels[i]) for i in rows])[:, None]
+        y = padded([labels[i] for i in rows], n)[real]
+        loss = sum(F.cross_entropy(head(x[real]), named, label_smoothing=0.1)
+                   for head, named in zip(heads, y.T))
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        schedule.step()
+    return network.eval().requires_grad_(False)
 
 
 class MelStream:
     """
-    MelCodec.encode as the samples come (streaming.py). A code is sure 87.5 ms after the end of its 40 ms: the
-    80 ms that the network looks ahead, and what a window has more than its hop. encode brings a whole clip to
-    its level; here the clip has no end yet, and RunningLevel takes its place. Nothing else is different.
+    MelCodec.encode as the samples come (streaming.py), with the same codes but for rounding. A code is sure
+    87.5 ms after the end of its 40 ms: the 80 ms that the network looks ahead, and what a window has more
+    than its hop.
     """
     lookahead_sec = (CONTEXT * HOP + SIDE) / MelCodec.sample_rate
 
     def __init__(self, codec):
-        self.codec, self.level = codec, RunningLevel()
-        self.wave, self.n_sample, self.n_code = np.zeros(SIDE, np.float32), 0, 0
-        self.power = None       # of the last PATCH + 2 CONTEXT hops
+        self.codec, self.level, self.state = codec, START, None
+        self.wave, self.n_sample = np.zeros(SIDE, np.float32), 0
+        self.power = torch.empty(0, N_MEL)      # of the hops from the next code's first on
 
     def push(self, samples):
         self.wave = np.concatenate([self.wave, np.asarray(samples, np.float32)])
         self.n_sample += len(samples)
-        codes, n = [], PATCH * HOP
-        while len(self.wave) >= n + 2 * SIDE:       # always four hops at once, so rounding is always the same
-            power = self.codec.power(torch.from_numpy(self.wave[:n + 2 * SIDE]))
-            self.wave = self.wave[n:]
-            self.level.hear(power.sum(1))
-            codes += self.look(power)
-        return np.array(codes, np.uint16)
+        n_hop = (len(self.wave) - 2 * SIDE) // HOP
+        if n_hop < 1:
+            return np.empty(0, np.uint16)
+        power = hops(torch.from_numpy(self.wave[:n_hop * HOP + 2 * SIDE])) @ self.codec.filters
+        self.wave = self.wave[n_hop * HOP:]
+        return self.codes(power)
 
-    def look(self, power):
-        """The next four hops -> [the code of the four that now have their context]"""
-        if self.power is None:
-            self.power = power[:1].expand(CONTEXT, -1)
-        self.power = torch.cat([self.power, power])[-(PATCH + 2 * CONTEXT):]
-        if len(self.power) < PATCH + 2 * CONTEXT:
-            return []
-        mel = (self.power / self.level.level + FLOOR).log()
-        loud = mel[CONTEXT:CONTEXT + PATCH].exp().sum(1).log().mean()
-        self.n_code += 1
-        return nearest(self.codec.place(mel.T.reshape(1, -1), loud.view(1, 1)),
-                       self.codec.arrays['centre']).tolist()
+    def codes(self, power):
+        """The next hops -> the codes that now have their context"""
+        self.power = torch.cat([self.power, power])
+        n_code = (len(self.power) - CONTEXT) // PATCH
+        if n_code < 1:
+            return np.empty(0, np.uint16)
+        mel, self.level = look(self.power[:n_code * PATCH + CONTEXT], self.level)
+        self.power = self.power[n_code * PATCH:]
+        z, self.state = self.codec.place(mel[None], self.state)
+        return nearest(z[0], self.codec.arrays['centre']).numpy().astype(np.uint16)
 
     def finish(self):
-        n_frame = -(-self.n_sample // (PATCH * HOP))
-        codes = self.push(np.zeros(n_frame * PATCH * HOP - self.n_sample + SIDE)).tolist() if n_frame else []
-        while self.n_code < n_frame:
-            codes += self.look(self.power[-1:].expand(PATCH, -1))
-        return np.array(codes, np.uint16)
+        if self.n_sample == 0:
+            return np.empty(0, np.uint16)
+        last = self.push(np.zeros(-self.n_sample % (PATCH * HOP) + SIDE))
+        return np.concatenate([last, self.codes(self.power[-1:].expand(CONTEXT, -1))])
 
 
 class MelSpeaker:
@@ -303,7 +348,8 @@ class MelSpeaker:
     lookahead_sec = SIDE / MelCodec.sample_rate
 
     def __init__(self, codec):
-        self.spectra, self.window, self.rng = codec.spectra, codec.window.numpy(), np.random.default_rng(0)
+        self.spectra, self.window = codec.spectra, torch.hann_window(WINDOW).numpy()
+        self.rng = np.random.default_rng(0)
         self.target = np.empty((0, N_FFT // 2 + 1), np.float32)     # amplitudes, a row a hop
         self.phase = self.target.astype(np.complex64)               # of length 1
         # sum of overlapping windows, and of their weights, from the first sample on that is not out

@@ -3,7 +3,7 @@ import os
 
 import numpy as np
 
-from codec.mel import MelCodec
+from codec.mel import MelCodec, mel_filters, spectrum
 from data.dialogues import save_dialogues
 from vocabulary import BYTE_OF_CHAR, QWEN2_PATTERN, Vocabulary
 
@@ -47,10 +47,10 @@ def hum(pitch_hz, n_sec, rate=16000, seed=0):
 
 def make_codec():
     """A MelCodec of 32 codes that tells six hums from silence."""
-    waves, labels = [], []
+    powers, labels = [], []
     for i in range(24):
         silence = 1e-3 * np.random.default_rng(i).standard_normal(8000)
         wave = np.concatenate([silence, hum(100 + 40 * (i % 6), 1.0, seed=i)])
-        waves.append(wave.astype(np.float32))
-        labels.append(np.repeat([0, 1 + i % 6], [12, 26]))
-    return MelCodec.fit(waves, labels, np.ones(24, bool), n_codes=32, width=32, n_dim=8)
+        powers.append(spectrum(wave) @ mel_filters(16000) * 10 ** np.random.default_rng(i).uniform(-2.5, 0.5))
+        labels.append(np.repeat([[0], [1 + i % 6]], [12, 26], axis=0))
+    return MelCodec.fit(powers, labels, np.ones(24, bool), n_codes=32, width=32, n_dim=8)

@@ -106,14 +106,14 @@ class Espeak:
             style['size'] = float(np.exp(rng.uniform(np.log(0.84), np.log(1.4))))
         return style
 
-    def say(self, text, voice, rate=170, pitch=50, pitch_range=50, size=1.0):
+    def say(self, text, voice, rate=170, pitch=50, pitch_range=50, size=1.0, accent='en-us'):
         """-> wave at 16 kHz without silence around it, words and phonemes as lists of (text, start sample).
         rate: words a minute. size: a factor on all frequencies, at the same speed, as if the speaker were
-        smaller (above 1) or larger."""
+        smaller (above 1) or larger. accent: one of espeak-ng's for English."""
         import soxr
         if voice not in espeak_variants():
             raise ValueError(f'espeak-ng has no voice {voice!r}; there are {some(espeak_variants())}')
-        language = 'cmn' if re.search(f'[{HAN}]', text) else 'en-us'
+        language = 'cmn' if re.search(f'[{HAN}]', text) else accent
         with self.lock:
             if self.forgets:        # nothing else resets the library, not even espeak_Terminate
                 self.lib.espeak_Terminate()

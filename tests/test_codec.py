@@ -37,8 +37,9 @@ def test_a_code_for_each_40_ms_begun(small_codec, n_sample):
 
 
 def test_codes_do_not_depend_on_gain(small_codec):
-    wave = np.concatenate([np.zeros(8000, np.float32), hum(180, 1.0)])
-    assert (small_codec.encode(wave) == small_codec.encode(0.1 * wave)).mean() > 0.95
+    """Of those who are louder than what the level begins with."""
+    wave = 3 * np.concatenate([np.zeros(8000, np.float32), hum(180, 1.0)])
+    assert (small_codec.encode(wave) == small_codec.encode(10 * wave)).mean() > 0.9
 
 
 def test_silence_is_known(small_codec):

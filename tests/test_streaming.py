@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codec.mel import TYPICAL, RunningLevel
-from common.levels import is_silent
+from codec.mel import N_MEL, START, TYPICAL, look
 from data.made_up import hum
 
 KINDS = 'mel', 'snac', 'mimi', 'dac', 'v2_25hz'
@@ -73,14 +72,11 @@ def test_no_seams(codecs, kind, sizes):
 
 
 def test_codes_of_the_whole(codec):
-    """SNAC, DAC and Mimi: all of them. The demo's codec knows the level late; CosyVoice's hears little of
-    what comes later, and with random weights that changes many codes."""
+    """All of them, but CosyVoice's: it hears little of what comes later, and with random weights that changes
+    many codes."""
     wave = sound(codec, 4)
     live, whole = np.concatenate(push(codec.stream(), wave)), codec.encode(wave)
-    silent = is_silent(live, codec.silence_codes) & is_silent(whole, codec.silence_codes)
-    same = (live == whole).reshape(len(whole), -1).all(1) | silent
-    assert same.mean() >= dict(mel=0.9, s3=0.4).get(codec.name, 0.99)
-    assert same[len(same) // 2:].mean() >= dict(s3=0.4).get(codec.name, 0.98)
+    assert (live == whole).mean() >= dict(s3=0.4).get(codec.name, 0.99)
 
 
 @pytest.mark.slow
@@ -118,7 +114,7 @@ def test_the_demo_speaks_at_once(small_codec):
     parts = [*map(speaker.push, (codes[:1], codes[1:])), speaker.finish()]
     assert [len(part) for part in parts] == [640 - 120, 640 * len(codes) - 640, 120]
     wave = np.pad(np.concatenate(parts), 120) / (0.5 * TYPICAL ** 0.5)
-    frames = np.lib.stride_tricks.sliding_window_view(wave, 400)[::160] * small_codec.window.numpy()
+    frames = np.lib.stride_tricks.sliding_window_view(wave, 400)[::160] * np.hanning(401)[:-1]
     want = small_codec.spectra[codes].reshape(-1, 257)
     error = np.abs(np.fft.rfft(frames, 512)) - want
     assert 10 * np.log10((want ** 2).sum() / (error ** 2).sum()) > 10.5
@@ -133,42 +129,23 @@ def test_short_waves(codec, n_sample):
         assert np.concatenate(push(codec.speak(), codes)).shape == codec.decode(codes).shape
 
 
-def test_a_known_level(small_codec, monkeypatch):
-    """The level is all that the demo's stream has to guess: told it, it gives the codes of the whole."""
-    wave = sound(small_codec, 4)
-    loud = np.exp(small_codec.log_mel(wave).numpy()).sum(1)         # over the clip's level
-    padded = np.pad(wave, (120, -len(wave) % 640 + 120))
-    power = small_codec.power(torch.as_tensor(padded)).sum(1).numpy()
-    level = float(np.median(power[loud > 0.1] / loud[loud > 0.1]))
-    monkeypatch.setattr(RunningLevel, 'start', level)
-    monkeypatch.setattr(RunningLevel, 'hear', lambda self, loud: None)
-    live = np.concatenate(push(small_codec.stream(), wave))
-    assert (live == small_codec.encode(wave)).mean() > 0.99
-
-
-def level_of(powers, level=None):
-    level = level or RunningLevel()
-    for block in torch.as_tensor(powers, dtype=torch.float64).split(4):
-        level.hear(block)
-    return level
+def level_of(powers, level=START):
+    """The level in dB below espeak-ng's voices after hops of these powers"""
+    power = torch.as_tensor(np.append(powers, np.zeros(8)), dtype=torch.float32)
+    return 10 / np.log(10) * (look(power[:, None] / N_MEL * torch.ones(N_MEL), level)[1] - np.log(TYPICAL))
 
 
 def test_running_level():
-    """One second of speech at any level is enough; neither a pause nor a bang changes it."""
-    rng = np.random.default_rng(0)
-    for gain in (0.1, 1, 10):
-        def noise(n, gain=gain):
-            return 1e-3 * gain * TYPICAL * rng.uniform(0.8, 1.2, n)
-        speech = gain * TYPICAL * 10 ** rng.uniform(-1, 0.5, 100)
-        known = level_of(np.concatenate([noise(100), speech]))
-        assert known.level == pytest.approx(speech.mean(), rel=0.05)
-        level = known.level
-        assert level_of(noise(6000), known).level == level                  # a minute
-        assert level_of(np.zeros(400), known).level == level
-        assert level_of(np.full(8, 1e4 * level), known).level < 4 * level   # 80 ms of a bang
-        quieter = level_of(np.concatenate([noise(20) / 10, speech / 10] * 11), known).level
-        assert quieter == pytest.approx(speech.mean() / 10, rel=0.1)        # 11 s of another talker
-        assert level_of(noise(1000)).level == RunningLevel.start            # nobody has spoken
+    """A tenth of a second at any level is enough; it falls by 1 dB a second, and a bang changes nothing."""
+    assert level_of(np.full(4, 1e-3)) == pytest.approx(-10.04)     # nobody has spoken; 40 ms
+    for gain_db in (-5, 0, 10):
+        speech = np.full(20, TYPICAL * 10 ** (gain_db / 10))
+        assert level_of(speech) == pytest.approx(gain_db - 0.08, abs=0.01)    # 80 ms of silence follow
+        pause = level_of(np.append(speech, np.zeros(300)))
+        assert pause == pytest.approx(gain_db - 3.08, abs=0.05)
+        bang = np.concatenate([speech, np.zeros(20), 1e4 * speech[:8], np.zeros(20)])
+        assert level_of(bang) == pytest.approx(gain_db - 0.56, abs=0.1)
+    assert level_of(np.zeros(10000)) == pytest.approx(-30)
 
 
 @pytest.mark.slow

@@ -27,10 +27,11 @@ import tokenizers
 import torch
 from tqdm import tqdm
 
-from codec.mel import MelCodec
+from codec.mel import HOP, PATCH, TYPICAL, MelCodec, mel_filters, spectrum
 from common.audio import write_audio
 from common.files import read_json, write_json
 from data.dialogues import save_dialogues
+from data.people import CMU, People, Speaker, heard, noise, stretch
 from data.tts import SAMPLE_RATE, TEST_VOICES, VAL_VOICES, Espeak, add_noise, noises, train_voices
 from vocabulary import QWEN2_PATTERN
 
@@ -39,7 +40,7 @@ SEED = 1
 N_DIALOGUE = 4000         # to train on
 N_HELD_OUT = {'val': 40, 'test': 100}       # dialogues in the other splits
 N_UTTERANCE = 4000        # one-sided, to train on in the alignment stage alone
-N_CLIP = 1600             # that the codec is fitted on
+N_CLIP = 6000             # that the codec is fitted on
 N_CODES = 512
 REACTION = 3              # frames of silence after which the assistant knows that the user has ended: 120 ms
 # fixed, whatever the machine: what espeak-ng says (its noises aside) is the same only if a fresh process says
@@ -84,6 +85,57 @@ def pick_question(rng):
 
 ASSISTANT, ASSISTANT_RATE = 'f1', 200
 TRAIN_VOICES = [voice for voice in train_voices() if voice != ASSISTANT]
+ACCENTS = ['en-us'] * 4 + ['en', 'en-gb-x-rp', 'en-gb-scotland', 'en-us-nyc', 'en-029', 'en-gb-x-gbclan']
+SENTENCES = QUESTIONS + sorted(set(ANSWERS.values()))
+# what the codec learns to name
+PHONEMES = ['SIL'] + sorted({*map(' '.join, CMU.values())} - {'SIL'})
+WORDS = [''] + sorted({word.strip('.,?').lower() for text in SENTENCES for word in text.split()})
+
+
+class TrainingVoice:
+    """
+    A user to learn from: one of espeak-ng's voices, or the same words and times by a person from an acoustic
+    model; either as another speaker would say it (data/people.py). Its sound is a spectrum, a row each 10 ms.
+    """
+    unit = PATCH        # rows in a frame
+
+    def __init__(self, espeak, people, voice, rng):
+        self.espeak, self.people, self.voice, self.rng = espeak, people, voice, rng
+        self.style = Espeak.style(rng) | {'accent': ACCENTS[rng.integers(len(ACCENTS))]}
+        self.person = people.person(rng) if rng.random() < 0.5 else None
+        self.speaker = Speaker(rng, (0.75, 1.3) if self.person is None else (0.85, 1.18))
+
+    def say(self, text):
+        """-> power (n_hop, n_bin), words and phonemes as lists of (text, first hop)"""
+        wave, words, phonemes = self.espeak.say(text, self.voice, **self.style)
+        words, phonemes = ([(name, start // HOP) for name, start in part] for part in (words, phonemes))
+        if self.person is None:
+            power = spectrum(wave).numpy()
+        else:
+            power = self.people.say(phonemes, -(-len(wave) // HOP), self.person, self.rng)
+        power, marks = stretch(power, [start for _, start in words + phonemes], self.rng)
+        names = [name for name, _ in words + phonemes]
+        marked = list(zip(names, marks.tolist()))
+        return self.speaker.says(power, self.rng), marked[:len(words)], marked[len(words):]
+
+    def record(self, power, speech):
+        return heard(power, self.rng)
+
+
+class UnheardVoice:
+    """A user to test with: one of espeak-ng's voices that are used nowhere else, over noise. A wave."""
+    unit = FRAME        # samples in a frame
+
+    def __init__(self, espeak, voice, rng):
+        self.espeak, self.voice, self.rng = espeak, voice, rng
+        self.style = Espeak.style(rng, vary_size=False)
+
+    def say(self, text):
+        return self.espeak.say(text, self.voice, **self.style)
+
+    def record(self, wave, speech):
+        level = np.mean(np.concatenate(speech) ** 2)
+        return spectrum(with_noise(wave, self.rng, self.rng.uniform(15, 50), level)).numpy()
 
 
 def with_noise(wave, rng, snr_db, level):
@@ -96,37 +148,45 @@ def with_noise(wave, rng, snr_db, level):
     return add_noise(wave, noise[at:at + len(wave)], snr_db, level)
 
 
-def word_list(words, first_frame, end_frame):
-    starts = [min(first_frame + start // FRAME, end_frame) for _, start in words] + [end_frame]
+def word_list(words, first, unit, end_frame):
+    """first: where the speech begins. That and the words' starts are in units, the result in frames."""
+    starts = [min((first + start) // unit, end_frame) for _, start in words] + [end_frame]
     return [dict(text=text, start=a, end=max(a, b)) for (text, _), a, b in zip(words, starts, starts[1:])]
 
 
-def codec_clips(espeak, rng, n_clip):
-    """-> waves; for each the phonemes as integers, one every 40 ms, 0 is silence; for each whether it is the
-    assistant who speaks"""
-    sentences = QUESTIONS + sorted(set(ANSWERS.values()))
-    jobs = [(TRAIN_VOICES[i % len(TRAIN_VOICES)], sentences[rng.integers(len(sentences))])
-            for i in range(n_clip)]
-    jobs += [(ASSISTANT, text) for text in sentences]
-    number = {'_': 0, '_:': 0}
-    waves, labels = [], []
-    for voice, text in tqdm(jobs, desc='codec clips', unit='clip', mininterval=1):
-        mine = voice == ASSISTANT
-        style = {'rate': ASSISTANT_RATE} if mine else Espeak.style(rng)
-        speech, _, phonemes = espeak.say(text, voice, **style)
-        before, after = rng.integers(SAMPLE_RATE // 20, SAMPLE_RATE // 2, 2)
-        wave = np.pad(speech, (before, after))
-        if not mine:
-            wave = with_noise(wave, rng, rng.uniform(15, 50), np.mean(speech ** 2))
-        start = np.array([0, *(before + at for _, at in phonemes), before + len(speech)])
-        label = np.array([0, *(number.setdefault(name, len(number) - 1) for name, _ in phonemes), 0])
-        middle = np.arange(-(-len(wave) // FRAME)) * FRAME + FRAME // 2
-        waves.append(wave)
-        labels.append(label[np.searchsorted(start, middle, side='right') - 1])
-    for _ in range(20):     # nobody speaks
-        waves.append(with_noise(np.zeros(SAMPLE_RATE, dtype=np.float32), rng, 0, 1e-4))
-        labels.append(np.zeros(25, dtype=np.int64))
-    return waves, labels, np.array([voice == ASSISTANT for voice, _ in jobs] + [False] * 20)
+def labels_of(n_hop, words, phonemes, end):
+    """The phoneme and the word in the middle of each 40 ms, (n_frame, 2), from lists of (text, first hop)"""
+    spoken = [(PHONEMES.index(' '.join(CMU[name])), at) for name, at in phonemes]
+    # espeak-ng runs words together now and then: "I am" is one
+    meant = [(WORDS.index(text.split()[0].strip('.,?').lower()), at) for text, at in words]
+    middle, columns = np.arange(n_hop // PATCH) * PATCH + PATCH // 2, []
+    for numbered in spoken, meant:
+        start = np.array([0] + [at for _, at in numbered] + [end])
+        label = np.array([0] + [number for number, _ in numbered] + [0])
+        columns.append(label[np.searchsorted(start, middle, side='right') - 1])
+    return np.stack(columns, 1)
+
+
+def make_clip(espeak, people, rng, i):
+    """-> power (n_frame * PATCH, n_bin), labels (n_frame, 2). The first clips are the assistant's sentences,
+    as they are; then come users; now and then nobody speaks."""
+    before, after = rng.integers(5, 50, 2)
+    if i < len(SENTENCES):
+        speech, words, phonemes = espeak.say(SENTENCES[i], ASSISTANT, ASSISTANT_RATE)
+        wave = np.pad(speech, (before * HOP, after * HOP))
+        words, phonemes = ([(name, start // HOP) for name, start in part] for part in (words, phonemes))
+        power, n_hop = spectrum(wave).numpy(), len(speech) // HOP
+    elif i % 100 == 0:
+        power = noise(100, TYPICAL * 10 ** rng.uniform(-5, -1), 0, rng)
+        words, phonemes, n_hop = [], [], 0
+    else:
+        voice = TrainingVoice(espeak, people, TRAIN_VOICES[i % len(TRAIN_VOICES)], rng)
+        power, words, phonemes = voice.say(SENTENCES[rng.integers(len(SENTENCES))])
+        n_hop = len(power)
+        power = np.pad(power, ((before, after + -(before + n_hop + after) % PATCH), (0, 0)))
+        power = voice.record(power, None)
+    words, phonemes = ([(name, before + at) for name, at in part] for part in (words, phonemes))
+    return power, labels_of(len(power), words, phonemes, before + n_hop)
 
 
 def render_answers(espeak, codec):
@@ -139,88 +199,120 @@ def render_answers(espeak, codec):
     return answers
 
 
-def make_dialogue(espeak, codec, answers, silence, rng, voice, vary_size):
+def make_dialogue(voice, answers, silence, rng):
     """One user, who asks as many questions as fit, usually two. Some dialogues are quiet: one question
     somewhere in a long silence, in which nobody may speak."""
+    unit = voice.unit
     is_quiet = rng.random() < 0.07
     start_sec = rng.uniform(0.1, 3.5) if is_quiet else max(0.1, rng.normal(0.35, 0.1))
     speech, turns = [], []
-    start = int(start_sec * SAMPLE_RATE)                # of the next question, in samples
+    start = int(start_sec * 25 * unit)                  # of the next question, in units
     barge_in = 1 if rng.random() < 0.2 else None        # number of the answer that the user interrupts
-    style = Espeak.style(rng, vary_size)
     assistant = np.full(MAX_FRAME, silence, dtype=np.uint16)
     n_frame = 0
     while True:
         question = pick_question(rng)
-        wave, words, _ = espeak.say(question, voice, **style)
+        said, words, _ = voice.say(question)
         if rng.random() < 0.1:      # hesitates before a word
             cut = words[rng.integers(1, len(words))][1]
-            pause = int(rng.uniform(0.2, 0.5) * SAMPLE_RATE)
-            wave = np.concatenate([wave[:cut], np.zeros(pause, dtype=np.float32), wave[cut:]])
+            pause = int(rng.uniform(0.2, 0.5) * 25 * unit)
+            said = np.concatenate([said[:cut], np.zeros((pause, *said.shape[1:]), np.float32), said[cut:]])
             words = [(text, at + pause * (at >= cut)) for text, at in words]
         answer = ANSWERS[question]
         codes, answer_words = answers[answer]
-        first, end = start // FRAME, -(-(start + len(wave)) // FRAME)
+        first, end = start // unit, -(-(start + len(said)) // unit)
         answer_start, answer_end = end + REACTION, end + REACTION + len(codes)
         if answer_end + 5 > MAX_FRAME or (is_quiet and turns):
             break
         if turns and turns[-1]['end'] > first:      # the user has barged in, the assistant notices
-            said = turns[-1]
-            stop = min(said['end'], first + int(rng.uniform(0.2, 0.4) * 25))
-            said['words'] = [word | {'end': min(word['end'], stop)}
-                             for word in said['words'] if word['start'] < stop]
-            said['text'] = ' '.join(word['text'] for word in said['words'])
-            said['end'] = stop
+            cut_off = turns[-1]
+            stop = min(cut_off['end'], first + int(rng.uniform(0.16, 0.32) * 25))
+            cut_off['words'] = [word | {'end': min(word['end'], stop)}
+                                for word in cut_off['words'] if word['start'] < stop]
+            cut_off['text'] = ' '.join(word['text'] for word in cut_off['words'])
+            cut_off['end'] = stop
             assistant[stop:] = silence
-        speech.append((start, wave))
+        speech.append((start, said))
         turns.append(dict(role='user', start=first, end=end, text=question,
-                          words=word_list(words, first, end)))
+                          words=word_list(words, start, unit, end)))
         turns.append(dict(role='assistant', start=answer_start, end=answer_end, text=answer,
-                          words=word_list(answer_words, answer_start, answer_end)))
+                          words=word_list(answer_words, answer_start * FRAME, FRAME, answer_end)))
         assistant[answer_start:answer_end] = codes
         n_frame = answer_end
         if len(speech) == barge_in:
-            start = int((answer_start + rng.uniform(0.3, 0.8) * len(codes)) * FRAME)
+            start = int((answer_start + rng.uniform(0.3, 0.8) * len(codes)) * unit)
         else:
-            start = answer_end * FRAME + int(max(0.1, rng.normal(0.5, 0.15)) * SAMPLE_RATE)
-    assert turns, f'a question of {len(wave) / SAMPLE_RATE:.1f} s and its answer do not fit'
+            start = answer_end * unit + int(max(0.1, rng.normal(0.5, 0.15)) * 25 * unit)
+    assert turns, f'a question of {len(said) / unit / 25:.1f} s and its answer do not fit'
     n_frame = MAX_FRAME if is_quiet else min(MAX_FRAME, n_frame + int(rng.uniform(0.3, 1.0) * 25))
-    wave = np.zeros(n_frame * FRAME, dtype=np.float32)
+    sound = np.zeros((n_frame * unit, *said.shape[1:]), dtype=np.float32)
     for at, said in speech:
-        wave[at:at + len(said)] += said
-    level = np.mean(np.concatenate([said for _, said in speech]) ** 2)
-    return dict(user=codec.encode(with_noise(wave, rng, rng.uniform(15, 50), level)),
-                assistant=assistant[:n_frame], turns=turns)
+        sound[at:at + len(said)] += said
+    user = voice.record(sound, [said for _, said in speech])
+    return dict(user=user, assistant=assistant[:n_frame], turns=turns)
 
 
-def make_utterance(espeak, codec, rng, voice):
-    text = pick_question(rng)
-    speech, words, _ = espeak.say(text, voice, **Espeak.style(rng))
-    before = int(rng.uniform(0.1, 0.5) * SAMPLE_RATE)
-    wave = np.pad(speech, (before, SAMPLE_RATE // 5))
-    first, end = before // FRAME, -(-(before + len(speech)) // FRAME)
-    turn = dict(role='user', start=first, end=end, text=text, words=word_list(words, first, end))
-    codes = codec.encode(with_noise(wave, rng, rng.uniform(15, 50), np.mean(speech ** 2)))
-    return dict(user=codes, assistant=np.zeros(0, dtype=np.uint16), turns=[turn])
+def make_utterance(voice, rng):
+    text, unit = pick_question(rng), voice.unit
+    said, words, _ = voice.say(text)
+    before = int(rng.uniform(0.1, 0.5) * 25 * unit)
+    first, end = before // unit, -(-(before + len(said)) // unit)
+    sound = np.zeros(((end + 5) * unit, *said.shape[1:]), dtype=np.float32)
+    sound[before:before + len(said)] = said
+    turn = dict(role='user', start=first, end=end, text=text, words=word_list(words, before, unit, end))
+    return dict(user=voice.record(sound, [said]), assistant=np.zeros(0, dtype=np.uint16), turns=[turn])
 
 
-def work(number, folder, n_dialogue, n_utterance, results):
+def make_clips(number, n_clip, results):
+    """One process: every N_WORKER-th clip for the codec, in a fixed order."""
+    torch.set_num_threads(1)
+    espeak, people, filters = Espeak(), People(), mel_filters(SAMPLE_RATE).numpy()
+    for i in range(number, n_clip, N_WORKER):
+        power, labels = make_clip(espeak, people, np.random.default_rng([SEED, *b'clip', i]), i)
+        results.put((i, (power @ filters, labels)))
+
+
+def make_records(number, folder, n_dialogue, n_utterance, results):
     """One process: every N_WORKER-th record of every split, in a fixed order."""
     torch.set_num_threads(1)
-    espeak, codec = Espeak(), MelCodec.load(os.path.join(folder, 'codec'))
+    espeak, people, codec = Espeak(), People(), MelCodec.load(os.path.join(folder, 'codec'))
     answers = render_answers(espeak, codec)
     silence = codec.encode(np.zeros(FRAME))[0]
     for split, voices in ('test', TEST_VOICES), ('val', VAL_VOICES), ('train', TRAIN_VOICES):
         n_record = n_dialogue[split] + (n_utterance if split == 'train' else 0)
-        for i in range(number, n_record, N_WORKER):
-            rng = np.random.default_rng([SEED, *split.encode(), i])
-            voice = voices[i % len(voices)]
-            if i < n_dialogue[split]:
-                record = make_dialogue(espeak, codec, answers, silence, rng, voice,
-                                       vary_size=split == 'train')
-            else:
-                record = make_utterance(espeak, codec, rng, voice)
-            results.put((split, i, {'id': f'{split}-{i:05d}-{voice}', **record}))
+        mine = range(number, n_record, N_WORKER)
+        for some in (mine[at:at + 32] for at in range(0, len(mine), 32)):
+            made = []
+            for i in some:
+                rng, name = np.random.default_rng([SEED, *split.encode(), i]), voices[i % len(voices)]
+                voice = UnheardVoice(espeak, name, rng) if split != 'train' \
+                    else TrainingVoice(espeak, people, name, rng)
+                record = make_dialogue(voice, answers, silence, rng) if i < n_dialogue[split] \
+                    else make_utterance(voice, rng)
+                made.append({'id': f'{split}-{i:05d}-{name}', **record})
+            powers = [torch.from_numpy(record['user']) @ codec.filters for record in made]
+            for i, record, user in zip(some, made, codec.encode_power(powers)):
+                results.put(((split, i), record | {'user': user}))
+
+
+def in_processes(make, arguments, n_result, desc, unit):
+    """make(number, *arguments, results) in N_WORKER processes -> {key: result}"""
+    context = multiprocessing.get_context('spawn')
+    results = context.Queue()
+    workers = [context.Process(target=make, args=(i, *arguments, results), daemon=True)
+               for i in range(N_WORKER)]
+    for worker in workers:
+        worker.start()
+    found = {}
+    for _ in tqdm(range(n_result), desc=desc, unit=unit, mininterval=1):
+        while True:
+            try:
+                key, found[key] = results.get(timeout=5)
+                break
+            except queue.Empty:
+                if any(worker.exitcode for worker in workers):
+                    raise SystemExit('a worker process died; its message is above') from None
+    return found
 
 
 def train_bpe(folder):
@@ -271,30 +363,18 @@ def prepare(out, n_train_dialogue, n_utterance, n_clip):
     os.makedirs(out, exist_ok=True)
     if os.path.exists(marker):
         os.remove(marker)
-    espeak, rng = Espeak(), np.random.default_rng(SEED)
-    waves, labels, mine = codec_clips(espeak, rng, n_clip)
-    print(f'fitting the codec to {sum(map(len, waves)) / SAMPLE_RATE / 60:.0f} minutes of speech')
-    codec = MelCodec.fit(waves, labels, mine, n_codes=N_CODES)
+    clips = in_processes(make_clips, (n_clip,), n_clip, 'codec clips', 'clip')
+    powers, labels = zip(*(clips[i] for i in range(n_clip)))
+    is_mine = np.arange(n_clip) < len(SENTENCES)
+    codec = MelCodec.fit(list(map(torch.from_numpy, powers)), labels, is_mine, n_codes=N_CODES)
     codec.save(os.path.join(out, 'codec'))
     n_bpe = train_bpe(os.path.join(out, 'tokenizer'))
 
     n_dialogue = {'train': n_train_dialogue, **N_HELD_OUT}
-    context = multiprocessing.get_context('spawn')
-    results = context.Queue()
-    workers = [context.Process(target=work, args=(i, out, n_dialogue, n_utterance, results), daemon=True)
-               for i in range(N_WORKER)]
-    for worker in workers:
-        worker.start()
-    found = {split: {} for split in n_dialogue}
-    n_record = sum(n_dialogue.values()) + n_utterance
-    for _ in tqdm(range(n_record), desc='dialogues', unit='record', mininterval=1):
-        while True:
-            try:
-                split, i, record = results.get(timeout=5)
-                break
-            except queue.Empty:
-                if any(worker.exitcode for worker in workers):
-                    raise SystemExit('a worker process died; its message is above') from None
+    records = in_processes(make_records, (out, n_dialogue, n_utterance),
+                           sum(n_dialogue.values()) + n_utterance, 'dialogues', 'record')
+    espeak, found = Espeak(), {split: {} for split in n_dialogue}
+    for (split, i), record in records.items():
         found[split][i] = record
     statistics = {'recipe': recipe, 'n_bpe': n_bpe, **round_trip(espeak, codec)}
     for split, records in found.items():

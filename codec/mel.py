@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from common.files import read_json, write_json
 
@@ -269,6 +268,7 @@ class MelCodec:
 
 def learn(mels, labels, network, n_epoch, batch=24):
     """The network, trained to name what is said: one linear layer a label on top of its narrowest one."""
+    from tqdm import tqdm       # who only encodes and decodes does not need it
     everything = torch.cat([mel[:, 0] for mel in mels])
     network.mean.copy_(everything.mean(0)), network.std.copy_(everything.std(0))
     sizes = torch.cat(labels).amax(0) + 1

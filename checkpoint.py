@@ -5,24 +5,29 @@ Checkpoints: what a run writes, and how it is read back. Nothing in them is pick
         config.json             as transformers has it; the entry "nanoduplex" is Info below
         model.safetensors       tokenizer.json, vocab.json, merges.txt, …
         codec/                  the speech codec, or what names it
+        manifest.json           size and SHA-256 of these files: written last, checked before they are read
         step-001900/            the same of the latest step, from which a run goes on, with
             optimizer.safetensors, state.json
+        step-001800/            … of the one saved before it, in case that one is damaged; and of the best
 
     checkpoint = load_checkpoint('out/demo')
     checkpoint.model, checkpoint.vocab, checkpoint.layout, checkpoint.codec
 """
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
-from glob import glob
+from glob import escape, glob
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from codec import load_codec
-from common.files import read_json, whole, write_json
+from common.files import read_json, remove, whole, write_json
+from common.manifest import NAME, find_damage, list_files, read_manifest, write_manifest
 from flatten import get_layout
 from model import Qwen2
 from parallel import gather, scatter
@@ -67,7 +72,8 @@ def read_info(folder):
 
 
 def load_checkpoint(folder, device='cpu'):
-    """Reads a folder that train.py wrote. Raises ValueError for any other."""
+    """Reads a folder that train.py wrote. Raises ValueError for any other, and for a damaged one."""
+    check(folder)
     if not os.path.isfile(os.path.join(folder, 'config.json')):
         raise ValueError(f'{folder} is no checkpoint: it has no config.json (train one: python train.py '
                          'config/demo.py)')
@@ -84,6 +90,26 @@ def load_checkpoint(folder, device='cpu'):
         raise ValueError(f'{folder} was trained with codec {info.codec}, in its folder lies '
                          f'{codec.describe()}')
     return Checkpoint(model, vocab, codec, info)
+
+
+def check(folder, tells=True):
+    """
+    Raises ValueError, with the files, where a folder of train.py is not as it was written. One without a
+    manifest, as before November 26, 2026, or from which it was deleted to change a file by hand, is taken as
+    it is, with a note (tells). So is the folder of another program, without one.
+    """
+    damage = find_damage(folder)
+    if damage:
+        others = [path for path in states(folder).values() if not find_damage(path)]
+        raise ValueError(f'{folder} is damaged: {", ".join(damage)}; '
+                         + (f'{others[0]} is whole' if others else 'take another copy')
+                         + f' (if you changed it on purpose, delete its {NAME})')
+    path = os.path.join(folder, 'config.json')
+    if damage is None and tells and os.path.isfile(path) and read_json(path).get('nanoduplex'):
+        print(UNCHECKED.format(folder))
+
+
+UNCHECKED = f'note: {{}} has no {NAME}, so nobody can tell whether its files are as they were written'
 
 
 def check_vocabulary(folder, model, vocab):
@@ -110,30 +136,38 @@ class Snapshot(NamedTuple):
     model: Qwen2
     moments: dict       # AdamW's: 'model.norm.weight.exp_avg', …; and 'rng', of the random numbers
 
+    def on(self, device, dtype):
+        """-> the model there, to be used while this one is written"""
+        return assemble(self.model.config, {name: x.to(device, dtype, copy=True)
+                                            for name, x in self.model.state_dict().items()})
 
-def take_snapshot(model, optimizer, place, copies):
-    """
-    -> Snapshot on the first process, None on others. If the model is split over the processes, all of them
-    call this together. copies: training goes on while the snapshot is used; else it may share the model's
-    memory, where that is a CPU's.
-    """
+
+def assemble(config, weights):
+    """-> a model of these weights themselves, no copy"""
+    with torch.device('meta'):
+        model = Qwen2(config)
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+def take_snapshot(model, optimizer, place):
+    """-> Snapshot on the first process, None on others. If the model is split over the processes, all of them
+    call this together. Training may go on while the snapshot is used: it shares no memory with the model."""
     weights = model.state_dict()        # before the parameters are looked at: it splits what is gathered
     moments = {'rng': torch.get_rng_state()}
     for name, p in model.named_parameters():
         assert p in optimizer.state, name
         moments |= {f'{name}.{key}': value for key, value in optimizer.state[p].items()}
-    weights, moments = ({name: gather(tensor, place, copies) for name, tensor in named.items()}
+    weights, moments = ({name: gather(tensor, place) for name, tensor in named.items()}
                         for named in (weights, moments))
     if not place.is_main:
         return None
-    with torch.device('meta'):
-        whole_model = Qwen2(model.config)
-    whole_model.load_state_dict(weights, assign=True)
-    return Snapshot(whole_model, moments)
+    return Snapshot(assemble(model.config, weights), moments)
 
 
 def save_state(out_dir, snapshot, vocab, info, codec_folder, state):
-    """Writes out_dir/step-000300, from which a run goes on as if it had not stopped. Deletes older ones."""
+    """Writes out_dir/step-000300, from which a run goes on as if it had not stopped. Deletes all older ones
+    but the one before, and the best."""
     folder = os.path.join(out_dir, f'step-{state["step"]:06d}')
     with whole(folder) as part:
         snapshot.model.save_pretrained(part, extra={'nanoduplex': write_info(info)})
@@ -142,26 +176,33 @@ def save_state(out_dir, snapshot, vocab, info, codec_folder, state):
             shutil.copytree(codec_folder, os.path.join(part, 'codec'))
         save_file(snapshot.moments, os.path.join(part, 'optimizer.safetensors'))
         write_json(os.path.join(part, 'state.json'), state)
-    for old in glob(os.path.join(out_dir, 'step-*')):
-        if old != folder:
+        write_manifest(part)
+    saved = states(out_dir)
+    past = [step for step in saved if step <= state['step']]    # later ones are damaged, and were passed over
+    for step, old in saved.items():
+        if step not in (*past[:2], state['best_step']):
             shutil.rmtree(old)
+    for part in glob(os.path.join(escape(out_dir), 'step-*.part')):     # of a process that was killed
+        shutil.rmtree(part)
     return folder
 
 
 class Saver:
-    """Writes states, and the best model. In the background training goes on meanwhile, from a snapshot that
-    shares no memory with the model; the run waits for the last one with wait()."""
+    """Writes states, and the best model, while training goes on; the run waits for the last one with wait().
+    It raises ValueError, and save() does for the one before, where a state could not be written."""
 
-    def __init__(self, in_background):
-        self.in_background, self.thread, self.written = in_background, ThreadPoolExecutor(1), None
+    def __init__(self):
+        self.thread, self.written, self.target = ThreadPoolExecutor(1), None, None
+
+    @property
+    def is_busy(self):
+        return self.written is not None and not self.written.done()
 
     def save(self, out_dir, snapshot, vocab, info, codec_folder, state):
-        self.wait()         # one at a time; what went wrong with the last one is raised here
+        self.wait()         # one at a time
+        self.target = out_dir, state['step']
         arguments = out_dir, snapshot, vocab, info, codec_folder, dict(state)
-        if self.in_background:
-            self.written = self.thread.submit(self.write, *arguments)
-        else:
-            self.write(*arguments)
+        self.written = self.thread.submit(self.write, *arguments)
 
     @staticmethod
     def write(out_dir, snapshot, vocab, info, codec_folder, state):
@@ -170,14 +211,22 @@ class Saver:
             publish(folder, out_dir)
 
     def wait(self):
-        if self.written:
-            written, self.written = self.written, None
-            written.result()
+        written, self.written = self.written, None
+        try:
+            return written and written.result()
+        except (OSError, SafetensorError) as error:     # the disk is full, or may no longer be written to
+            out_dir, step = self.target
+            raise ValueError(f'{out_dir}: step {step} could not be saved ({error}); mend that, and go on '
+                             f'from {last_state(out_dir) or "the start"} with --resume=true') from None
 
 
 def load_state(folder, model, optimizer):
     """Sets optimizer and random numbers back to where they were -> the rest of the state"""
-    tensors = load_file(os.path.join(folder, 'optimizer.safetensors'))
+    path = os.path.join(folder, 'optimizer.safetensors')
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:     # of a folder without a manifest
+        raise ValueError(f'{path} cannot be read: {error}') from None
     missing = [name for name, _ in model.named_parameters() if f'{name}.exp_avg' not in tensors]
     if missing:
         raise ValueError(f'{folder} was saved by another version of this code (it has no state of '
@@ -198,9 +247,13 @@ def find_state(out_dir, place):
     process may be on another node. So the newest state that any process sees counts. If the first process
     lacks it, it is sent the whole run, which it continues. Other nodes are sent the state, to
     OUT_DIR.received, which is to be deleted once it is read.
+
+    A damaged state does not count. Raises ValueError, on all processes, where there is no other.
     """
-    seen = see_states(out_dir, place)
+    seen, complaints = see_states(out_dir, place)
     newest = max(step for step, _ in seen)
+    if newest < 0 and complaints:
+        raise ValueError(complaints[0])
     if newest < 0:
         return None
     source = [step for step, _ in seen].index(newest)
@@ -212,7 +265,7 @@ def find_state(out_dir, place):
         if place.is_main and os.path.exists(out_dir):
             print(f'{out_dir} was behind the run of process {source}, moved to {move_aside(out_dir)}')
         send_folder(out_dir, source, out_dir if place.is_main else None, place)
-        seen = see_states(out_dir, place)       # now also that of others on the first process's node
+        seen, _ = see_states(out_dir, place)    # now also that of others on the first process's node
     is_lacking = seen[place.rank][0] < newest
     name = f'step-{newest:06d}'
     folder = os.path.join(out_dir + '.received' if is_lacking else out_dir, name)
@@ -223,18 +276,42 @@ def find_state(out_dir, place):
 
 
 def see_states(out_dir, place):
-    """-> [(step of the latest state, run_id)] of all processes; -1 where a process sees none"""
-    folder = last_state(out_dir)
-    state = read_json(os.path.join(folder, 'state.json')) if folder else dict(step=-1)
-    return place.gather((state['step'], state.get('run_id')))
+    """-> [(step of the latest whole state, run_id)] of all processes, -1 where a process sees none; and
+    [what the trouble is] of those that see none, but ought to"""
+    folder, complaint = whole_state(out_dir, tells=place.local_rank == 0)
+    state = read_json(os.path.join(folder, 'state.json')) if folder else {}
+    seen = place.gather((state.get('step', -1), state.get('run_id'), complaint))
+    return [(step, run_id) for step, run_id, _ in seen], [complaint for *_, complaint in seen if complaint]
+
+
+def whole_state(out_dir, tells):
+    """-> the latest state whose files are as they were written, or None; and a sentence where there is none,
+    but there was. tells: prints which states were passed over."""
+    damaged, needed = [], ('config.json', 'model.safetensors', 'optimizer.safetensors', 'state.json')
+    for folder in states(out_dir).values():
+        damage = find_damage(folder)
+        if damage is None:      # it has no manifest: what can be said is what is not there at all
+            damage = [f'{name} is missing' for name in needed if name not in os.listdir(folder)]
+            if tells and not damage:
+                print(UNCHECKED.format(folder))
+        if not damage:
+            if damaged and tells:
+                print(f'{"; ".join(damaged)}: going on from {folder}')
+            return folder, None
+        damaged.append(f'{folder} is damaged ({", ".join(damage)})')
+    has_saved = os.path.isfile(os.path.join(out_dir, 'model.safetensors'))
+    lost = '; '.join(damaged) or (f'{out_dir} holds a model, but no step-… folder' if has_saved else None)
+    return None, lost and (f'{lost}: there is nothing whole to go on from; bring one back, or start anew, in '
+                           'another --out_dir or without --resume')
 
 
 def send_folder(folder, source, target, place, n_byte=2 ** 26):
     """Copies the files of folder on the process source to target on each process that gives one, in pieces of
     n_byte. Called by all processes together."""
     is_source = place.rank == source
-    paths = glob(os.path.join(folder, '**'), recursive=True) if is_source else []
-    files = [(os.path.relpath(path, folder), os.path.getsize(path)) for path in paths if os.path.isfile(path)]
+    names = [*list_files(folder), NAME] if is_source else []
+    files = [(name, os.path.getsize(os.path.join(folder, name))) for name in names
+             if os.path.isfile(os.path.join(folder, name))]
     files = place.gather(files)[source]
     with whole(target) if target else nullcontext() as part:
         for name, size in files:
@@ -254,21 +331,47 @@ def send_folder(folder, source, target, place, n_byte=2 ** 26):
                         written.write(memoryview(piece.numpy())[:n])
 
 
+PRIVATE = 'optimizer.safetensors', 'state.json'     # of a state, not of the model
+
+
 def publish(folder, out_dir):
-    """The files of a saved step become those of out_dir, each replaced whole; the weights come last."""
-    paths = glob(os.path.join(folder, '**'), recursive=True)
-    for path in sorted(paths, key=lambda path: path.endswith('model.safetensors')):
-        target = os.path.join(out_dir, os.path.relpath(path, folder))
-        if os.path.isfile(path) and os.path.basename(path) not in ('optimizer.safetensors', 'state.json'):
+    """The files of a saved step become those of out_dir, each replaced whole; the weights come last, and then
+    what was written of all of them."""
+    for name in sorted(list_files(folder), key=lambda name: name == 'model.safetensors'):
+        if name not in PRIVATE:
+            target = os.path.join(out_dir, name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
             with whole(target) as part:
-                shutil.copy(path, part)
+                shutil.copy(os.path.join(folder, name), part)
+    if public := public_manifest(folder):
+        write_json(os.path.join(out_dir, NAME), public)
+    else:
+        remove(os.path.join(out_dir, NAME))
+
+
+def public_manifest(folder):
+    """-> what the manifest of a saved step says of the files that are published"""
+    return {name: value for name, value in (read_manifest(folder) or {}).items() if name not in PRIVATE}
+
+
+def publish_again(out_dir, best_step):
+    """The run may have been killed while it published its best step, or what it published be damaged."""
+    best = states(out_dir).get(best_step)
+    if best and not find_damage(best):
+        if find_damage(out_dir) != [] or read_manifest(out_dir) != public_manifest(best):
+            publish(best, out_dir)
+
+
+def states(out_dir):
+    """-> {step: folder} of the step-… folders of a run, the latest first"""
+    paths = {path: re.fullmatch(r'step-(\d+)', os.path.basename(path))
+             for path in glob(os.path.join(escape(out_dir), 'step-*')) if os.path.isdir(path)}
+    return dict(sorted(((int(match[1]), path) for path, match in paths.items() if match), reverse=True))
 
 
 def last_state(out_dir):
     """The latest step-… folder of a run, None where there is none."""
-    folders = [path for path in glob(os.path.join(out_dir, 'step-*')) if not path.endswith('.part')]
-    return max(folders, default=None)
+    return next(iter(states(out_dir).values()), None)
 
 
 def move_aside(out_dir):

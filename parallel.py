@@ -141,16 +141,16 @@ class Shards:
             p.grad = None
 
 
-def gather(tensor, place, copy):
-    """A tensor, or all parts of one that is split, on the first process's CPU; None on others. All processes
-    call it for the same tensor. copy: never share the tensor's memory."""
+def gather(tensor, place):
+    """A copy of a tensor, or of all parts of one that is split, on the first process's CPU; None on others.
+    All processes call it for the same tensor."""
     tensor = tensor.detach()
     is_split = isinstance(tensor, DTensor)
     if is_split:
         tensor = tensor.full_tensor()
     if not place.is_main:
         return None
-    return tensor.clone() if copy and not is_split and tensor.device.type == 'cpu' else tensor.cpu()
+    return tensor.clone() if not is_split and tensor.device.type == 'cpu' else tensor.cpu()
 
 
 def scatter(tensor, like):

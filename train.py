@@ -30,16 +30,17 @@ import torch.distributed as dist
 
 import checkpoint
 import config
-from common.device import Place, join, peak_flops
-from common.files import remove
+import guard
+from common.device import Place, join
+from common.files import remove, whole
 from common.memory import check_memory, find_batch_size, peak_bytes
 from data.dialogues import Dialogues
 from data.loader import Loader, Mixture, Prefetch
 from flatten import get_layout
 from measures.draw import show_rows
 from measures.listen import Listener
-from measures.logger import Logger, print_stage
-from measures.losses import Meter, by_stream, format_losses, loss_sums, token_weights
+from measures.logger import Logger, log_evaluation, log_training, print_stage, print_start
+from measures.losses import Meter, by_stream, loss_sums, over_processes, token_weights
 from model import ModelConfig, Qwen2
 from parallel import Copies, Shards
 from vocabulary import CONTROL, Vocabulary
@@ -87,6 +88,7 @@ class Config:
     out_dir: str = 'out/demo'
     resume: bool = False                # go on with the run in out_dir, where there is one
     eval_interval: int = 200            # steps between evaluations on all of val; each also saves the state
+    save_interval_sec: float = 900.0    # so often it is saved at least, while training goes on
     log_interval: int = 10
     n_listen: int = 2                   # dialogues of val to answer at an evaluation, for report.html
     listen_interval: int = 1            # evaluations from one to the next at which that is done
@@ -99,16 +101,21 @@ class Config:
     tensorboard: bool = True            # log there, too, where tensorboard is installed
     wandb: str | None = None            # log there, too, in the project of this name
     show: int = 0                       # print so many rows of each stage as the model gets them, and stop
+    max_skipped: int = 10               # steps in a row without a finite loss and gradient: then it stops
+    timeout_sec: float = 1800.0         # a process waits so long for the others; the first may be listening
     seed: int = 1337
 
     def __post_init__(self):
         for name in ('batch_size', 'batch_tokens', 'block_size', 'eval_interval', 'log_interval',
-                     'listen_interval'):
+                     'listen_interval', 'max_skipped'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}, it has to be at least 1')
         for name in ('n_listen', 'show', 'grad_clip', 'warmup_steps'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name} is {getattr(self, name)}, it cannot be negative')
+        for name in ('save_interval_sec', 'timeout_sec'):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f'{name} is {getattr(self, name)}, it has to be above 0')
         if self.dtype not in ('auto', 'float32', 'bfloat16'):
             raise ValueError(f"dtype is {self.dtype!r}, known are 'auto', 'float32' and 'bfloat16'")
         if self.reduce_dtype not in ('float32', 'bfloat16'):
@@ -184,6 +191,7 @@ class Run(NamedTuple):
     logger: Logger | None   # logger and listener: on the first process only
     listener: Listener | None
     saver: checkpoint.Saver
+    guard: guard.Guard
 
     def print(self, text):
         if self.place.is_main:
@@ -192,20 +200,21 @@ class Run(NamedTuple):
 
 def main(cfg):
     """Trains as cfg says, returns the last evaluation. Raises ValueError where cfg and the files disagree."""
-    place = join(cfg.device, cfg.dtype)
+    place = join(cfg.device, cfg.dtype, cfg.timeout_sec)
     check_settings(cfg, place)
     torch.manual_seed(cfg.seed)
     train_data, val_data = open_data(cfg)
     # torchrun --max_restarts starts a process again that died: it goes on, whatever the command says
     is_restart = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
     resume_from = checkpoint.find_state(cfg.out_dir, place) if cfg.resume or is_restart else None
-    cfg, model, vocab = build_model(cfg, place, train_data[0], resume_from)
-    check_nodes(cfg, place, train_data + val_data, vocab)
+    given, (cfg, model, vocab) = cfg, build_model(cfg, place, train_data[0], resume_from)
+    facts = check_nodes(given, place, train_data + val_data, vocab)
     state_bytes = check_memory(model.n_param(), place, cfg.shard)
     gradients = Shards(model, place) if cfg.shard else Copies(model, place, getattr(torch, cfg.reduce_dtype))
     model.wrap_blocks(checkpoints=cfg.checkpoint_blocks)
     if cfg.auto_batch:      # before compiling, which would take place for every size; compiled it takes less
         cfg = replace(cfg, batch_size=find_batch_size(model, cfg, place), auto_batch=False)
+        facts['batch_size'] = cfg.batch_size
         gradients.zero()
     model.wrap_blocks(cfg.compile, cfg.checkpoint_blocks)
     stages = plan_stages(cfg, place, vocab, train_data, val_data)
@@ -216,22 +225,28 @@ def main(cfg):
         return {}
     optimizer = make_optimizer(model, cfg)
     state = dict(run_id=uuid4().hex, step=0, loader=None, best=None, best_step=None, sec_heard=0.0,
-                 train_sec=0.0, save_sec=0.0)
+                 train_sec=0.0, save_sec=0.0, meter=None, facts={})
     if resume_from:
         state |= checkpoint.load_state(resume_from, model, optimizer)
+        if (note := guard.compare(state['facts'], facts, asdict(cfg), resume_from)) and place.is_main:
+            print(note)
+    state['facts'] = facts
     open_out_dir(cfg, place, resume_from, state)
     logger = Logger(cfg, state['step']) if place.is_main else None
     listener = Listener(cfg, vocab, val_data, place.dtype) if place.is_main else None
-    saver = checkpoint.Saver(in_background=place.device.type == 'cuda')     # a CPU has no time to spare
-    run = Run(cfg, place, model, vocab, gradients, optimizer, state, stages[-1].last, logger, listener, saver)
-    print_start(run, state_bytes)
+    saver = checkpoint.Saver()
+    watch = guard.Guard(place, cfg.save_interval_sec, cfg.timeout_sec, saver)
+    run = Run(cfg, place, model, vocab, gradients, optimizer, state, stages[-1].last, logger, listener, saver,
+              watch)
+    print_start(run, state_bytes, count_micro_steps(cfg, place))
     gc.freeze()     # Python's collector need not look through all that torch has imported, again and again
     metrics = {}
-    for stage in stages:
-        if state['step'] < stage.last:      # else it was done before the run was resumed
-            print_stage(run, stage)
-            metrics = train_stage(run, stage)
-    saver.wait()
+    with watch:
+        for stage in stages:
+            if state['step'] < stage.last:      # else it was done before the run was resumed
+                print_stage(run, stage)
+                metrics = train_stage(run, stage)
+        saver.wait()
     if not metrics:
         run.print(f'{cfg.out_dir} had finished its {run.n_step} steps before')
     run.print(f'{cfg.out_dir}: {state["train_sec"]:.0f} s of training and {state["save_sec"]:.1f} s of '
@@ -285,6 +300,8 @@ def build_model(cfg, place, dialogues, resume_from):
     if folder and not os.path.isdir(folder):
         raise ValueError(f'init_from: no folder {folder}; download the model, and give the folder with its '
                          'config.json')
+    if folder and not resume_from:      # what is resumed was checked when it was found
+        checkpoint.check(folder, tells=place.is_main)
     info = checkpoint.read_info(folder) if folder else None
     layouts = sum((layouts for layouts, *_ in cfg.curriculum()), info.layouts if info else [])
     control = dict.fromkeys(name for layout in layouts for name in layout.control)
@@ -317,7 +334,8 @@ def build_model(cfg, place, dialogues, resume_from):
 
 
 def check_nodes(cfg, place, data, vocab):
-    """Raises ValueError, on all processes, where their nodes have other settings, data or text tokens."""
+    """-> {name: what a run depends on: settings, data, text tokens, …}. Raises ValueError, on all processes,
+    where that of one node differs from that of another."""
     facts = asdict(cfg) | {'torch': torch.__version__, 'ids': vocab.size}
     for dialogues in data:
         checksum = zlib.crc32(np.concatenate(dialogues.n_frame).tobytes())
@@ -326,6 +344,8 @@ def check_nodes(cfg, place, data, vocab):
     text = ' '.join(turn['text'] for turn in data[0][0]['turns']) if len(data[0]) else ''
     facts[f'ids of {text!r}'] = vocab.encode(text)
     place.check_equal(facts)
+    return facts | dict(device=place.device.type, dtype=str(place.dtype), processes=place.world_size,
+                        weights=[weight for _, weight in cfg.mixture()])
 
 
 def plan_stages(cfg, place, vocab, train_data, val_data):
@@ -383,10 +403,11 @@ def open_out_dir(cfg, place, resume_from, state):
         print(f'{cfg.out_dir} held another run on this node, moved to {checkpoint.move_aside(cfg.out_dir)}')
     if not place.is_main:
         return
-    if resume_from and state['best_step'] == state['step']:
-        checkpoint.publish(resume_from, cfg.out_dir)    # the run may have been killed right before
+    if resume_from:
+        checkpoint.publish_again(cfg.out_dir, state['best_step'])
     os.makedirs(cfg.out_dir, exist_ok=True)
-    config.save(cfg, os.path.join(cfg.out_dir, 'config.py'))
+    with whole(os.path.join(cfg.out_dir, 'config.py')) as part:
+        config.save(cfg, part)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -401,7 +422,10 @@ def train_stage(run, stage):
         stage.loader.state = state['loader']
     batches = Prefetch(stage.loader, place.device)
     meter = Meter(batches, place.device)
+    if state['meter']:
+        meter.unpack(state['meter'], place.is_main)
     while state['step'] < stage.last:
+        at = batches.state
         lr = get_lr(state['step'], run.n_step, cfg)
         for group in run.optimizer.param_groups:
             group['lr'] = lr
@@ -414,25 +438,35 @@ def train_stage(run, stage):
                 total, losses = model(batch.idx, batch.pos, batch.doc, batch.learn, batch.targets, weights)
             run.gradients.backward(total, is_last=i == n_micro_step - 1)
             n_learned += len(losses)
-            total_weight += weights.sum()
+            # NaN, for all processes, where total is not finite though its gradient may be
+            total_weight += weights.sum() + 0 * total.detach()
             meter.add(batch, losses)
         grad_norm = run.gradients.finish(total_weight, cfg.grad_clip)
-        run.optimizer.step()
+        guard.step_unless(meter.end_step(grad_norm), run.optimizer)
         run.gradients.zero()
         state['step'] += 1
-        meter.n_step += 1
 
         is_evaluated = state['step'] % cfg.eval_interval == 0 or state['step'] == stage.last
         if is_evaluated or state['step'] % cfg.log_interval == 0:
             log_training(run, stage, meter, lr, float(grad_norm), batch, n_learned)
+            if meter.n_in_a_row >= cfg.max_skipped:
+                batches.close()
+                raise ValueError(guard.describe_skipped(run, stage, int(meter.n_in_a_row), at))
         if is_evaluated:
             metrics = evaluate(run, stage)
             log_evaluation(run, stage, metrics)
-            state['loader'] = batches.state
-            start = time.time()
-            save_and_listen(run, stage)
-            state['save_sec'] += time.time() - start
             meter.restart()
+        number, is_due = run.guard.ask()
+        if is_evaluated or is_due or number:
+            start = time.time()
+            state.update(loader=batches.state, meter=meter.pack(place))
+            save_and_listen(run, stage, is_evaluated and not number)
+            state['save_sec'] += time.time() - start
+            meter.start += time.time() - start
+        if number:
+            batches.close()
+            run.saver.wait()
+            run.guard.stop(number, state['step'], cfg.out_dir)
     batches.close()
     return metrics
 
@@ -455,94 +489,25 @@ def evaluate(run, stage):
     return by_stream(*over_processes(run.place, sums, sec))
 
 
-def over_processes(place, sums, sec):
-    """stream_sums and seconds of one process -> those of all"""
-    both = torch.cat([sums.flatten(), sums.new_tensor([sec])])
-    place.all_reduce(both)
-    return both[:-1].view_as(sums), float(both[-1])
-
-
-def save_and_listen(run, stage):
+def save_and_listen(run, stage, listens):
     """On the first process: saves the state to go on from and, if this evaluation was the best, the run's
     model. Then the model answers some dialogues of val, while others wait at their next all-reduce."""
     cfg, state = run.cfg, run.state
-    snapshot = checkpoint.take_snapshot(run.model, run.optimizer, run.place, run.saver.in_background)
+    snapshot = checkpoint.take_snapshot(run.model, run.optimizer, run.place)
+    run.guard.saved()
     if not run.place.is_main:
         return
     codec_folder = os.path.join(cfg.mixture()[0][0], 'codec')
     run.saver.save(cfg.out_dir, snapshot, run.vocab, stage.info, codec_folder, state)
     n_evaluation = -(-state['step'] // cfg.eval_interval)
-    if n_evaluation % cfg.listen_interval and state['step'] < run.n_step:
+    if not listens or (n_evaluation % cfg.listen_interval and state['step'] < run.n_step):
         return
-    model = snapshot.model.to(run.place.device, run.place.dtype) if cfg.shard else run.model
+    model = snapshot.on(run.place.device, run.place.dtype) if cfg.shard else run.model
     heard = run.listener.hear(state['step'], model, stage.layouts)
     run.logger.log_heard(state['step'], heard)
     run.listener.report(state['step'], heard)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# what is printed and logged
-
-def log_training(run, stage, meter, lr, grad_norm, batch, n_learned):
-    """Prints and logs the steps since the last line. Raises ValueError where the loss is not finite."""
-    cfg, state = run.cfg, run.state
-    sums, sec = over_processes(run.place, meter.sums, meter.sec)    # waits for the device; other steps don't
-    losses = by_stream(sums, sec)
-    if not math.isfinite(losses['loss'] + grad_norm):
-        go_on_from = checkpoint.last_state(cfg.out_dir) or 'the start'
-        raise ValueError(f'loss is {losses["loss"]}, gradient norm {grad_norm} at step {state["step"]}: '
-                         f'lower learning_rate, and go on from {go_on_from} with --resume=true')
-    elapsed = time.time() - meter.start
-    tokens_per_sec = meter.n_step * cfg.batch_tokens / elapsed
-    state['sec_heard'] += sec
-    state['train_sec'] += elapsed
-    mfu = utilisation(run, batch, n_learned, tokens_per_sec)
-    run.print(f'step {state["step"]:>6}/{run.n_step} | {format_losses(losses)} | lr {lr:.1e} | '
-              f'norm {grad_norm:6.2f} | {1e3 * elapsed / meter.n_step:6.0f} ms | '
-              f'{tokens_per_sec / 1e3:6.1f}k tok/s | '
-              + (f'mfu {mfu:4.0%} | ' if mfu else '') + f'{state["sec_heard"] / 3600:6.2f} h heard')
-    if run.logger:
-        loader_wait = (meter.batches.wait_sec - meter.waited_sec) / elapsed
-        run.logger.log(kind='train', step=state['step'], stage=stage.name, lr=lr, grad_norm=grad_norm,
-                       tokens_per_sec=tokens_per_sec, mfu=mfu, hours_heard=state['sec_heard'] / 3600,
-                       loader_wait=loader_wait, **losses)
-    meter.restart()
-
-
-def log_evaluation(run, stage, metrics):
-    """Prints and logs an evaluation, and notes in the state whether it is the best so far."""
-    state = run.state
-    is_best = state['best'] is None or metrics['loss'] < state['best']
-    run.print(f'val  {state["step"]:>6}/{run.n_step} | {format_losses(metrics)} | '
-              + ('best so far' if is_best else f'best was {state["best"]:.3f}'))
-    if is_best:
-        state.update(best=metrics['loss'], best_step=state['step'])
-    if run.logger:
-        run.logger.log(kind='val', step=state['step'], stage=stage.name, **metrics)
-
-
-def utilisation(run, batch, n_learned, tokens_per_sec):
-    """MFU: the FLOPs that these tokens require, over the most that the GPU can do. None for other devices."""
-    device, world_size = run.place.device, run.place.world_size
-    _, most = peak_flops(device)
-    if not most:
-        return None
-    mean_keys = float((batch.pos + 1).double().mean())
-    flops = run.model.flops_per_token(n_learned * world_size / run.cfg.batch_tokens, mean_keys)
-    return tokens_per_sec * flops / (most * world_size)
-
-
-def print_start(run, state_bytes):
-    cfg, place = run.cfg, run.place
-    run.print(f'{run.model.n_param() / 1e6:.1f} M parameters, {run.vocab.size} ids, {place.device}, '
-              f'{str(place.dtype).removeprefix("torch.")}, {place.world_size} process(es) with '
-              f'{state_bytes / 1e9:.2g} GB of weights, gradients and moments each; '
-              f'{count_micro_steps(cfg, place)} micro-steps of {cfg.batch_size} x {cfg.block_size} x '
-              f'{place.world_size} = {cfg.batch_tokens} tokens a step, {run.n_step} steps')
-
-
 if __name__ == '__main__':
-    try:
+    with guard.one_sentence():
         main(config.load(Config, sys.argv[1:]))
-    except ValueError as error:
-        raise SystemExit(str(error))

@@ -11,10 +11,6 @@ import torch.distributed as dist
 # dense bf16 FLOP/s from the datasheets, for MFU; other devices print none
 PEAK_FLOPS = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12, 'RTX 4090': 165e12}
 
-# how long processes wait for each other before they all end. The first one saves, and lets the model answer
-# dialogues, while the others wait; NCCL's own 10 minutes may be too few for a vocoder
-PATIENCE = timedelta(minutes=30)
-
 
 def pick_device(name):
     """'auto' is a GPU if there is one. Raises ValueError for what this machine does not have."""
@@ -96,9 +92,10 @@ class Place(NamedTuple):
                                      f'process {rank} ({host}); all nodes need the same settings and files')
 
 
-def join(device_name, dtype_name):
+def join(device_name, dtype_name, timeout_sec=1800):
     """Joins the other processes, if torchrun started several -> Place. Of several on a machine each takes the
-    GPU of its number. Raises ValueError for a GPU that all of them would take."""
+    GPU of its number. timeout_sec: how long one waits for the others before it ends. Raises ValueError for a
+    GPU that all of them would take."""
     rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in (
         ('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
     device = pick_device(device_name)
@@ -111,5 +108,6 @@ def join(device_name, dtype_name):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=PATIENCE)
+        timeout = timedelta(seconds=timeout_sec)
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timeout)
     return Place(device, pick_dtype(dtype_name, device), rank, world_size, local_rank)

@@ -118,6 +118,7 @@ class Piece(NamedTuple):
     at: int
     n: int
     sec: float              # of conversation
+    i: int                  # number of its dialogue
 
 
 class Loader:
@@ -192,7 +193,7 @@ class Loader:
                 if not following or following - at > self.block_size + 1:
                     n_code = np.count_nonzero(self.is_speech(document.ids[at:end]))
                     sec = (document.n_frame * (end - at) / len(document.ids) or n_code / width) / rate_hz
-                    parts.append(Piece(lambda document=document: document, at, end - at, sec))
+                    parts.append(Piece(lambda document=document: document, at, end - at, sec, i))
                     at = end
             pieces.append(parts if all([1 < piece.n <= self.block_size + 1 for piece in parts]) else [])
         return pieces
@@ -214,7 +215,7 @@ class Loader:
         for first, end in pairwise([0, *range(n_first, n_chunk, n_most), n_chunk]):
             sec = (end - first) * layout.speech_chunk / self.dialogues.codec['rate_hz']
             to = n_prompt + end * layout.period
-            pieces.append(Piece(lay, at, to - at, sec))
+            pieces.append(Piece(lay, at, to - at, sec, i))
             at = to
         return pieces
 
@@ -262,7 +263,7 @@ class Loader:
         """
         documents = []
         rng = np.random.default_rng([2, self.seed, *place]) if self.user_noise and place else None
-        for lay, at, n, sec in row:
+        for lay, at, n, sec, _ in row:
             document = lay()
             ids, learned = document.ids[at:at + n], document.learned[at:at + n]
             if rng:
@@ -279,7 +280,7 @@ class Loader:
         about a second for 50 M tokens."""
         total = dict.fromkeys([*self.counts, 'learned', 'text_dropped'], 0)
         for window in range(min(n_window, self.n_window)):
-            for lay, at, n, _ in chain(*self.read_window(0, window)):
+            for lay, at, n, *_ in chain(*self.read_window(0, window)):
                 document = lay()
                 total['learned'] += int(np.count_nonzero(document.learned[at + 1:at + n]))
                 total['text_dropped'] += document.n_dropped if at == 0 else 0
@@ -344,15 +345,20 @@ class Mixture:
         for loader, loader_state in zip(self.loaders, state['loaders'], strict=True):
             loader.state = loader_state
 
-    def next_batch(self):
-        first, order = self.loaders[0], []
-        for _ in range(first.batch_size * first.world_size):
+    def next_rows(self, n_row):
+        """-> the next rows [(loader, row, place)], of all ranks together"""
+        order = []
+        for _ in range(n_row):
             n = sum(self.taken) + 1
             behind = [weight * n - taken for weight, taken in zip(self.weights, self.taken)]
             order.append(behind.index(max(behind)))
             self.taken[order[-1]] += 1
         rows = [iter(loader.next_rows(order.count(i))) for i, loader in enumerate(self.loaders)]
-        chosen = [(self.loaders[i], *next(rows[i])) for i in order][first.rank::first.world_size]
+        return [(self.loaders[i], *next(rows[i])) for i in order]
+
+    def next_batch(self):
+        first = self.loaders[0]
+        chosen = self.next_rows(first.batch_size * first.world_size)[first.rank::first.world_size]
         return first.collate([loader.lay(row, place) for loader, row, place in chosen])
 
     def measure(self):

@@ -10,7 +10,6 @@ It changes nothing that training goes on with: it decodes with a copy of the mod
 So a run with n_listen ends with the same weights, bit for bit, as one without.
 """
 import importlib.util
-import json
 import os
 import re
 from itertools import islice
@@ -24,6 +23,7 @@ from data.loader import STREAMS
 from decode import Sampling, converse, render, write_transcript
 from flatten import ROLES
 from measures import turns
+from measures.logger import read_log
 from measures.report import write
 
 LISTEN_SEC = 30.0       # of each dialogue: training waits meanwhile
@@ -136,11 +136,10 @@ def read_curves(path):
     """log.jsonl -> {'train loss': [(step, nats a token)], 'train text': …, 'val loss': …}, of the whole run.
     A long curve is thinned evenly to at most N_POINT points; its last point stays."""
     curves = {}
-    with open(path) as file:
-        for row in map(json.loads, file):
-            for key in ('loss', *STREAMS):
-                if key in row:
-                    curves.setdefault(f'{row["kind"]} {key}', []).append((row['step'], row[key]))
+    for row in read_log(path):
+        for key in ('loss', *STREAMS):
+            if isinstance(row.get(key), float):
+                curves.setdefault(f'{row["kind"]} {key}', []).append((row['step'], row[key]))
     thinned = {}
     for label, points in curves.items():
         every = -(-len(points) // N_POINT)

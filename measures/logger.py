@@ -3,10 +3,14 @@ Writes a run's figures: lines in out_dir/log.jsonl, and, if the settings say so,
 what a stage goes through.
 """
 import json
+import math
 import os
+import time
 from dataclasses import asdict
 
+from common.device import peak_flops
 from common.files import whole
+from measures.losses import by_stream, format_losses, over_processes
 
 
 class Logger:
@@ -15,16 +19,15 @@ class Logger:
 
     def __init__(self, cfg, step):
         self.path = os.path.join(cfg.out_dir, 'log.jsonl')
-        lines = []
-        if os.path.exists(self.path):
-            with open(self.path) as file:       # the last line may be half written
-                lines = [line for line in file if line.startswith('{') and line.endswith('}\n')]
+        lines = [json.dumps(row) + '\n' for row in read_log(self.path) if row['step'] <= step]
         with whole(self.path) as part, open(part, 'w') as file:
-            file.writelines(line for line in lines if json.loads(line)['step'] <= step)
+            file.writelines(lines)
         self.wandb = open_wandb(cfg) if cfg.wandb else None
         self.tensorboard = open_tensorboard(cfg.out_dir, step) if cfg.tensorboard else None
 
     def log(self, **values):
+        values = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for key, value in values.items()}     # JSON has no NaN
         with open(self.path, 'a') as file:
             file.write(json.dumps(values) + '\n')
         kind = values['kind']
@@ -49,6 +52,26 @@ class Logger:
             if self.wandb and wave is not None:
                 import wandb
                 self.wandb.log({name: wandb.Audio(wave, talk['sample_rate'], caption=text), 'step': step})
+
+
+def read_log(path):
+    """-> [row] of a log.jsonl. Lines that are none of ours are left out: half written ones, before a kill,
+    and what somebody else put there."""
+    rows = []
+    for line in open_lines(path):
+        try:
+            row = json.loads(line)
+            rows += [row] if isinstance(row['step'], int) and isinstance(row['kind'], str) else []
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return rows
+
+
+def open_lines(path):
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding='utf-8', errors='replace') as file:
+        return file.readlines()
 
 
 def open_tensorboard(out_dir, step):
@@ -105,3 +128,62 @@ def print_stage(run, stage):
     if c['too_long'] > 0.05 * n_document:
         run.print(f'note: {c["too_long"]} of {n_document} documents are longer than '
                   f'block_size={cfg.block_size} and left out: raise it')
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what is printed and logged
+
+def log_training(run, stage, meter, lr, grad_norm, batch, n_learned):
+    """Prints and logs the steps since the last line."""
+    cfg, state = run.cfg, run.state
+    sums, sec = over_processes(run.place, meter.sums, meter.sec)    # waits for the device; other steps don't
+    losses = by_stream(sums, sec)
+    n_skipped = int(meter.n_skipped)
+    elapsed = time.time() - meter.start
+    tokens_per_sec = meter.n_step * cfg.batch_tokens / elapsed
+    state['sec_heard'] += sec
+    state['train_sec'] += elapsed
+    mfu = utilisation(run, batch, n_learned, tokens_per_sec)
+    run.print(f'step {state["step"]:>6}/{run.n_step} | {format_losses(losses)} | lr {lr:.1e} | '
+              f'norm {grad_norm:6.2f} | {1e3 * elapsed / meter.n_step:6.0f} ms | '
+              f'{tokens_per_sec / 1e3:6.1f}k tok/s | '
+              + (f'mfu {mfu:4.0%} | ' if mfu else '') + f'{state["sec_heard"] / 3600:6.2f} h heard'
+              + (f' | {n_skipped} steps skipped' if n_skipped else ''))
+    if run.logger:
+        loader_wait = (meter.batches.wait_sec - meter.waited_sec) / elapsed
+        run.logger.log(kind='train', step=state['step'], stage=stage.name, lr=lr, grad_norm=grad_norm,
+                       tokens_per_sec=tokens_per_sec, mfu=mfu, hours_heard=state['sec_heard'] / 3600,
+                       loader_wait=loader_wait, skipped=n_skipped, **losses)
+    meter.restart()
+
+
+def log_evaluation(run, stage, metrics):
+    """Prints and logs an evaluation, and notes in the state whether it is the best so far."""
+    state = run.state
+    is_best = state['best'] is None or metrics['loss'] < state['best']
+    run.print(f'val  {state["step"]:>6}/{run.n_step} | {format_losses(metrics)} | '
+              + ('best so far' if is_best else f'best was {state["best"]:.3f}'))
+    if is_best:
+        state.update(best=metrics['loss'], best_step=state['step'])
+    if run.logger:
+        run.logger.log(kind='val', step=state['step'], stage=stage.name, **metrics)
+
+
+def utilisation(run, batch, n_learned, tokens_per_sec):
+    """MFU: the FLOPs that these tokens require, over the most that the GPU can do. None for other devices."""
+    device, world_size = run.place.device, run.place.world_size
+    _, most = peak_flops(device)
+    if not most:
+        return None
+    mean_keys = float((batch.pos + 1).double().mean())
+    flops = run.model.flops_per_token(n_learned * world_size / run.cfg.batch_tokens, mean_keys)
+    return tokens_per_sec * flops / (most * world_size)
+
+
+def print_start(run, state_bytes, n_micro_step):
+    cfg, place = run.cfg, run.place
+    run.print(f'{run.model.n_param() / 1e6:.1f} M parameters, {run.vocab.size} ids, {place.device}, '
+              f'{str(place.dtype).removeprefix("torch.")}, {place.world_size} process(es) with '
+              f'{state_bytes / 1e9:.2g} GB of weights, gradients and moments each; '
+              f'{n_micro_step} micro-steps of {cfg.batch_size} x {cfg.block_size} x '
+              f'{place.world_size} = {cfg.batch_tokens} tokens a step, {run.n_step} steps')

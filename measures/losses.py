@@ -37,10 +37,19 @@ def loss_sums(model, loader, device, autocast):
     return sums, sec
 
 
+def over_processes(place, sums, sec):
+    """stream_sums and seconds of one process -> those of all"""
+    both = torch.cat([sums.flatten(), sums.new_tensor([sec])])
+    place.all_reduce(both)
+    return both[:-1].view_as(sums), float(both[-1])
+
+
 def by_stream(sums, sec):
     """stream_sums -> {'loss': nats a token, 'text': …, 'speech': …, 'silence': … (the same for each stream
     that has tokens), 'bits_per_sec': the sum of all in bits, a second of conversation}"""
     nats, counts = sums.tolist()
+    if not any(counts):     # each step was skipped
+        return dict(loss=math.nan, bits_per_sec=math.nan)
     values = {name: nats[i] / counts[i] for i, name in enumerate(STREAMS) if counts[i]}
     return dict(loss=sum(nats) / sum(counts), **values, bits_per_sec=sum(nats) / math.log(2) / sec)
 
@@ -52,11 +61,15 @@ def format_losses(values):
 
 
 class Meter:
-    """What came together since the last line of the log."""
+    """What came together since the last line of the log: add() after each micro-step, end_step() after each
+    step. All stays on the device, so that nobody waits for it."""
 
     def __init__(self, batches, device):
         self.batches = batches
         self.sums = torch.zeros(2, len(STREAMS), dtype=torch.float64, device=device)    # see stream_sums
+        self.of_step = torch.zeros_like(self.sums)
+        # of the whole run: steps that were skipped, and how many of them there were in a row just now
+        self.n_skipped, self.n_in_a_row = torch.zeros(2, device=device)
         self.restart()
 
     def restart(self):
@@ -64,5 +77,30 @@ class Meter:
         self.sec, self.n_step, self.start, self.waited_sec = 0.0, 0, time.time(), self.batches.wait_sec
 
     def add(self, batch, losses):
-        self.sums += stream_sums(losses, batch, losses.device)
+        self.of_step += stream_sums(losses, batch, losses.device)
         self.sec += batch.sec
+
+    def end_step(self, grad_norm):
+        """-> float32 [], 1 for a step whose loss or gradient is not finite, which does not count; else 0"""
+        is_bad = (~grad_norm.isfinite()).float()
+        self.sums += torch.where(is_bad.bool(), 0.0, self.of_step)
+        self.of_step.zero_()
+        self.n_skipped += is_bad
+        self.n_in_a_row.add_(1.0).mul_(is_bad)
+        self.n_step += 1
+        return is_bad
+
+    def pack(self, place):
+        """-> what goes into a saved state, the sums of all processes"""
+        sums, sec = over_processes(place, self.sums, self.sec)
+        return dict(sums=sums.tolist(), sec=sec, n_step=self.n_step, elapsed_sec=time.time() - self.start,
+                    n_skipped=float(self.n_skipped), n_in_a_row=float(self.n_in_a_row))
+
+    def unpack(self, packed, is_main):
+        """Goes on from there; the sums, which will be summed over all processes, on the first one only."""
+        if is_main:
+            self.sums.copy_(self.sums.new_tensor(packed['sums']))
+            self.sec = packed['sec']
+        self.n_step, self.start = packed['n_step'], time.time() - packed['elapsed_sec']
+        self.n_skipped.fill_(packed['n_skipped'])
+        self.n_in_a_row.fill_(packed['n_in_a_row'])

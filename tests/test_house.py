@@ -8,7 +8,7 @@ FLOORS = [
     ['config', 'common', 'vocabulary', 'layouts'],
     ['flatten', 'clock', 'templates', 'model', 'codec'],
     ['data'],
-    ['decode', 'respond', 'parallel', 'checkpoint'],
+    ['decode', 'respond', 'parallel', 'checkpoint', 'guard'],
     ['measures'],
     ['inputs', 'live'],
     ['train', 'sample', 'evaluate', 'bench', 'talk'],       # imported by nobody

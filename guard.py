@@ -27,7 +27,7 @@ from common.files import some
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 # of the machine, which no code can mend: full, over quota, read-only, forbidden, broken
 FAULTS = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG
-ROLL_CALL_SEC = 10      # for processes to report, when one is missing
+ROLL_CALL_SEC = 20      # for processes to report, when one is missing
 
 
 class Guard:
@@ -89,12 +89,15 @@ class Guard:
 def describe_lost(error):
     """What a process says whose connection to another has broken, or that has waited for it too long; None
     for any other error."""
-    is_lost = isinstance(error, RuntimeError) and re.search('gloo|NCCL|Timed out', str(error))
-    if not (dist.is_initialized() and is_lost):
+    rank, world_size = (int(os.environ.get(name, default))
+                        for name, default in (('RANK', 0), ('WORLD_SIZE', 1)))
+    words = '(?i)gloo|nccl|timed out|timeout|connection|by peer'
+    is_lost = isinstance(error, RuntimeError) and re.search(words, str(error))
+    if world_size == 1 or not is_lost:
         return None
-    rank, why = dist.get_rank(), ' '.join(str(error).split('] ', 1)[-1].split('. ')[0].split())
+    why = ' '.join(str(error).split('] ', 1)[-1].split('. ')[0].split())
     try:
-        missing = call_roll(rank, dist.get_world_size())
+        missing = call_roll(rank, world_size)
     except RuntimeError:
         return f'process {rank}: {why}; nor does the node of process 0 answer'
     who = f'no sign of life from process {some(missing)}' if missing else 'yet all processes are alive'

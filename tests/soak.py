@@ -83,9 +83,8 @@ def finish(process, count, number=None, after_sec=MAX_SEC):
             count.blame('hang', f'{MAX_SEC} s after {number}')
             os.killpg(process.pid, signal.SIGKILL)
             out, errors = process.communicate()
-    ours = errors.split('torch/distributed/')[0]        # torchrun tells of a lost process by a traceback
-    if 'Traceback' in ours:
-        count.blame('traceback', ours[-2000:])
+    if 'Traceback' in errors and f'File "{ROOT / "train.py"}"' in errors:      # torchrun has one of its own
+        count.blame('traceback', errors[-3000:])
     return process.returncode, out + errors
 
 
@@ -119,26 +118,30 @@ def check_folder(out_dir, damaged, count):
             count.blame('half_written', f'{folder}: {found}')
 
 
-def one_run(settings, out_dir, plan, rng, count, n_process, may_take, disk):
-    """Trains out_dir to its end, with the faults of plan, a list of names, as long as there are some."""
+def one_run(settings, out_dir, plan, rng, count, n_process, within_sec, disk):
+    """Trains out_dir to its end, with the faults of plan, a list of names, as long as there are some. A fault
+    that came too late goes back to plan, for the next run."""
     settings = [*settings, f'--out_dir={out_dir}', '--resume=true']
-    damaged, filler = None, disk and disk / 'filler'
+    damaged, is_noticed, filler = None, False, disk and disk / 'filler'
     while True:
         fault = plan.pop() if plan else None
         if fault == 'damage':
-            damaged = damage_newest(out_dir, rng)
-            count.damage += damaged is not None
-            fault = 'kill' if damaged else None
+            done = damage_newest(out_dir, rng)
+            if done:
+                damaged, is_noticed, count.damage = done, False, count.damage + 1
+            else:
+                plan.insert(len(plan) // 2, fault)
+            fault = 'kill'
         if fault == 'full' and filler:
             room = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
             with open(filler, 'wb') as file:
                 file.write(bytes(max(0, room - rng.randrange(200_000))))
         process = start(settings, n_process)
         numbers = dict(kill=signal.SIGKILL, term=signal.SIGTERM)
-        after_sec = rng.uniform(0, may_take) if fault in numbers else MAX_SEC
+        after_sec = rng.uniform(0, within_sec) if fault in numbers else MAX_SEC
         code, said = finish(process, count, numbers.get(fault), after_sec)
-        if damaged and 'is damaged (' in said:
-            count.passed_over, damaged = count.passed_over + 1, None
+        if damaged and not is_noticed and 'is damaged (' in said:
+            count.passed_over, is_noticed = count.passed_over + 1, True
         if fault == 'full' and filler:
             filler.unlink()
             if code and 'No space left' in said:
@@ -150,8 +153,10 @@ def one_run(settings, out_dir, plan, rng, count, n_process, may_take, disk):
         elif fault is None and code:
             count.blame('lost', f'{code}: {said[-1000:]}')
             return
-        count.kill += fault == 'kill' and code == -9
-        count.term += fault == 'term' and code != 0
+        if fault in numbers and code:
+            setattr(count, fault, getattr(count, fault) + 1)
+        elif fault in numbers:
+            plan.append(fault)
         check_folder(out_dir, damaged, count)
         if code == 0:
             return
@@ -187,7 +192,7 @@ def soak(settings, out, plan, seed=0, n_process=1):
             print('note: no small disk can be mounted here, so none will be full')
         while plan or not count.run:
             out_dir, n_before = str(out / 'disk' / f'run{count.run}'), len(plan)
-            one_run(settings, out_dir, plan, rng, count, n_process, sec, is_small and out / 'disk')
+            one_run(settings, out_dir, plan, rng, count, n_process, sec / 2, is_small and out / 'disk')
             compare(undisturbed, out_dir, count)
             subprocess.run(['rm', '-r', out_dir])
             count.run += 1

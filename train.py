@@ -199,7 +199,7 @@ class Run(NamedTuple):
 
 
 def main(cfg):
-    """Trains as cfg says, returns the last evaluation. Raises ValueError where cfg and the files disagree, and
+    """Trains as cfg says, returns the last evaluation. Raises ValueError where cfg and the files disagree,
     SystemExit after a signal (guard.py)."""
     place = join(cfg.device, cfg.dtype, cfg.timeout_sec)
     check_settings(cfg, place)

@@ -83,6 +83,7 @@ def untie(folder):
     weights['lm_head.weight'] = 0.5 * weights['model.embed_tokens.weight']
     (folder / 'config.json').write_text(json.dumps(config | dict(tie_word_embeddings=False)))
     save_file(weights, folder / 'model.safetensors')
+    (folder / 'manifest.json').unlink()
 
 
 @pytest.mark.slow

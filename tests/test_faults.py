@@ -332,6 +332,27 @@ def test_a_step_that_is_not_finite_is_skipped(toy, bad_steps, capsys):
     assert '| 3 steps skipped' in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_all_processes_skip_what_one_of_them_cannot_learn(toy, tmp_path, run):
+    """Only the second one's rows of step 4 are bad; the first one skips the step, too."""
+    script = tmp_path / 'bad.py'
+    script.write_text('''
+import os, sys, config, train
+step = [0]
+def get_lr(at, *rest, real=train.get_lr):
+    step[0] = at
+    return real(at, *rest)
+def token_weights(*rest, real=train.token_weights):
+    return real(*rest) * (float('nan') if step[0] == 3 and os.environ['RANK'] == '1' else 1.0)
+train.get_lr, train.token_weights = get_lr, token_weights
+train.main(config.load(train.Config, sys.argv[1:]))
+''')
+    run(script, *arguments(replace(toy, batch_size=1)), launcher=TORCHRUN)
+    moments = load_file(Path(last_state(toy.out_dir)) / 'optimizer.safetensors')
+    assert {float(x) for name, x in moments.items() if name.endswith('.step')} == {9.0}
+    assert [line['skipped'] for line in log(toy) if line['kind'] == 'train'] == [1, 1]
+
+
 def test_too_many_in_a_row_name_their_dialogues(toy, bad_steps):
     """It stops at the last good state, and what is logged is a strict JSON."""
     bad_steps(range(6, 100))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 # dense bf16 FLOP/s from the datasheets, for MFU; other devices print none
 PEAK_FLOPS = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12, 'RTX 4090': 165e12}
@@ -108,6 +109,16 @@ def join(device_name, dtype_name, timeout_sec=1800):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
     if world_size > 1 and not dist.is_initialized():
-        timeout = timedelta(seconds=timeout_sec)
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timeout)
+        init_process_group('nccl' if device.type == 'cuda' else 'gloo', rank, world_size,
+                           timedelta(seconds=timeout_sec))
     return Place(device, pick_dtype(dtype_name, device), rank, world_size, local_rank)
+
+
+def init_process_group(backend, rank, world_size, timeout):
+    """torch's own, but for a start after a fault: torchrun keeps its store, in which processes find the
+    addresses that they had before the fault, and some would connect to these. So each start has keys of its
+    own. (The agents of several nodes may count their starts differently; there all is as torch has it.)"""
+    store, *_ = next(rendezvous('env://', rank, world_size, timeout=timeout))
+    if os.environ.get('LOCAL_WORLD_SIZE') == str(world_size):
+        store = dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)

@@ -376,6 +376,7 @@ def broken(small_run, tmp_path):
     folders = {name: tmp_path / name for name in ('other_vocabulary', 'other_codec', 'empty', 'foreign')}
     for name in ('other_vocabulary', 'foreign'):
         shutil.copytree(checkpoint, folders[name])
+        (folders[name] / 'manifest.json').unlink()
     weights = load_file(folders['other_vocabulary'] / 'model.safetensors')
     weights['model.embed_tokens.weight'] = weights['model.embed_tokens.weight'][:256].clone()
     save_file(weights, folders['other_vocabulary'] / 'model.safetensors', {'format': 'pt'})

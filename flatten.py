@@ -67,7 +67,7 @@ import numpy as np
 
 import clock
 import templates
-from clock import is_broken_off
+from clock import broken_off
 from common.files import read_jsonl
 from common.record import START, check
 from config import Parser
@@ -226,10 +226,10 @@ def lay_text(dialogue, role, n_chunk, text_chunk, speech_chunk, vocab):
     stream.fill(vocab.control['<|silent_text|>'])
     turns = sorted([turn for turn in dialogue['turns'] if turn['role'] == role], key=START)
     n_dropped = 0
-    for turn, following in zip(turns, turns[1:] + [None]):
+    for turn, following, is_cut in zip(turns, turns[1:] + [None], broken_off(turns, dialogue['turns'])):
         first = turn['start'] // speech_chunk       # chunks from first to limit are this turn's
         limit = following['start'] // speech_chunk if following else n_chunk
-        if is_broken_off(turn, dialogue['turns']):
+        if is_cut:
             limit = min(limit, (turn['end'] - 1) // speech_chunk + 1)
         tokens = vocab.encode(turn['text'])
         room = (limit - first) * text_chunk

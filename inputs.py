@@ -9,6 +9,7 @@ import numpy as np
 from common.audio import read_audio
 from common.files import read_jsonl
 from common.levels import is_silent
+from data.recordings import by_id
 from flatten import ROLES
 from measures.turns import stretches
 
@@ -23,6 +24,12 @@ class Heard(NamedTuple):
     prompt: str
     said: np.ndarray = ()       # the assistant's channel in the data
     row: dict = {}              # of input
+
+
+def first(dialogues, n):
+    """The first n of a split, 0: all. Raises ValueError where two have one id: their files would be one."""
+    chosen = (dialogues[i] for i in range(min(n or len(dialogues), len(dialogues))))
+    return list(by_id((dialogue['id'], dialogue) for dialogue in chosen).values())
 
 
 def read_input(cfg, codec, layout):

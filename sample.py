@@ -16,7 +16,6 @@ A row of in.jsonl has "audio", a file, or, where the layout reads aloud, "text";
 "instruction". out.jsonl has it again, with "response", what the assistant writes, and "wav", what it says.
 """
 import os
-import re
 import sys
 import time
 from dataclasses import dataclass
@@ -28,11 +27,11 @@ from checkpoint import check_codec, load_checkpoint
 from clock import play_until_stopped
 from common.audio import write_audio
 from common.device import pick_device, pick_dtype
-from common.files import write_jsonl
+from common.files import file_name, write_jsonl
 from data.dialogues import Dialogues
 from decode import Sampling, converse, render, write_transcript
 from flatten import ROLES
-from inputs import listen_to, read_input
+from inputs import first, listen_to, read_input
 from measures import report
 from measures.turns import assess, conversation
 from respond import Asked, ask, respond
@@ -100,7 +99,7 @@ def main(cfg):
     dialogues = Dialogues(cfg.data, cfg.split) if cfg.data else []
     if cfg.data:
         check_codec(cfg.checkpoint, codec.describe(), dialogues)
-        dialogues = [dialogues[i] for i in range(min(cfg.n_dialogue or len(dialogues), len(dialogues)))]
+        dialogues = first(dialogues, cfg.n_dialogue)
     heard = [] if cfg.data else read_input(cfg, codec, checkpoint.layout)
     out = cfg.out or os.path.join(cfg.checkpoint, 'samples')
     os.makedirs(out, exist_ok=True)
@@ -163,7 +162,7 @@ def answer(cfg, checkpoint, settings, dialogues, heard, out):
 
 def write(out, dialogue, codec, wave):
     """Writes a dialogue's wav and transcript, and prints it -> what --output says of it."""
-    path = os.path.join(out, re.sub(r'[^\w.-]', '_', dialogue['id']))     # an id may hold a slash
+    path = os.path.join(out, file_name(dialogue['id']))
     write_audio(path + '.wav', wave, codec.sample_rate)
     write_transcript(path + '.jsonl', dialogue, codec.rate_hz)
     print(f'{path}.wav  {len(wave) / codec.sample_rate:.1f} s')

@@ -100,8 +100,9 @@ class Vocabulary:
             ours = config.get('nanoduplex') or {}
             return cls(tokens, merges, pattern, added, settings, config.get('vocab_size') or 0,
                        ours.get('code_start'), ours.get('n_codes', n_codes), control)
-        except ValueError as error:
-            raise ValueError(f'{folder}: {error}') from None
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+            why = error if isinstance(error, ValueError) else f'no tokenizer that can be read ({error!r})'
+            raise ValueError(f'{folder}: {why}') from None
 
     def encode(self, text):
         """

@@ -38,11 +38,11 @@ def load_codec(folder):
         path = os.path.join(place, 'codec.json')
         if os.path.isfile(path):
             name = read_json(path).get('name')
-            if name not in CODECS:
-                raise ValueError(f'{path} is of codec {name!r}; known are {", ".join(CODECS)}')
+            if not isinstance(name, str) or name not in CODECS:
+                raise ValueError(f'{path} is of codec {name!r:.80}; known are {", ".join(CODECS)}')
             try:
                 module, kind = CODECS[name].split('.')      # imported when they are needed
                 return getattr(importlib.import_module(f'codec.{module}'), kind).load(place)
-            except (OSError, KeyError, SafetensorError) as error:
+            except (OSError, LookupError, TypeError, OverflowError, SafetensorError) as error:
                 raise ValueError(f'{place} holds no complete codec ({error}); prepare the data again')
     raise ValueError(f'no codec in {folder}: it has no codec.json, nor has {os.path.join(folder, "codec")}')

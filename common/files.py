@@ -1,6 +1,8 @@
-"""Files that appear whole or not at all, JSON whose errors name the file, names in a message."""
+"""Files that appear whole or not at all, JSON whose errors name the file, names in a message and of files."""
+import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from contextlib import contextmanager
@@ -45,13 +47,43 @@ def some(names, n=10):
     return ', '.join(names[:n]) + f' and {len(names) - n} more' * (len(names) > n)
 
 
+def as_text(text):
+    """The same in characters that can be written: half a surrogate pair, which JSON may hold, is U+FFFD."""
+    return text if text.isascii() else text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+
+
+def printable(text):
+    """A stranger's name or message for a terminal: what moves the cursor or turns the direction of writing
+    becomes U+FFFD."""
+    return text if text.isprintable() else ''.join(c if c.isprintable() else '\ufffd' for c in text)
+
+
+def file_name(id):
+    """
+    A name for the files of an id, whatever it holds: no part of a path, at most 200 bytes long. Where it is
+    not the id itself, a hash keeps two ids apart.
+
+    >>> file_name('test-00001-Andy'), file_name('a/b'), file_name('../x')
+    ('test-00001-Andy', 'a_b-c14cddc0', '.._x-d6b96a97')
+    """
+    name = re.sub(r'[^\w.-]', '_', id)
+    if name == id and 0 < len(name.encode()) <= 200 and not name.startswith('.'):
+        return name
+    cut = name.encode()[:190].decode(errors='ignore')
+    return f'{cut}-{hashlib.sha256(id.encode(errors="replace")).hexdigest()[:8]}'
+
+
+# a file in UTF-8 that can hold whatever JSON can: half a surrogate pair is written as \ud800, as JSON has it
+JSON_TEXT = dict(encoding='utf-8', errors='backslashreplace')
+
+
 def write_json(path, content):
-    with whole(path) as part, open(part, 'w', encoding='utf-8') as file:
+    with whole(path) as part, open(part, 'w', **JSON_TEXT) as file:
         json.dump(content, file, indent=1, ensure_ascii=False)
 
 
 def write_jsonl(path, rows):
-    with whole(path) as part, open(part, 'w', encoding='utf-8') as file:
+    with whole(path) as part, open(part, 'w', **JSON_TEXT) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
 
 

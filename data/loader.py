@@ -11,7 +11,6 @@ The documents in a row are strangers and must not see each other: Batch.doc numb
 restarts. The order of rows depends on seed and epoch alone. Rank r of w takes rows r, r + w, …: together the
 ranks read each row once, and a run on two machines reads what it would read on one.
 """
-import os
 import time
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
@@ -221,11 +220,11 @@ class Loader:
 
     def flatten(self, i, layout, epoch=0):
         rng = np.random.default_rng([3, self.seed, epoch, i]) if layout.order == 'segments' else None
+        record = self.dialogues[i]
         try:
-            documents = flatten(self.dialogues[i], layout, self.vocab, self.is_checked[i], rng)
+            documents = flatten(record, layout, self.vocab, self.is_checked[i], rng)
         except ValueError as error:
-            path = os.path.join(self.dialogues.folder, self.dialogues.split)
-            raise ValueError(f'{path}.arrow: record {i}: {error}')
+            raise ValueError(f'{self.dialogues.folder}/{self.dialogues.split}.arrow: record {i}: {error}')
         self.is_checked[i] = True
         return documents
 

@@ -4,14 +4,21 @@ import json
 import math
 import os
 import re
+import shlex
+import tarfile
 import zlib
 
 import numpy as np
 
+from common.audio import open_audio, read_samples
+
 WORD_FIELDS = dict(speaker='role', Word='word', BeginTime='start', EndTime='end')       # SpokenWOZ's: ours
 SWITCHBOARD_ROW = re.compile(r'sw\d+([AB])-ms98-a-\d+')
 SWITCHBOARD_FILE = re.compile(r'sw(\d+)([AB])-ms98-a-word\.text')
-NO_SPEECH = re.compile(r' *\[(?:silence|noise|laughter|vocalized-noise)\]')     # as Switchboard writes sounds
+# as Switchboard writes sounds
+NO_SPEECH = re.compile(r'(?<! ) *\[(?:silence|noise|laughter|vocalized-noise)\]')
+# bytes: an hour of codes is a line of a megabyte. What is more is damage, or a bomb
+MAX_LINE, MAX_TEXT, MAX_HEADER = 2 ** 28, 2 ** 31, 2 ** 20
 PAIR_SEC = 1.0          # two files of one dialogue may differ by this much in length
 WIDE = '[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]'      # Chinese and Japanese, without spaces between words
 
@@ -22,7 +29,7 @@ def read_rows(path):
     offset = n_row = n_object = 0
     try:
         with gzip.open(path) if path.endswith('.gz') else open(path, 'rb') as file:
-            for n, line in enumerate(file, 1):
+            for n, line in enumerate(lines_of(file, path), 1):
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError):
@@ -38,6 +45,59 @@ def read_rows(path):
     if n_row and not n_object:
         raise ValueError(f'{path} is no manifest: none of its {n_row} lines is a JSON object; JSON lines are '
                          'expected, each object whole on a line of its own')
+
+
+def lines_of(file, path):
+    """Yields the lines of an open file, as bytes. Raises ValueError for one that is too long to be one: some
+    kilobytes of gzip may hold gigabytes without an end."""
+    while line := file.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            raise ValueError(f'{path} has a line of over {MAX_LINE >> 20} MB: it is no text a row')
+        yield line
+
+
+def read_all(file, path):
+    """The same of a whole file."""
+    content = file.read(MAX_TEXT + 1)
+    if len(content) > MAX_TEXT:
+        raise ValueError(f'{path} unpacks to over {MAX_TEXT >> 30} GB: cut it into files of JSON lines')
+    return content
+
+
+class TarBytes:
+    """A tar of at most n_byte bytes, as tarfile is to see it. Headers are small: one that claims gigabytes,
+    which tarfile would read, is damaged or a bomb."""
+
+    def __init__(self, file, n_byte):
+        self.file, self.n_byte, self.tell = file, n_byte, file.tell
+
+    def read(self, n):
+        if n > MAX_HEADER:
+            raise tarfile.ReadError(f'a header of {n} bytes')
+        return self.file.read(n)
+
+    def seek(self, place):
+        if place > self.n_byte:
+            raise tarfile.ReadError('it ends before its files do')
+        return self.file.seek(place)
+
+
+def plain_files(tar):
+    """Yields (name, offset, size) of the files in an open tar. Links, devices and sparse files are none here:
+    nothing is ever unpacked to a name, or read from a place, that a tar says."""
+    for member in tar:
+        if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE) and not member.sparse:
+            yield member.name, member.offset_data, member.size
+
+
+def read_bytes(file, path, name, offset, size):
+    """-> all bytes of a file in a tar. Raises ValueError where that is cut off; a size from a tar may be any
+    number."""
+    is_there = offset + size <= os.fstat(file.fileno()).st_size
+    content = os.pread(file.fileno(), size, offset) if is_there else b''
+    if len(content) < size:
+        raise ValueError(f'{path} is cut off in {name}')
+    return content
 
 
 def by_id(pairs):
@@ -74,28 +134,21 @@ def read_piece(file, name, sample_rate, start_sec=0.0, end_sec=None, whole_sec=N
     """A path or bytes -> float32 [n_channel, n_sample] at sample_rate. Only the piece is read, as an hour of
     audio may be cut into thousands. whole_sec: how long the file is by its manifest; a file of another length
     was cut off or replaced, and its words would not be those of the text."""
-    import soundfile  # pip install soundfile soxr
-    import soxr
     if isinstance(file, str) and not os.path.isfile(file):
         raise ValueError(f'no file {name}')
-    try:
-        with soundfile.SoundFile(file) as audio:
-            rate, n_sec = audio.samplerate, audio.frames / audio.samplerate
-            end_sec = n_sec if end_sec is None else end_sec
-            check_length(name, n_sec, whole_sec)
-            if not 0 <= start_sec < end_sec <= n_sec + 0.1:     # 0.1: manifests round
-                raise ValueError(f'{name} is {n_sec:.2f} s long; '
-                                 f'there is nothing from {start_sec} s to {end_sec} s')
-            audio.seek(min(round(start_sec * rate), audio.frames))
-            waves = audio.read(round((end_sec - start_sec) * rate), dtype='float32', always_2d=True)
-    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a .raw file, whose rate nobody knows
-        if isinstance(file, str) and is_shortened(file):
-            wav = os.path.splitext(file)[0] + '.wav'
-            raise ValueError(f'{name} is compressed with shorten, which soundfile cannot read: '
-                             f'"sph2pipe -p -f wav {file} {wav}" unpacks it') from None
-        raise ValueError(f'{name} is not audio that can be read ({error})') from None
-    if rate != sample_rate:
-        waves = soxr.resample(waves, rate, sample_rate)
+    if str(file).lower().endswith('.sph') and is_shortened(file):
+        wav = os.path.splitext(file)[0] + '.wav'
+        raise ValueError(f'{name} is compressed with shorten, which soundfile cannot read: '
+                         f'"sph2pipe -p -f wav {shlex.quote(file)} {shlex.quote(wav)}" unpacks it')
+    with open_audio(file, name) as audio:
+        rate, n_sec = audio.samplerate, audio.frames / audio.samplerate
+        end_sec = n_sec if end_sec is None else end_sec
+        check_length(name, n_sec, whole_sec)
+        if not 0 <= start_sec < end_sec <= n_sec + 0.1:     # 0.1: manifests round
+            raise ValueError(f'{name} is {n_sec:.2f} s long; '
+                             f'there is nothing from {start_sec} s to {end_sec} s')
+        audio.seek(min(round(start_sec * rate), audio.frames))
+        waves = read_samples(audio, name, sample_rate, round((end_sec - start_sec) * rate))
     return np.ascontiguousarray(waves.T)
 
 

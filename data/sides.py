@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from data import tokenise
-from data.recordings import read_piece, spoken, turns_of
+from data.recordings import TarBytes, plain_files, read_all, read_bytes, read_piece, spoken, turns_of
 
 # a sound, [laughter]; of a word what was not said, ab[solute]-; a tag of a speech synthesis, <strong>
 NO_TEXT = re.compile(r'\[[^][]*\]|</?\w+>')
@@ -31,26 +31,25 @@ class Place(NamedTuple):
 
     def read(self):
         with open(self.path, 'rb') as file:
-            file.seek(self.offset)
-            return file.read(-1 if self.size is None else self.size)
+            if self.size is None:
+                return read_all(file, self.name)
+            return read_bytes(file, self.path, self.name, self.offset, self.size)
 
 
 @functools.lru_cache(32)
 def tar_index(path):
     """name -> {'.flac': (offset, size), '.json': …}. With this index any file of a tar may be next."""
+    index = {}
     try:
-        with tarfile.open(path, 'r:') as tar:
-            try:
-                members = tar.getmembers()
-            except tarfile.ReadError:       # cut off: what lies before that is good
-                members = tar.members
-            index = {}
-            for member in members:
-                name, extension = os.path.splitext(member.name)
-                index.setdefault(name, {})[extension] = (member.offset_data, member.size)
-            return index
+        with open(path, 'rb') as file:
+            tar = tarfile.open(fileobj=TarBytes(file, os.path.getsize(path)), mode='r:')
+            for name, *place in plain_files(tar):
+                name, extension = os.path.splitext(name)
+                index.setdefault(name, {})[extension] = tuple(place)
     except tarfile.TarError as error:
-        raise ValueError(f'{path} is no tar ({error})')
+        if not index:       # of one that is cut off, what lies before the cut is good
+            raise ValueError(f'{path} is no tar ({error})') from None
+    return index
 
 
 def list_samples(folder, suffixes):
@@ -64,9 +63,9 @@ def list_samples(folder, suffixes):
         for name in sorted(names):
             path = os.path.join(parent, name)
             stem, suffix = os.path.splitext(os.path.relpath(path, folder))
-            if suffix in suffixes:
+            if suffix in suffixes and os.path.isfile(path):     # a pipe would be waited for
                 samples.setdefault(stem, {})[suffix] = Place(stem + suffix, path)
-            for inside, files in tar_index(path).items() if suffix == '.tar' else ():
+            for inside, files in tar_index(path).items() if suffix == '.tar' and os.path.isfile(path) else ():
                 key = os.path.normpath(os.path.join(stem, inside))
                 for suffix in files.keys() & set(suffixes):
                     samples.setdefault(key, {})[suffix] = Place(key + suffix, path, *files[suffix])
@@ -78,7 +77,7 @@ def expected_form(name):
     """What is missing in a file, or is of another kind, ends in a sentence that names the file."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f'{name} has not the form that --help shows '
                          f'({type(error).__name__}: {error})') from None
 
@@ -88,7 +87,7 @@ def read_json(place):
         return json.loads(place.read())
     except FileNotFoundError:
         raise ValueError(f'no file {place.path}') from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{place.name} is no JSON ({error})') from None
 
 

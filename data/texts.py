@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.files import some
+from data.recordings import lines_of, read_all
 from data.tts import HAN
 from flatten import ROLES
 
@@ -52,14 +53,14 @@ def rows(path):
     number = 0
     try:
         with (gzip.open if path.endswith('.gz') else open)(path, 'rt', encoding='utf-8-sig') as file:
-            lines = enumerate(file, 1)
+            lines = enumerate(lines_of(file, path), 1)
             number, first = next(((number, line) for number, line in lines if line.strip()), (0, ''))
             try:
                 content = json.loads(first)
             except json.JSONDecodeError:        # one object over many lines
                 file.seek(0)
                 number = 0
-                content = json.loads(file.read())
+                content = json.loads(read_all(file, path))
             if isinstance(content, dict) and all(map(is_list_of_lists, content.values())):
                 content = [row for part in content.values() for row in part]
             if isinstance(content, list) and not all(isinstance(part, str) for part in content):
@@ -75,7 +76,10 @@ def rows(path):
         raise ValueError(f'{path} is no whole gzip file ({error})') from None
     except OSError as error:
         raise ValueError(f'{path}: {error.strerror or error}') from None
-    except ValueError as error:     # json's, UTF-8's, or Python's for a number of over 4,300 digits
+    except (ValueError, RecursionError) as error:
+        # json's, UTF-8's, Python's for a number of over 4,300 digits; or that a line is too long
+        if type(error) is ValueError and str(error).startswith(path):
+            raise
         if isinstance(error, UnicodeDecodeError) or '\0' in getattr(error, 'doc', ''):
             raise ValueError(f'{path} is no text; JSON or JSON lines in UTF-8 are expected, '
                              'gzipped as .gz or not') from None
@@ -94,14 +98,14 @@ def read_row(row):
     if isinstance(row.get('chat'), dict):
         return read_moss(row['chat'])
     if 'plain_text' in row:
-        return split_speakers(row['plain_text'], r'\[(Human|MOSS)\]:', r'<eo\w>\s*$')
+        return split_speakers(row['plain_text'], r'\[(Human|MOSS)\]:')
     if 'conversations' in row or 'messages' in row:
         return [read_message(each) for each in row.get('conversations') or row.get('messages') or []]
     if isinstance(row.get('data'), list):                       # UltraChat
         return [(ROLES[i % 2], text) for i, text in enumerate(row['data'])]
     if 'instruction' in row and 'output' in row:    # Alpaca, and BELLE, whose history is in the instruction
         if re.search(r'^\s*Human[:：]', row['instruction']) and 'Assistant' in row['instruction']:
-            said = split_speakers(row['instruction'], r'(?:^|\n)\s*(Human|Assistant)[:：]', r'\s+$')
+            said = split_speakers(row['instruction'], r'(?:^|\n)[^\S\n]*(Human|Assistant)[:：]')
             return [turn for turn in said if turn[1]] + [('assistant', row['output'])]
         return [('user', f'{row["instruction"]}\n{row.get("input") or ""}'), ('assistant', row['output'])]
     if 'question' in row and 'std_answer' in row:               # BELLE's evaluation set
@@ -125,7 +129,7 @@ def read_moss(chat):
         return re.sub(r'^\s*<\|\w+\|>:|<eo\w>\s*$', '', text).strip()
 
     said = []
-    for _, turn in sorted(chat.items(), key=lambda turn: int(turn[0].split('_')[1])):
+    for _, turn in sorted(chat.items(), key=lambda turn: int(turn[0].rpartition('_')[2])):
         used = [unmark(turn.get(key) or '') for key in ('Commands', 'Tool Responses')]
         used = [text for text in used if text not in ('', 'None')]
         answer = Unspoken('tool', used[0]) if used else unmark(turn['MOSS'])
@@ -171,15 +175,16 @@ def join(texts):
 
 
 def join_characters(text):
+    text = ' '.join(text.split())
     if re.search(r'[A-Za-z0-9]{2}', text):      # words are whole: only what is not Latin was taken apart
         return re.sub(r'(?<=[^\x00-\x7f])\s+|\s+(?=[^\x00-\x7f])', '', text)
     return ''.join(text.split())
 
 
-def split_speakers(text, marks, end):
+def split_speakers(text, marks):
     """A dialogue in one string -> [(speaker, text)]; what stands before the first speaker is left out."""
     parts = re.split(marks, text)[1:]
-    return [('user' if name == 'Human' else 'assistant', re.sub(end, '', said))
+    return [('user' if name == 'Human' else 'assistant', re.sub(r'<eo\w>$', '', said.rstrip()))
             for name, said in zip(parts[::2], parts[1::2])]
 
 
@@ -203,17 +208,21 @@ def pairs(said):
 # ------------------------------------------------------------------------------------------------------------
 # what can be spoken
 
-REASONS = {     # the first that is found in a turn, line by line; (?m): ^ and $ are those of a line
+LETTERS_A_WORD = 50     # a text of more is too long, and not searched: some patterns take a second for more
+# the first that is found in a turn, line by line; (?m): ^ and $ are those of a line
+REASONS = {
     'code': r'(?m)```|\w\(\)|\w\.\w+\(|[{}]|\w;\s*$|=>|->|[!=]=|\+=|::'
-            r'|//(?!\w+\.)|[A-Za-z0-9]_[A-Za-z0-9]|<\?|#include|^\s*(?:import|package) [\w.]+;?$'
-            r'|^\s*(?:from [\w.]+ import|def \w+\(|class \w+[:(]'
+            r'|//(?!\w+\.)|[A-Za-z0-9]_[A-Za-z0-9]|<\?|#include|^[ \t]*(?:import|package) [\w.]+;?$'
+            r'|^[ \t]*(?:from [\w.]+ import|def \w+\(|class \w+[:(]'
             r'|(?:public|private|const|let|var|function) \w+)'
             r'|print\s*\(|(?i:\bselect\b.+\bfrom\b.+\bwhere\b)',
     'table': r'(?m)\|.*\||^.*\S\t+\S.*\n.*\S\t+\S|\+-{3,}',
-    'url': r'(?i)https?:|www\.|[\w.-]+@[\w-]+\.\w|\b[\w-]+\.(?:com|org|net|edu|gov|io|cn)\b',
-    'markup': r'(?m)^\s*#|^\s*[-*•·●▪◦■○–—>]+\s|</?\w[^<>]*>|[][]|\*\*|__|&\w+;|^\s*(?:-{3,}|\*{3,})\s*$',
-    'list': r'(?m)^\s*\d{1,2}\s*[.)、．）:：]\s*[^\d\s]|^\s*[(（]\d{1,2}[)）]|[①②③]'
-            r'|^\s*[A-Da-d一二三四五六七八九十][.)、．）]'
+    'url': r'(?i)https?:|www\.|[\w.-]@[\w-]+\.\w|\w-*\.(?:com|org|net|edu|gov|io|cn)\b',
+    'markup': r'(?m)^[ \t]*#|^[ \t]*[-*•·●▪◦■○–—>]+\s|</?\w[^<>]*>|[][]|\*\*|__|&\w+;'
+              r'|^[ \t]*(?:-{3,}|\*{3,})\s*$',
+    'list': r'(?m)^[ \t]*\d{1,2}\s*[.)、．）:：]\s*[^\d\s]'
+            r'|^[ \t]*[(（]\d{1,2}[)）]|[①②③]'
+            r'|^[ \t]*[A-Da-d一二三四五六七八九十][.)、．）]'
             r'|(?s:(?<!\d)1\s*[.)、．）]\s*[^\d\s].*(?<!\d)2\s*[.)、．）]\s*[^\d\s])'
             r'|(?s:\bA\s*[.)、．）:：].*\bB\s*[.)、．）:：])',
     'formula': r'[\\^<>=√∑∫∞≈≠≤≥×÷∂∆∏∈∪∩∀∃²³½¼¾₀-₉⁰-⁹]|\$[^\s\d][^$]*\$'
@@ -233,6 +242,8 @@ def n_words(text):
 def speakable(text, max_words=200, max_symbols=0.05):
     """-> (the text as it is said, None), or (the text, the reason why it cannot be said). Emphasis is taken
     off words, lines become sentences; a few rare symbols (an emoji) are left out, they are not heard."""
+    if len(text) > LETTERS_A_WORD * max_words:
+        return text, 'long'
     text = unicodedata.normalize('NFC', html.unescape(text))
     text = re.sub(r'\r\n|\\n(?![a-z])', '\n', text).strip()        # BELLE has some escaped twice
     text = re.sub('[０-９Ａ-Ｚａ-ｚ]+', lambda wide: unicodedata.normalize('NFKC', wide.group()), text)
@@ -275,7 +286,7 @@ def collect(paths, args):
         for number, row in enumerate(rows(path)):
             try:
                 said = pairs(read_row(row))
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
                 why = error if isinstance(error, ValueError) else repr(error)
                 raise ValueError(f'{path}, row {number + 1} is in no form that is known ({FORMS}): '
                                  f'{why}') from None

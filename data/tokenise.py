@@ -23,6 +23,7 @@ import json
 import os
 import shutil
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -34,10 +35,11 @@ import pyarrow.compute as pc
 
 from codec import load_codec
 from common.device import pick_device
-from common.files import read_json, remove, whole, write_json
+from common.files import as_text, printable, read_json, read_jsonl, remove, whole, write_json, write_jsonl
 from common.levels import codes_per_frame
 from config import Parser
-from data.dialogues import SCHEMA, save_table, to_table
+from data.dialogues import SCHEMA, Columns, metadata, open_table, save_table, to_table
+from data.recordings import by_id
 from flatten import ROLES, check
 
 SEVERAL = 'several speakers of one channel became one {}'      # a remark
@@ -90,6 +92,8 @@ def run(items, read_recording, args, settings, splits=None):
         raise ValueError('there is nothing to prepare: no recordings were found')
     codec = load_codec(args.codec)
     device = pick_device(args.device)
+    items = by_id((printable(id), what) for id, what in items.items())      # by what it is written and shown
+    splits = splits and {printable(id): split for id, split in splits.items()}
     codec.device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if device.type == 'cuda' else device
     ids = list(items)
     recipe = dict(settings, codec=codec.describe(), part=args.part, seed=args.seed, val_share=args.val_share,
@@ -153,7 +157,9 @@ def is_prepared(path, recipe):
     """Was it made by this recipe? Raises ValueError if by another."""
     if not os.path.exists(path):
         return False
-    before, recipe = read_json(path)['recipe'], json.loads(json.dumps(recipe))
+    before, recipe = read_json(path).get('recipe'), json.loads(json.dumps(recipe))
+    if not isinstance(before, dict):
+        raise ValueError(f'{path} does not say what the folder was made from: choose another --out')
     if before != recipe:
         changed = [key for key in sorted(before.keys() | recipe.keys()) if before.get(key) != recipe.get(key)]
         raise ValueError(f'{os.path.dirname(path)} was made from other material or settings '
@@ -217,7 +223,11 @@ def read_one(id, items, read_recording, codec, max_mismatch_sec):
     try:
         return id, fit(read_recording(items[id], codec), codec, max_mismatch_sec)
     except (ValueError, OSError) as error:
-        return id, str(error)
+        return id, printable(str(error))
+    except Exception as error:      # what nobody thought of, in one of a million rows, ends no run of days
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        what = f'{type(error).__name__}: {error}'
+        return id, printable(f'it cannot be read ({what[:300]}; {os.path.basename(at.filename)}:{at.lineno})')
 
 
 def make_part(path, ids, reader, codec, args, pool):
@@ -341,17 +351,28 @@ def on_frames(turns, n_frame, rate_hz):
         for word in sorted(turn.get('words') or [], key=lambda word: word['start_sec']):
             first, last = clip(word, start, end)
             if first < last or word['start_sec'] == word['end_sec']:
-                words.append(dict(text=word['text'], start=first, end=last))
-        text = ' '.join(turn['text'].split())
+                words.append(dict(text=as_text(word['text']), start=first, end=last))
+        text = as_text(' '.join(turn['text'].split()))
         framed.append(dict(role=turn['role'], start=start, end=end, text=text, words=words))
     return framed, n_lost
 
 
 def read_part(path):
-    """-> (the table of a part, what is noted of it)"""
-    table = pa.ipc.open_file(pa.memory_map(path)).read_all()
-    about = json.loads(table.schema.metadata[b'nanoduplex'])
-    return table.replace_schema_metadata(None), about
+    """-> (the table of a part, or of a split, what is noted of it). All of it is compared with its checksums.
+    Columns that older folders lack are empty."""
+    table, about = open_table(path)
+    try:
+        for batch in table.to_batches():
+            columns = Columns(batch, codes_per_frame(about['codec']))
+            for i in range(len(columns)):
+                columns.check(i)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f'{path} is damaged ({error}): delete it, and the same command makes it '
+                         'again') from None
+    for field in SCHEMA:
+        if field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table.select(SCHEMA.names).cast(SCHEMA), about
 
 
 def in_order(table, ids):
@@ -401,8 +422,10 @@ def read_skipped(path):
     """{id: why}"""
     if not os.path.isfile(path):
         return {}
-    with open(path, encoding='utf-8') as file:
-        return {entry['id']: entry['reason'] for entry in map(json.loads, file)}
+    try:
+        return {str(entry['id']): str(entry['reason']) for _, entry in read_jsonl(path)}
+    except KeyError as error:
+        raise ValueError(f'{path} has a row without {error}: it is damaged; choose another --out') from None
 
 
 def before_path(path):
@@ -419,7 +442,7 @@ def lay_out_parts(out, codec, parts, skipped):
             if len(batch):      # finish wrote a batch for each part
                 batches[number_of[batch['id'][0].as_py()]].append(batch)
     done = read_json(os.path.join(out, 'prepared.json'))
-    about = dict(lost_turns=done['turns_outside_their_recording'], remarks=done.get('remarks', {}))
+    about = dict(lost_turns=done.get('turns_outside_their_recording', 0), remarks=done.get('remarks', {}))
     remove(folder)      # of a process that was killed here
     os.makedirs(folder)
     for number, ids in enumerate(parts):
@@ -473,8 +496,7 @@ def finish(args, recipe, codec, ids, n_part, splits=None):
     splits = splits or split_ids([id for id in ids if id not in unread], args.val_share, args.test_share,
                                  args.seed)
     counts = Statistics(codec.rate_hz, codes_per_frame(codec.describe()))
-    metadata = {'nanoduplex': json.dumps({'codec': codec.describe()})}
-    schema = SCHEMA.with_metadata(metadata)
+    schema = SCHEMA.with_metadata(metadata(codec.describe()))
     with ExitStack() as all_appear:     # the three files at once, or none
         for split in ('train', 'val', 'test'):
             path = all_appear.enter_context(whole(os.path.join(args.out, f'{split}.arrow')))
@@ -483,9 +505,8 @@ def finish(args, recipe, codec, ids, n_part, splits=None):
                     is_chosen = [splits[id] == split for id in table['id'].to_pylist()]
                     chosen = table.filter(pa.array(is_chosen, pa.bool_()))
                     counts.add(split, chosen)
-                    writer.write_table(chosen.replace_schema_metadata(metadata))
-    with open(os.path.join(args.out, 'skipped.jsonl'), 'w', encoding='utf-8') as file:
-        file.writelines(json.dumps(entry, ensure_ascii=False) + '\n' for entry in skipped)
+                    writer.write_table(chosen.cast(schema))
+    write_jsonl(os.path.join(args.out, 'skipped.jsonl'), skipped)
     if os.path.realpath(args.codec) != os.path.realpath(args.out):
         codec.save(os.path.join(args.out, 'codec'))
     if args.tokenizer:

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import http.client
 import json
+import math
 import os
 import pathlib
 import queue
@@ -28,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 
-from common.files import whole
+from common.files import printable, read_jsonl, write_jsonl
 from config import Parser
 from flatten import ROLES, START
 
@@ -276,14 +277,13 @@ def to_items(conversations, use_expected=False):
 
 def read_transcript(path):
     turns = []
-    with open(path, encoding='utf-8') as file:
-        for i, line in enumerate(file):
-            try:
-                row = json.loads(line)
-                turns.append(dict(role=row['role'], start=row['start_sec'], text=row['text']))
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f'{path}, line {i + 1}: a line is JSON with role, start_sec and text, '
-                                 'as sample.py writes it')
+    for line, row in read_jsonl(path):
+        turn = dict(role=row.get('role'), start=row.get('start_sec'), text=row.get('text'))
+        is_turn = isinstance(turn['text'], str) and turn['role'] in ROLES
+        if not is_turn or type(turn['start']) not in (int, float) or not math.isfinite(turn['start']):
+            raise ValueError(f'{path}, line {line}: a line is JSON with role, start_sec and text, '
+                             'as sample.py writes it')
+        turns.append(turn)
     return dict(id=os.path.splitext(os.path.basename(path))[0], turns=turns)
 
 
@@ -307,11 +307,11 @@ def main():
                      usd_per_m_in=args.usd_per_m_in, usd_per_m_out=args.usd_per_m_out)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error))
-    with whole(args.out + '.jsonl') as part, open(part, 'w', encoding='utf-8') as file:
-        for item, row in zip(items, rows):
-            file.write(json.dumps(dict(item, **row), ensure_ascii=False) + '\n')
-            print(f'{row["score"] or "-":>4}  {item["question"][:40]:40}  {item["answer"][:40]:40}  '
-                  f'{row.get("why") or row.get("error")}')
+    write_jsonl(args.out + '.jsonl', (dict(item, **row) for item, row in zip(items, rows)))
+    for item, row in zip(items, rows):
+        question, answer, why = map(printable, (item['question'], item['answer'], row.get('why')
+                                                or row['error']))
+        print(f'{row["score"] or "-":>4}  {question[:40]:40}  {answer[:40]:40}  {why}')
     print(f'written: {args.out}.jsonl')
 
 

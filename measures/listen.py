@@ -11,7 +11,6 @@ So a run with n_listen ends with the same weights, bit for bit, as one without.
 """
 import importlib.util
 import os
-import re
 from itertools import islice
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np
 
 from codec import load_codec
 from common.audio import write_audio
+from common.files import file_name
 from data.loader import STREAMS
 from decode import Sampling, converse, render, write_transcript
 from flatten import ROLES
@@ -78,7 +78,7 @@ class Listener:
             conversation = turns.conversation(
                 reference['id'], self.rate_hz, user, dialogue, codec.silence_codes, layout.speech_chunk,
                 expected, wave, codec.sample_rate)
-            path = os.path.join(folder, f'step-{step:06d}-' + re.sub(r'[^\w.-]', '_', reference['id']))
+            path = os.path.join(folder, f'step-{step:06d}-' + file_name(reference['id']))
             write_transcript(path + '.jsonl', conversation, self.rate_hz)
             if wave is not None:
                 write_audio(path + '.wav', wave, codec.sample_rate)

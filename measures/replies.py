@@ -14,8 +14,8 @@ down of what it hears; in layouts with a state, when it says that it was interru
 """
 import numpy as np
 
-from clock import was_stopped
-from flatten import ROLES, START, is_broken_off
+from clock import is_broken_off, was_stopped
+from flatten import ROLES, START
 from measures.words import error_rate, plain
 from respond import Asked, respond
 

@@ -29,7 +29,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from common.files import whole
+from common.files import JSON_TEXT, whole
 from flatten import ROLES
 from measures.turns import KS, MAX_K, PATIENCE_SEC, accuracy, stretches
 
@@ -253,6 +253,6 @@ def write(path, title, conversations, outcomes=None, figures=None, curves=None, 
         links=' · '.join(f'<a href="{quote(file)}">{html.escape(label)}</a>' for label, file in links),
         sounds='\n'.join(sounds), summary=summary,
         dialogues=dialogues.replace('<', '\\u003c'))    # '<' would let a text end the script that it is in
-    with whole(path) as part, open(part, 'w', encoding='utf-8') as file:
+    with whole(path) as part, open(part, 'w', **JSON_TEXT) as file:
         # in one pass: a text with {{title}} in it stays one
         file.write(re.sub(r'{{(\w+)}}', lambda match: parts[match[1]], template))

@@ -24,8 +24,9 @@ from functools import cache
 import numpy as np
 import torch
 
+from clock import is_broken_off
 from common.files import read_json
-from flatten import ROLES, check, get_layout, is_broken_off, lay_line
+from flatten import ROLES, check, get_layout, lay_line
 from model import KVCache
 
 # Thai, Lao, Burmese, Khmer, kana, Han

@@ -22,7 +22,7 @@ from data.sides import arguments, dialogue, list_samples, read_audio, said
 
 AUDIO = re.compile(r'fe_03_\d{5}|sw0?\d{4}')
 TEXT = re.compile(r'fe_03_\d{5}|sw\d{4}[AB]-ms98-a-word')
-FISHER_ROW = re.compile(r'(\d+\.?\d*)\s+(\d+\.?\d*)\s+([AB]):(.*)')
+FISHER_ROW = re.compile(r'(\d+(?:\.\d*)?)\s+(\d+(?:\.\d*)?)\s+([AB]):(.*)')
 # Fisher: (( what was hard to hear )). Switchboard: {a made-up word}, <b_aside>, them_1: another way to say it
 MEANT = re.compile(r'\[[^][/]*/([^][]*)\]')      # Switchboard: [what was said/what was meant]
 NO_TEXT = re.compile(r'\(\(|\)\)|[{}]|<[be]_aside>|_\d\b')

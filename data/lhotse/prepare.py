@@ -30,10 +30,11 @@ import json
 import math
 import os
 import re
+import zlib
 from pathlib import Path
 
 from data import tokenise
-from data.recordings import by_id, find_audio, read_piece, read_rows
+from data.recordings import by_id, find_audio, read_all, read_bytes, read_piece, read_rows
 from data.sides import tar_index
 from data.words import clean_words, is_word
 
@@ -74,10 +75,10 @@ def read_json(path):
     """The same as read_rows, for a file that holds one JSON list."""
     try:
         with gzip.open(path) if path.endswith('.gz') else open(path, 'rb') as file:
-            cuts = json.load(file)
+            cuts = json.loads(read_all(file, path))
     except FileNotFoundError:
         raise ValueError(f'no file {path}') from None
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise ValueError(f'{path} is no JSON file ({error})')
     if not isinstance(cuts, list):
         raise ValueError(f'{path} is no list of cuts')
@@ -87,13 +88,17 @@ def read_json(path):
 
 def list_pair(recordings, supervisions):
     lhotse = import_lhotse()
+    for path in (recordings, supervisions):     # Lhotse would run "pipe:…" in a shell, and open URLs
+        if not os.path.isfile(path):
+            raise ValueError(f'no file {path}')
     try:
         cuts = lhotse.CutSet.from_manifests(
             recordings=lhotse.RecordingSet.from_file(recordings),
             supervisions=lhotse.SupervisionSet.from_file(supervisions))
         for cut in cuts:
             yield cut.recording.id, (f'recording {cut.recording.id}', json.dumps(cut.to_dict()), {})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except (OSError, EOFError, zlib.error, RecursionError, ArithmeticError, ValueError, KeyError, TypeError,
+            AttributeError, AssertionError) as error:
         raise ValueError(f'{recordings} and {supervisions} are no recordings and supervisions of Lhotse '
                          f'({type(error).__name__}: {error})')
 
@@ -239,17 +244,14 @@ def from_tar(path, cut_id, where):
         raise ValueError(f'{where}: {os.path.basename(path)} has {there} for cut {cut_id}: '
                          'its audio was left out (.nodata), or the tar is cut off')
     extension, = entry.keys() - {'.json'}
-    pieces = []
     with open(path, 'rb') as file:
-        for offset, size in (entry[extension], entry['.json']):
-            file.seek(offset)
-            pieces.append(file.read(size))
-    audio, manifest = pieces
+        audio, manifest = (read_bytes(file, path, cut_id + suffix, *entry[suffix])
+                           for suffix in (extension, '.json'))
     try:
         recording = deserialize_item(json.loads(manifest))
         check_numbers(recording.duration)
         fill_shar_placeholder(recording, data=audio, tarpath=Path(cut_id + extension))
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise ValueError(f'{where}: {os.path.basename(path)} has no recording of Lhotse in {cut_id}.json '
                          f'({type(error).__name__}: {error})')
     return recording

@@ -36,7 +36,7 @@ import zlib
 from functools import lru_cache, partial
 
 from data import tokenise
-from data.recordings import one_channel, read_piece, turns_of
+from data.recordings import TarBytes, one_channel, plain_files, read_bytes, read_piece, turns_of
 from data.words import by_role, clean_words, in_json, parse
 
 AUDIO = ('flac', 'mp3', 'wav', 'ogg', 'opus')
@@ -106,12 +106,13 @@ def tar_files(path):
     for what is no tar."""
     files = []
     with open(path, 'rb') as file:
-        unpacked = gzip.open(file) if is_gzip(file) else file
+        unpacked, n_byte = file, os.path.getsize(path)
+        if is_gzip(file):
+            unpacked, n_byte = gzip.open(file), most_unpacked(path)
         try:
-            tar = tarfile.open(fileobj=unpacked, mode='r:')
-            for member in tar:
-                if member.isreg():
-                    files.append((member.name, member.offset_data, member.size))
+            tar = tarfile.open(fileobj=TarBytes(unpacked, n_byte), mode='r:')
+            for place in plain_files(tar):
+                files.append(place)
             unpacked.seek(tar.offset)
             is_whole = unpacked.read(512) == bytes(512)     # a block of zeros ends a tar
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -121,13 +122,22 @@ def tar_files(path):
     return files, is_whole
 
 
+def most_unpacked(path):
+    """-> the bytes that a gzipped shard may have. Audio shrinks to a half: a hundredth is a bomb."""
+    return max(2 ** 30, 100 * os.path.getsize(path))
+
+
 @lru_cache(2)
 def unpack(path):
     """A gzipped shard -> the same unpacked, in a file without a name, as gzip has no way to its middle."""
     file = tempfile.TemporaryFile()
     try:
         with gzip.open(path) as packed:
-            file.writelines(iter(partial(packed.read1, 1 << 20), b''))      # read loses what is before a cut
+            blocks = iter(partial(packed.read1, 1 << 20), b'')      # read loses what is before a cut
+            for block in blocks:
+                file.write(block)
+                if file.tell() > most_unpacked(path):
+                    raise ValueError(f'{path} unpacks to over {file.tell() >> 30} GB: is it a bomb?')
     except (EOFError, zlib.error, gzip.BadGzipFile):
         pass        # cut off; read_file says in which of its files
     file.flush()
@@ -140,10 +150,7 @@ def read_file(path, offset, size, name):
         if is_gzip(file):
             with UNPACKING:     # not by each of the threads that want something of it
                 file = unpack(path)
-        content = os.pread(file.fileno(), size, offset)
-    if len(content) < size:
-        raise ValueError(f'{path} is cut off in {name}')
-    return content
+        return read_bytes(file, path, name, offset, size)
 
 
 # ------------------------------------------------------------------------------------------------------------

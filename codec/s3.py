@@ -8,8 +8,10 @@ in an environment of its own (worker.py talks to cosyvoice_worker.py).
 """
 import hashlib
 import importlib.machinery
+import json
 import math
 import os
+import shlex
 import sys
 import tempfile
 import types
@@ -46,6 +48,31 @@ WINDOW_FRAMES, OVERLAP_FRAMES = 3000, 400
 BEFORE_SEC, AFTER_SEC, STEP_SEC = {'v1': 28.0, 'v2': 10.0, 'v3': 10.0}, 0.2, 0.08
 # encoded at once: v1_50hz holds 180 MB of attention scores for each 30 s
 BATCH_FRAMES = 8 * WINDOW_FRAMES
+
+
+def commands_file():
+    """Of the user: the vocoders' commands that were given here, a line of JSON each. codec.json has one, too,
+    but a checkpoint comes from anybody, and no file that is loaded may start a program."""
+    config = os.environ.get('XDG_CONFIG_HOME') or os.path.expanduser('~/.config')
+    return os.path.join(config, 'nanoduplex', 'vocoders')
+
+
+def is_known(command):
+    if not os.path.isfile(commands_file()):
+        return False
+    with open(commands_file(), encoding='utf-8') as file:
+        return json.dumps(command) in file.read().splitlines()
+
+
+def remember(command):
+    if is_known(command):
+        return
+    try:
+        os.makedirs(os.path.dirname(commands_file()), mode=0o700, exist_ok=True)
+        with open(commands_file(), 'a', encoding='utf-8') as file:
+            file.write(json.dumps(command) + '\n')
+    except OSError as error:
+        print(f'note: the vocoder cannot be remembered ({error}); to decode, set NANODUPLEX_VOCODER')
 
 
 def look_up(variant):
@@ -132,6 +159,7 @@ class S3Codec:
     gets other codes.
     """
     name, sample_rate, device = 's3', 16000, 'cpu'
+    is_given = False        # was the vocoder given by the user, or does a file name it
 
     def __init__(self, variant, sha256, silence_codes, checkpoint, vocoder):
         self.variant, self.sha256, self.checkpoint, self.vocoder = variant, sha256, checkpoint, vocoder
@@ -175,7 +203,7 @@ class S3Codec:
         codes = list(dict.fromkeys([*heard, *silence_codes, *VARIANTS[variant].silence_codes]))
         if max(codes) >= self.n_codes:
             raise ValueError(f'there is no code {max(codes)}, {variant} has 0 to {self.n_codes - 1}')
-        self.silence_codes = np.array(codes, dtype=np.uint16)
+        self.silence_codes, self.is_given = np.array(codes, dtype=np.uint16), True
         return self
 
     def hear_silence(self, share=0.01):
@@ -295,6 +323,9 @@ class S3Codec:
             raise ValueError('nothing is known that turns these codes into audio: '
                              "python -m codec s3 … --vocoder='COMMAND', "
                              "or NANODUPLEX_VOCODER='COMMAND', as codec/cosyvoice_worker.py is")
+        if not os.environ.get('NANODUPLEX_VOCODER') and not self.is_given and not is_known(command):
+            raise ValueError('codec.json names a program that was not given on this machine: if you trust '
+                             f'it, NANODUPLEX_VOCODER={shlex.quote(command)} starts it')
         self.worker = self.worker or Worker(command)
         return self.worker
 
@@ -324,6 +355,8 @@ class S3Codec:
             variant=self.variant, checkpoint=self.checkpoint, sha256=self.sha256, vocoder=self.vocoder,
             silence_codes=self.silence_codes.tolist())
         write_json(os.path.join(folder, 'codec.json'), settings)
+        if self.is_given and self.vocoder:
+            remember(self.vocoder)
 
     @classmethod
     def load(cls, folder):

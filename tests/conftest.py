@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from data.made_up import make_codec
 torch.set_num_threads(1)         # tiny models: a second thread only waits
 
 ROOT = pathlib.Path(__file__).parent.parent
+os.environ['XDG_CONFIG_HOME'] = tempfile.mkdtemp()      # codec/s3.py remembers commands there
 
 
 def pytest_addoption(parser):

@@ -449,6 +449,25 @@ def test_a_command_is_no_line_for_a_shell(tmp_path):
                                                          for path in tmp_path.iterdir()} == {'say.py'}
 
 
+def test_a_checkpoint_starts_no_program(tmp_path, monkeypatch):
+    """The vocoder of codec.json is started where it was given, or is given now."""
+    from codec import load_codec
+    from codec.s3 import S3Codec
+    monkeypatch.delenv('NANODUPLEX_VOCODER', raising=False)
+    command = f'touch {tmp_path}/x'
+    S3Codec.create(variant='v1_25hz', silence_codes=[7], vocoder=command).save(tmp_path)
+    with pytest.raises(ValueError, match='has ended with code 0'):      # it is no vocoder
+        load_codec(str(tmp_path)).decode([1])
+    (tmp_path / 'x').unlink()
+    monkeypatch.setenv('XDG_CONFIG_HOME', str(tmp_path / 'elsewhere'))
+    with pytest.raises(ValueError, match='not given on this machine: if you trust it, NANODUPLEX_VOCODER='):
+        load_codec(str(tmp_path)).decode([1])
+    load_codec(str(tmp_path)).save(tmp_path / 'copy')
+    with pytest.raises(ValueError, match='not given on this machine'):
+        load_codec(str(tmp_path / 'copy')).speak()
+    assert not (tmp_path / 'x').exists()
+
+
 def test_what_is_written_is_for_its_owner_to_change(tmp_path):
     """By the umask: not executable, and nobody else may write."""
     before = os.umask(0o022)

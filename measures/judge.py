@@ -86,7 +86,7 @@ def read_score(text):
     """What the judge wrote -> dict(score, why). Around the JSON there may be a remark or a fence (```).
     Two different scores are no score."""
     verdicts = []
-    text_after_thinking = re.sub(r'(?s).*</think>', '', text)      # where other scores are weighed
+    text_after_thinking = text.rpartition('</think>')[2]       # where other scores are weighed
     for piece in re.findall(r'\{[^{}]*\}', text_after_thinking):
         with suppress(ValueError):
             verdicts.append(json.loads(piece, strict=False))

@@ -128,13 +128,16 @@ def check_codec(folder, codec, dialogues):
                          "the data with the checkpoint's codec, or take the checkpoint that goes with it")
 
 
+MOMENTS = {'AdamW': ('exp_avg', 'exp_avg_sq'), 'Muon': ('momentum_buffer',)}     # what each keeps
+
+
 # ------------------------------------------------------------------------------------------------------------
 # a run's states
 
 class Snapshot(NamedTuple):
     """The tensors of a state, on the CPU."""
     model: Qwen2
-    moments: dict       # AdamW's: 'model.norm.weight.exp_avg', …; and 'rng', of the random numbers
+    moments: dict       # the optimizer's: 'model.norm.weight.exp_avg', …; and 'rng', of the random numbers
 
     def on(self, device, dtype):
         """-> the model there, to be used while this one is written"""
@@ -227,14 +230,14 @@ def load_state(folder, model, optimizer):
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:     # of a folder without a manifest
         raise ValueError(f'{path} cannot be read: {error}') from None
-    missing = [name for name, _ in model.named_parameters() if f'{name}.exp_avg' not in tensors]
-    if missing:
-        raise ValueError(f'{folder} was saved by another version of this code (it has no state of '
-                         f'{missing[0]}): start from its weights, --init_from={folder}, '
-                         'into another --out_dir')
     for name, p in model.named_parameters():
-        moments = {key: scatter(tensors[f'{name}.{key}'], p) for key in ('exp_avg', 'exp_avg_sq')}
-        optimizer.state[p] = dict(moments, step=tensors[f'{name}.step'].to(p.device))
+        keys = MOMENTS['AdamW' if f'{name}.step' in tensors else 'Muon']
+        if not all(f'{name}.{key}' in tensors for key in keys):
+            raise ValueError(f'{folder} was saved by another version of this code (it has no state of '
+                             f'{name}): start from its weights, --init_from={folder}, into another --out_dir')
+        optimizer.state[p] = {key: scatter(tensors[f'{name}.{key}'], p) for key in keys}
+        if f'{name}.step' in tensors:
+            optimizer.state[p]['step'] = tensors[f'{name}.step'].to(p.device)
     torch.set_rng_state(tensors['rng'])
     return read_json(os.path.join(folder, 'state.json'))
 

@@ -193,6 +193,9 @@ def compare(before, now, sizes, folder):
     for name in SIZES:
         if name in changed and now[name] != sizes[name]:
             raise ValueError(f'{name} is {now[name]}, but {sizes[name]} in {folder}: a model keeps its sizes')
+    if 'optimizer' in changed:
+        raise ValueError(f'optimizer is {now["optimizer"]}, but {before["optimizer"]} in {folder}: the '
+                         'moments of one are of no use to the other')
     changed = [f'{name} {before[name]} -> {now[name]}' for name in changed if name not in SIZES]
     return (f'note: changed since {folder}: {", ".join(changed)}; the run may not end, bit for bit, as it '
             'would have without' if changed else None)

@@ -5,7 +5,7 @@ Trains a Qwen2 on flattened dialogues, on one device or on many.
     python train.py config/demo.py --resume=true                            go on where it was killed
     torchrun --standalone --nproc_per_node=2 train.py config/demo.py        two GPUs, or two CPU processes
 
-    each stage: rows of packed dialogues ─► loss on learned tokens ─► AdamW ─► now and then: evaluate, save
+    each stage: rows of packed dialogues ─► loss on learned tokens ─► step ─► now and then: evaluate, save
 
 out_dir becomes a Hugging Face model folder with the weights that did best on val (checkpoint.py says what
 lies where). Beside them: log.jsonl with every line that was printed, config.py with the settings, and
@@ -75,7 +75,9 @@ class Config:
     user_noise: float = 0.0             # share of the user's codes replaced at random: new voices differ, too
     text_weight: float = 1.0            # of a text token in the loss: text is rare, and decides what is said
 
-    # AdamW, with a cosine schedule
+    # a cosine schedule. muon: torch's Muon for the matrices of the layers, AdamW for the rest; from random
+    # weights only, as weights that AdamW trained get worse by it (arXiv:2605.10468)
+    optimizer: str = 'adamw'
     learning_rate: float = 1e-3
     min_learning_rate: float = 0.0      # where the cosine ends
     warmup_steps: int = 50
@@ -120,6 +122,10 @@ class Config:
             raise ValueError(f"dtype is {self.dtype!r}, known are 'auto', 'float32' and 'bfloat16'")
         if self.reduce_dtype not in ('float32', 'bfloat16'):
             raise ValueError(f"reduce_dtype is {self.reduce_dtype!r}, known are 'float32' and 'bfloat16'")
+        if self.optimizer not in ('adamw', 'muon'):
+            raise ValueError(f"optimizer is {self.optimizer!r}, known are 'adamw' and 'muon'")
+        if self.optimizer == 'muon' and (self.shard or self.init_from):
+            raise ValueError('muon is for whole matrices and random weights: no shard, no init_from')
         if self.shard and (self.auto_batch or self.reduce_dtype != 'float32'):
             raise ValueError("shard goes without auto_batch, and with reduce_dtype='float32'")
         if not 0 <= self.user_noise <= 1 or self.text_weight <= 0:
@@ -383,9 +389,32 @@ def is_padded(cfg, place):
 def make_optimizer(model, cfg):
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]     # biases and norms are not pulled towards zero
+    hidden = [p for p in model.model.layers.parameters() if p.dim() >= 2 and cfg.optimizer == 'muon']
+    matrices = [p for p in matrices if not any(p is q for q in hidden)]
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=others, weight_decay=0.0)]
     is_fused = matrices[0].device.type in ('cuda', 'cpu')
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=is_fused)
+    adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=is_fused)
+    return WithMuon(hidden, adamw, cfg) if hidden else adamw
+
+
+class WithMuon:
+    """Muon for some matrices and AdamW for the rest, as one optimizer. Muon's steps are scaled to AdamW's, so
+    one learning rate is right for both (arXiv:2502.16982, section 2.2)."""
+
+    def __init__(self, matrices, adamw, cfg):
+        self.both = torch.optim.Muon(matrices, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
+                                     adjust_lr_fn='match_rms_adamw'), adamw
+        self.state = self.both[0].state = adamw.state       # of each parameter, whoever moves it
+        self.param_groups = [group for each in self.both for group in each.param_groups]
+        self.defaults = {'fused': False}        # as a whole: Muon is not
+
+    def step(self):
+        for each in self.both:
+            each.step()
+
+    def zero_grad(self):
+        for each in self.both:
+            each.zero_grad()
 
 
 def open_out_dir(cfg, place, resume_from, state):

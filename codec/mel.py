@@ -138,8 +138,9 @@ class MelCodec:
         self.silence_codes = np.array(silence_codes, dtype=np.uint16)
         self.filters = mel_filters(self.sample_rate)
         weights = {key.removeprefix('network.'): x for key, x in arrays.items() if key.startswith('network.')}
-        self.network = Network(width=len(weights['second.bias']), n_dim=len(weights['narrow.bias']))
-        self.network.load_state_dict(weights)
+        with torch.device('meta'):      # draws no random numbers, which a run that listens would miss
+            self.network = Network(width=len(weights['second.bias']), n_dim=len(weights['narrow.bias']))
+        self.network.load_state_dict(weights, assign=True)
         self.network.eval().requires_grad_(False)
         self.settings = dict(name=self.name, rate_hz=self.rate_hz, sample_rate=self.sample_rate,
                              n_codes=self.n_codes, silence_codes=self.silence_codes.tolist())
@@ -268,7 +269,7 @@ class MelCodec:
 
 def learn(mels, labels, network, n_epoch, batch=24):
     """The network, trained to name what is said: one linear layer a label on top of its narrowest one."""
-    from tqdm import tqdm       # who only encodes and decodes does not need it
+    from tqdm import tqdm  # who only encodes and decodes does not need it
     everything = torch.cat([mel[:, 0] for mel in mels])
     network.mean.copy_(everything.mean(0)), network.std.copy_(everything.std(0))
     sizes = torch.cat(labels).amax(0) + 1

@@ -103,11 +103,17 @@ def test_a_prompt_decides_what_the_assistant_does(toy, small_tokenizer, tmp_path
     assert n_spoken >= 9 and n_hushed <= 1, (n_spoken, n_hushed)
 
 
-@pytest.mark.parametrize('stages', ['duplex3:10', 'asr+tts:4, duplex3:6'])
-def test_killed_and_resumed_equals_uninterrupted(toy, stages, tmp_path, monkeypatch):
+def save_and_wait(self, *arguments, real=checkpoint.Saver.save):
+    real(self, *arguments)
+    self.wait()
+
+
+@pytest.mark.parametrize('stages, optimizer', [
+    ('duplex3:10', 'adamw'), ('duplex3:10', 'muon'), ('asr+tts:4, duplex3:6', 'adamw')])
+def test_killed_and_resumed_equals_uninterrupted(toy, stages, optimizer, tmp_path, monkeypatch):
     """The run dies right before step 8, after the state of step 5 was saved; what goes on from there ends bit
     for bit alike."""
-    whole = replace(toy, stages=stages, out_dir=str(tmp_path / 'whole'))
+    whole = replace(toy, stages=stages, optimizer=optimizer, out_dir=str(tmp_path / 'whole'))
     train.main(whole)
     killed = replace(whole, out_dir=str(tmp_path / 'killed'))
     get_lr = train.get_lr
@@ -118,6 +124,7 @@ def test_killed_and_resumed_equals_uninterrupted(toy, stages, tmp_path, monkeypa
         return get_lr(step, *rest)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, 'get_lr', die)
+        patch.setattr(checkpoint.Saver, 'save', save_and_wait)      # else two steps may be over sooner
         train.main(killed)
     assert Path(last_state(killed.out_dir)).name == 'step-000005'
     metrics = train.main(replace(killed, resume=True))
@@ -136,8 +143,7 @@ def test_saving_in_the_background_saves_the_same(toy, tmp_path, monkeypatch):
     before the run ends. What cannot be written ends the run."""
     fore, back = (replace(toy, out_dir=str(tmp_path / name)) for name in ('fore', 'back'))
     with monkeypatch.context() as patch:    # it waits for each
-        patch.setattr(checkpoint.Saver, 'save', lambda self, *arguments, real=checkpoint.Saver.save:
-                      (real(self, *arguments), self.wait()))
+        patch.setattr(checkpoint.Saver, 'save', save_and_wait)
         train.main(fore)
     published = []
 
@@ -166,7 +172,11 @@ def test_a_process_that_died_goes_on_when_torchrun_starts_it_again(toy, tmp_path
     train.main(whole)
     script = tmp_path / 'dies_once.py'
     script.write_text('''
-import os, sys, config, train
+import os, sys, checkpoint, config, train
+def save(self, *arguments, real=checkpoint.Saver.save):
+    real(self, *arguments)
+    self.wait()
+checkpoint.Saver.save = save
 def get_lr(step, *rest, real=train.get_lr):
     if step == 7 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
         os._exit(1)

@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from checkpoint import check_codec, load_checkpoint
+from clock import is_broken_off
 from common.audio import read_audio
 from common.device import pick_device, pick_dtype
 from common.files import write_json
@@ -30,7 +31,7 @@ from config import Parser
 from data.dialogues import Dialogues
 from data.tts import SAMPLE_RATE, TEST_VOICES, Espeak, add_noise, noises, trim
 from decode import Sampling, converse
-from flatten import ROLES, START, is_broken_off
+from flatten import ROLES, START
 from measures.words import plain
 
 FESTIVAL = '/usr/share/festival/voices'

@@ -1,15 +1,16 @@
 """
-Spoken questions and answers to learn from, made on the spot: espeak-ng reads them in some eighty voices, a
-codec learns to write down what they say, and out come dialogues on two channels.
+Spoken questions and answers to learn from, made on the spot: espeak-ng reads them in some eighty voices, an
+acoustic model of people says them as others would (data/people.py), a codec learns to write down what they
+say, and out come dialogues on two channels.
 
     user       ░░ What is two plus three? ░░                               ░░ Tell me a joke. ░░
     assistant                               ▓▓ Two plus three is five. ▓▓                       ▓▓ I only …
 
-The user has one voice a dialogue, with noise under it. The assistant always has the same voice, and answers
+The user has one voice a dialogue, in a room or not, over noise. The assistant always has the same voice, and answers
 at once. In some dialogues the user interrupts, and the assistant stops. The voices of test.arrow and
 val.arrow are heard nowhere else, neither by the codec nor in training.
 
-    python data/demo/prepare.py                         # into its own folder, in half a minute on two cores
+    python data/demo/prepare.py                         # into its own folder, in two minutes on two cores
     python data/demo/prepare.py --say='What is the capital of France?' --wav=question.wav --voice=linda
 """
 import argparse
@@ -39,7 +40,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SEED = 1
 N_DIALOGUE = 4000         # to train on
 N_HELD_OUT = {'val': 40, 'test': 100}       # dialogues in the other splits
-N_UTTERANCE = 4000        # one-sided, to train on in the alignment stage alone
+N_UTTERANCE = 2000        # one-sided, to train on in the alignment stage alone
 N_CLIP = 6000             # that the codec is fitted on
 N_CODES = 512
 REACTION = 3              # frames of silence after which the assistant knows that the user has ended: 120 ms
@@ -207,13 +208,13 @@ def make_dialogue(voice, answers, silence, rng):
     start_sec = rng.uniform(0.1, 3.5) if is_quiet else max(0.1, rng.normal(0.35, 0.1))
     speech, turns = [], []
     start = int(start_sec * 25 * unit)                  # of the next question, in units
-    barge_in = 1 if rng.random() < 0.2 else None        # number of the answer that the user interrupts
+    barge_in = 1 if rng.random() < 0.35 else None       # number of the answer that the user interrupts
     assistant = np.full(MAX_FRAME, silence, dtype=np.uint16)
     n_frame = 0
     while True:
         question = pick_question(rng)
         said, words, _ = voice.say(question)
-        if rng.random() < 0.1:      # hesitates before a word
+        if rng.random() < 0.2:      # hesitates before a word
             cut = words[rng.integers(1, len(words))][1]
             pause = int(rng.uniform(0.2, 0.5) * 25 * unit)
             said = np.concatenate([said[:cut], np.zeros((pause, *said.shape[1:]), np.float32), said[cut:]])
@@ -352,7 +353,8 @@ def prepare(out, n_train_dialogue, n_utterance, n_clip):
     """Fits the codec and the BPE and writes the three splits. prepared.json comes last: it is there only if
     all the rest is."""
     what = json.dumps([n_train_dialogue, n_utterance, n_clip])
-    what += ''.join(map(inspect.getsource, (sys.modules[__name__], sys.modules[Espeak.__module__], MelCodec)))
+    sources = (__name__, *(each.__module__ for each in (Espeak, People, MelCodec)))
+    what += ''.join(inspect.getsource(sys.modules[name]) for name in sources)
     recipe, marker = hashlib.sha256(what.encode()).hexdigest()[:16], os.path.join(out, 'prepared.json')
     if min(n_train_dialogue, n_clip) < N_CODES // 10 or n_utterance < 0:
         raise ValueError(f'--n_dialogue and --n_clip have to be {N_CODES // 10} at least, '

@@ -120,7 +120,7 @@ def check_folder(out_dir, damaged, count):
 
 def one_run(settings, out_dir, plan, rng, count, n_process, within_sec, disk):
     """Trains out_dir to its end, with the faults of plan, a list of names, as long as there are some. A fault
-    that came too late goes back to plan, for the next run."""
+    that came too late goes back to plan, for the next run -> within_sec, in which the next should come."""
     settings = [*settings, f'--out_dir={out_dir}', '--resume=true']
     damaged, is_noticed, filler = None, False, disk and disk / 'filler'
     while True:
@@ -131,6 +131,7 @@ def one_run(settings, out_dir, plan, rng, count, n_process, within_sec, disk):
                 damaged, is_noticed, count.damage = done, False, count.damage + 1
             else:
                 plan.insert(len(plan) // 2, fault)
+                within_sec *= 1.3       # else it would never come so far
             fault = 'kill'
         if fault == 'full' and filler:
             room = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
@@ -152,14 +153,15 @@ def one_run(settings, out_dir, plan, rng, count, n_process, within_sec, disk):
             count.saved_by_term += code == 143 or n_process > 1
         elif fault is None and code:
             count.blame('lost', f'{code}: {said[-1000:]}')
-            return
+            return within_sec
         if fault in numbers and code:
             setattr(count, fault, getattr(count, fault) + 1)
         elif fault in numbers:
             plan.append(fault)
+            within_sec *= 0.8       # the machine has less to do than when the undisturbed run was timed
         check_folder(out_dir, damaged, count)
         if code == 0:
-            return
+            return within_sec
 
 
 def compare(undisturbed, out_dir, count):
@@ -183,16 +185,17 @@ def soak(settings, out, plan, seed=0, n_process=1):
     undisturbed = out / 'undisturbed'
     began = time.monotonic()
     code, said = finish(start([*settings, f'--out_dir={undisturbed}'], n_process), count)
-    sec = time.monotonic() - began
+    within_sec = (time.monotonic() - began) / 2
     assert code == 0, said
     n_byte = sum(path.stat().st_size for path in undisturbed.rglob('*') if path.is_file())
-    print(f'undisturbed: {sec:.0f} s; {len(plan)} faults to come', flush=True)
+    print(f'undisturbed: {2 * within_sec:.0f} s; {len(plan)} faults to come', flush=True)
     with small_disk(out / 'disk', 8 * n_byte) as is_small:
         if not is_small:
             print('note: no small disk can be mounted here, so none will be full')
         while plan or not count.run:
             out_dir, n_before = str(out / 'disk' / f'run{count.run}'), len(plan)
-            one_run(settings, out_dir, plan, rng, count, n_process, sec / 2, is_small and out / 'disk')
+            within_sec = one_run(settings, out_dir, plan, rng, count, n_process, within_sec,
+                                 is_small and out / 'disk')
             compare(undisturbed, out_dir, count)
             subprocess.run(['rm', '-r', out_dir])
             count.run += 1

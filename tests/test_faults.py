@@ -468,7 +468,7 @@ with guard.one_sentence():
 @pytest.mark.slow
 def test_soak_in_short(toy, small_run, tmp_path):
     """runs/soak.sh with some of its faults: each run ends as if there had been none."""
-    cfg = replace(toy, data=str(small_run[0]), stages='asr+tts:40, duplex3:60', eval_interval=20,
+    cfg = replace(toy, data=str(small_run[0]), stages='asr+tts:100, duplex3:200', eval_interval=50,
                   save_interval_sec=0.2, n_listen=1)
     settings = [setting for setting in arguments(cfg) if not setting.startswith(('--out_dir', '--resume'))]
     plan = ['kill', 'full', 'damage', 'kill', 'term', 'damage', 'kill', 'kill']

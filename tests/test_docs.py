@@ -28,12 +28,13 @@ import train
 from data import simulate, texts
 from data.dialogues import SCHEMA
 from flatten import LAYOUTS, Letters, draw, flatten, get_layout, unflatten
-from measures import talks
+from measures import talks, voices
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 README, FORMAT, EVALUATION, PERFORMANCE, CORPORA = ((ROOT / name).read_text(encoding='utf-8') for name in (
     'README.md', 'docs/format.md', 'docs/evaluation.md', 'docs/performance.md', 'docs/corpora.md'))
 DEMO = json.loads((ROOT / 'bench/results/demo.json').read_text())
+VOICES = json.loads((ROOT / 'bench/results/voices.json').read_text())
 BENCH = json.loads((ROOT / 'bench/results/cpu.json').read_text())
 PROGRAM = r'(?:torchrun|python3?|make|pytest)'
 SETTINGS = {'train.py': train.Config, 'sample.py': sample.Config, 'evaluate.py': evaluate.Config,
@@ -245,6 +246,11 @@ def test_results(regen):
         put('README.md', row[0], f'| {label} | {evaluate.format_value(key, DEMO[key])} |', regen)
     row = re.search(r'^\| training \| (.*?) \|', README, re.M)
     put('README.md', row[0], f'| training | {DEMO["train_sec"]:.0f} s |', regen)
+    people, label = VOICES['voices']['people, all'], 'asked by voices of people; in a room'
+    row = re.search(rf'^\| … {label} \| (.*?) \|', README, re.M)
+    right = '; '.join(f'{100 * people[where]["right"]:.1f} %' for where in ('clean', 'room'))
+    put('README.md', row[0], f'| … {label} | {right} |', regen)
+    put('docs/evaluation.md', printed(EVALUATION, 'voices'), f'\n{voices.table(VOICES["voices"])}\n\n', regen)
     table = textwrap.indent(evaluate.format_table(evaluate.table(DEMO)), '    ')
     put('docs/evaluation.md', printed(EVALUATION, 'demo'), f'\n{table}\n\n', regen)
 

@@ -6,8 +6,8 @@ say, and out come dialogues on two channels.
     user       ░░ What is two plus three? ░░                               ░░ Tell me a joke. ░░
     assistant                               ▓▓ Two plus three is five. ▓▓                       ▓▓ I only …
 
-The user has one voice a dialogue, in a room or not, over noise. The assistant always has the same voice, and answers
-at once. In some dialogues the user interrupts, and the assistant stops. The voices of test.arrow and
+The user has one voice a dialogue, in a room or not, over noise. The assistant always has the same voice, and
+answers at once. In some dialogues the user interrupts, and the assistant stops. The voices of test.arrow and
 val.arrow are heard nowhere else, neither by the codec nor in training.
 
     python data/demo/prepare.py                         # into its own folder, in two minutes on two cores

@@ -6,7 +6,7 @@ Checkpoints: what a run writes, and how it is read back. Nothing in them is pick
         model.safetensors       tokenizer.json, vocab.json, merges.txt, …
         codec/                  the speech codec, or what names it
         manifest.json           size and SHA-256 of these files: written last, checked before they are read
-        step-001900/            the same of the latest step, from which a run goes on, with
+        step-001200/            the same of the latest step, from which a run goes on, with
             optimizer.safetensors, state.json
         step-001800/            … of the one saved before it, in case that one is damaged; and of the best
 

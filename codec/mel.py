@@ -162,7 +162,7 @@ class MelCodec:
         return torch.cat([x, self.arrays['loudness'] * loud[..., None]], 2), state
 
     def place_many(self, mels, n_clip=32):
-        """Of clips of any length, some at a time: a GRU takes as long for one as for a few."""
+        """Of clips of any length, n_clip at a time"""
         for at in range(0, len(mels), n_clip):
             some = mels[at:at + n_clip]
             z = self.place(padded(some, max(map(len, some))))[0]
@@ -175,9 +175,12 @@ class MelCodec:
 
     def encode(self, wave):
         """float32 (n_sample,) at 16 kHz -> uint16 (ceil(n_sample / 640),)"""
-        return self.encode_many([wave])[0]
+        stream, block = self.stream(), 60 * self.sample_rate        # hours take no more memory than a minute
+        parts = [stream.push(wave[at:at + block]) for at in range(0, len(wave), block)]
+        return np.concatenate([*parts, stream.finish()])
 
     def encode_many(self, waves):
+        """The same of many clips, up to rounding. Side by side: a GRU takes as long for one as for a few"""
         codes = iter(self.encode_power([spectrum(wave) @ self.filters for wave in waves if len(wave)]))
         return [next(codes) if len(wave) else np.empty(0, np.uint16) for wave in waves]
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every layout that fits the demo's data (one code a frame), trained for the same steps and measured: the table of docs/layouts.md.
-# It is a smoke test of all of them and a first look, no ranking: 300 steps are a sixth of the demo's.
+# It is a smoke test of all of them and a first look, no ranking: 300 steps are a quarter of the demo's.
 #   runs/layouts.sh                        a minute or two a layout on two CPU cores with bf16 units; needs the demo's data
-#   STEPS=1900 runs/layouts.sh             as long as the demo
+#   STEPS=1200 runs/layouts.sh             as long as the demo
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -20,7 +20,6 @@ n_embd = 192
 n_inner = 512
 
 text_weight = 5.0       # one learned token in twenty is text, and it decides what is said
-user_noise = 0.05       # the codec hears an unknown voice a little wrongly, too
 optimizer = 'muon'      # 1,000 steps do what AdamW needs 1,900 for
 learning_rate = 3e-3
 warmup_steps = 50

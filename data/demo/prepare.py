@@ -41,7 +41,7 @@ SEED = 1
 N_DIALOGUE = 4000         # to train on
 N_HELD_OUT = {'val': 40, 'test': 100}       # dialogues in the other splits
 N_UTTERANCE = 2000        # one-sided, to train on in the alignment stage alone
-N_CLIP = 6000             # that the codec is fitted on
+N_CLIP = 3000             # that the codec is fitted on
 N_CODES = 512
 REACTION = 3              # frames of silence after which the assistant knows that the user has ended: 120 ms
 # fixed, whatever the machine: what espeak-ng says (its noises aside) is the same only if a fresh process says
@@ -155,6 +155,16 @@ def word_list(words, first, unit, end_frame):
     return [dict(text=text, start=a, end=max(a, b)) for (text, _), a, b in zip(words, starts, starts[1:])]
 
 
+def hesitate(said, words, phonemes, unit, rng):
+    """In one of five cases somebody pauses before a word, for 0.2 to 0.5 s."""
+    if rng.random() < 0.8 or len(words) < 2:
+        return said, words, phonemes
+    cut, pause = words[rng.integers(1, len(words))][1], int(rng.uniform(0.2, 0.5) * 25 * unit)
+    said = np.concatenate([said[:cut], np.zeros((pause, *said.shape[1:]), np.float32), said[cut:]])
+    words, phonemes = ([(name, at + pause * (at >= cut)) for name, at in part] for part in (words, phonemes))
+    return said, words, sorted([*phonemes, ('_', cut)], key=lambda phoneme: phoneme[1])
+
+
 def labels_of(n_hop, words, phonemes, end):
     """The phoneme and the word in the middle of each 40 ms, (n_frame, 2), from lists of (text, first hop)"""
     spoken = [(PHONEMES.index(' '.join(CMU[name])), at) for name, at in phonemes]
@@ -165,12 +175,13 @@ def labels_of(n_hop, words, phonemes, end):
         start = np.array([0] + [at for _, at in numbered] + [end])
         label = np.array([0] + [number for number, _ in numbered] + [0])
         columns.append(label[np.searchsorted(start, middle, side='right') - 1])
-    return np.stack(columns, 1)
+    spoken, meant = columns
+    return np.stack([spoken, meant * (spoken > 0)], 1)      # in a pause nobody says a word
 
 
 def make_clip(espeak, people, rng, i):
     """-> power (n_frame * PATCH, n_bin), labels (n_frame, 2). The first clips are the assistant's sentences,
-    as they are; then come users; now and then nobody speaks."""
+    as they are; then come users with one to three; now and then nobody speaks."""
     before, after = rng.integers(5, 50, 2)
     if i < len(SENTENCES):
         speech, words, phonemes = espeak.say(SENTENCES[i], ASSISTANT, ASSISTANT_RATE)
@@ -182,10 +193,16 @@ def make_clip(espeak, people, rng, i):
         words, phonemes, n_hop = [], [], 0
     else:
         voice = TrainingVoice(espeak, people, TRAIN_VOICES[i % len(TRAIN_VOICES)], rng)
-        power, words, phonemes = voice.say(SENTENCES[rng.integers(len(SENTENCES))])
-        n_hop = len(power)
-        power = np.pad(power, ((before, after + -(before + n_hop + after) % PATCH), (0, 0)))
-        power = voice.record(power, None)
+        words, phonemes, parts, n_hop = [], [], [], 0
+        for _ in range(rng.integers(1, 4)):
+            said, *named = hesitate(*voice.say(SENTENCES[rng.integers(len(SENTENCES))]), PATCH, rng)
+            for names, marks in zip((words, phonemes), named):
+                names += [(name, n_hop + at) for name, at in marks]
+            phonemes.append(('_', n_hop + len(said)))
+            parts.append(np.pad(said, ((0, rng.integers(10, 200)), (0, 0))))
+            n_hop += len(parts[-1])
+        power = np.concatenate(parts)
+        power = voice.record(np.pad(power, ((before, -(before + n_hop) % PATCH), (0, 0))), None)
     words, phonemes = ([(name, before + at) for name, at in part] for part in (words, phonemes))
     return power, labels_of(len(power), words, phonemes, before + n_hop)
 
@@ -213,12 +230,7 @@ def make_dialogue(voice, answers, silence, rng):
     n_frame = 0
     while True:
         question = pick_question(rng)
-        said, words, _ = voice.say(question)
-        if rng.random() < 0.2:      # hesitates before a word
-            cut = words[rng.integers(1, len(words))][1]
-            pause = int(rng.uniform(0.2, 0.5) * 25 * unit)
-            said = np.concatenate([said[:cut], np.zeros((pause, *said.shape[1:]), np.float32), said[cut:]])
-            words = [(text, at + pause * (at >= cut)) for text, at in words]
+        said, words, _ = hesitate(*voice.say(question), unit, rng)
         answer = ANSWERS[question]
         codes, answer_words = answers[answer]
         first, end = start // unit, -(-(start + len(said)) // unit)

@@ -270,7 +270,7 @@ class MelCodec:
         return self
 
 
-def learn(mels, labels, network, n_epoch, batch=12):
+def learn(mels, labels, network, n_epoch, batch=24):
     """The network, trained to name what is said: one linear layer a label on top of its narrowest one."""
     from tqdm import tqdm  # who only encodes and decodes does not need it
     everything = torch.cat([mel[:, 0] for mel in mels])

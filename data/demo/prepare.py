@@ -41,7 +41,7 @@ SEED = 1
 N_DIALOGUE = 4000         # to train on
 N_HELD_OUT = {'val': 40, 'test': 100}       # dialogues in the other splits
 N_UTTERANCE = 2000        # one-sided, to train on in the alignment stage alone
-N_CLIP = 3000             # that the codec is fitted on
+N_CLIP = 6000             # that the codec is fitted on: as many users
 N_CODES = 512
 REACTION = 3              # frames of silence after which the assistant knows that the user has ended: 120 ms
 # fixed, whatever the machine: what espeak-ng says (its noises aside) is the same only if a fresh process says
@@ -181,7 +181,7 @@ def labels_of(n_hop, words, phonemes, end):
 
 def make_clip(espeak, people, rng, i):
     """-> power (n_frame * PATCH, n_bin), labels (n_frame, 2). The first clips are the assistant's sentences,
-    as they are; then come users with one to three; now and then nobody speaks."""
+    as they are; then come users with one or two; now and then nobody speaks."""
     before, after = rng.integers(5, 50, 2)
     if i < len(SENTENCES):
         speech, words, phonemes = espeak.say(SENTENCES[i], ASSISTANT, ASSISTANT_RATE)
@@ -194,7 +194,7 @@ def make_clip(espeak, people, rng, i):
     else:
         voice = TrainingVoice(espeak, people, TRAIN_VOICES[i % len(TRAIN_VOICES)], rng)
         words, phonemes, parts, n_hop = [], [], [], 0
-        for _ in range(rng.integers(1, 4)):
+        for _ in range(1 + (rng.random() < 0.2)):
             said, *named = hesitate(*voice.say(SENTENCES[rng.integers(len(SENTENCES))]), PATCH, rng)
             for names, marks in zip((words, phonemes), named):
                 names += [(name, n_hop + at) for name, at in marks]

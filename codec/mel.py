@@ -263,7 +263,12 @@ class MelCodec:
     @classmethod
     def load(cls, folder):
         settings = read_json(os.path.join(folder, 'codec.json'))
-        self = cls(load_file(os.path.join(folder, 'codec.safetensors')), settings['silence_codes'])
+        arrays = load_file(os.path.join(folder, 'codec.safetensors'))
+        try:
+            self = cls(arrays, settings['silence_codes'])
+        except (KeyError, RuntimeError) as error:       # another version's, or damaged
+            raise ValueError(f'{folder}/codec.safetensors is not the codec that this version makes '
+                             f'({" ".join(str(error).split())}): prepare the data again') from None
         if self.fingerprint != settings['fingerprint']:
             raise ValueError(f'{folder}/codec.safetensors is not the one that codec.json was written with: '
                              'prepare the data again')

@@ -1,9 +1,11 @@
 """Audio to codes and back, and files that are no audio."""
 import json
+import shutil
 
 import numpy as np
 import pytest
 import soundfile
+from safetensors.torch import save_file
 
 from codec import load_codec
 from codec.mel import MelCodec
@@ -57,6 +59,11 @@ def test_saved_and_loaded(small_codec, tmp_path):
         assert again.describe() == small_codec.describe()
         assert (again.encode(hum(180, 1)) == small_codec.encode(hum(180, 1))).all()
     settings = json.loads((tmp_path / 'codec' / 'codec.json').read_text())
+    fewer = {name: x for name, x in small_codec.arrays.items() if name != 'network.first.bias'}
+    shutil.copytree(tmp_path / 'codec', tmp_path / 'old')
+    save_file(fewer, tmp_path / 'old' / 'codec.safetensors')
+    with pytest.raises(ValueError, match='not the codec that this version makes .*first.bias'):
+        MelCodec.load(tmp_path / 'old')
     (tmp_path / 'codec' / 'codec.json').write_text(json.dumps(dict(settings, fingerprint='0' * 16)))
     with pytest.raises(ValueError, match='codec.safetensors'):
         MelCodec.load(tmp_path / 'codec')

@@ -429,7 +429,7 @@ with guard.one_sentence():
 @pytest.mark.slow
 def test_lost_processes_are_named_and_the_job_goes_on(toy, tmp_path):
     """The first of two processes is killed before step 8, the second stands still before step 9. The other
-    one names it: at once, and 20 s of roll call after timeout_sec; torchrun ends the stopped one after its
+    one names it: at once, and a roll call after timeout_sec; torchrun ends the stopped one after its
     30 s. It starts both again each time, and they end bit for bit where two undisturbed ones end."""
     script = tmp_path / 'lost.py'
     script.write_text(f'''
@@ -442,11 +442,12 @@ def get_lr(step, *rest, real=train.get_lr):
         os.kill(os.getpid(), number)
     return real(step, *rest)
 train.get_lr = get_lr
+guard.ROLL_CALL_SEC = 8      # 20, for machines with more to do
 with guard.one_sentence():
     train.main(config.load(train.Config, sys.argv[1:]))
 ''')
     environment = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT))
-    whole, lost = (replace(toy, batch_size=1, timeout_sec=20.0, out_dir=str(tmp_path / name))
+    whole, lost = (replace(toy, batch_size=1, timeout_sec=12.0, out_dir=str(tmp_path / name))
                    for name in ('whole', 'lost'))
     took_sec = []
     for cfg in (whole, lost):
@@ -458,7 +459,7 @@ with guard.one_sentence():
     for rank, why in enumerate(('by peer', '(Timed out|timeout caused)')):
         assert re.search(f'^process {1 - rank}: .*{why}.*; no sign of life from process {rank}$',
                          result.stderr, re.M), result.stderr
-    assert took_sec[1] < 20 + 2 * 20 + 30 + 6 * took_sec[0]     # timeout, roll calls, torchrun; three starts
+    assert took_sec[1] < 12 + 2 * 8 + 30 + 6 * took_sec[0]      # timeout, roll calls, torchrun; three starts
     assert equal_runs(whole, lost)
 
 
@@ -471,6 +472,6 @@ def test_soak_in_short(toy, small_run, tmp_path):
     cfg = replace(toy, data=str(small_run[0]), stages='asr+tts:100, duplex3:200', eval_interval=50,
                   save_interval_sec=0.2, n_listen=1)
     settings = [setting for setting in arguments(cfg) if not setting.startswith(('--out_dir', '--resume'))]
-    plan = ['kill', 'full', 'damage', 'kill', 'term', 'damage', 'kill', 'kill']
+    plan = ['kill', 'full', 'damage', 'kill', 'term']
     count = soak.soak(settings, tmp_path, plan)
-    assert not count.faults and count.run and count.kill > 2, count
+    assert not count.faults and count.run and count.kill > 1, count

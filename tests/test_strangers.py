@@ -536,8 +536,8 @@ def test_who_is_broken_off_is_told_for_all_at_once(spans):
 
 
 @pytest.mark.slow
-def test_a_few_hundred_inputs():
-    result = subprocess.run([sys.executable, 'tests/fuzz.py', '--n=300'], cwd=ROOT, capture_output=True,
+def test_some_inputs():
+    result = subprocess.run([sys.executable, 'tests/fuzz.py', '--n=150'], cwd=ROOT, capture_output=True,
                             text=True,
                             env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'))
     assert result.returncode == 0, result.stdout + result.stderr

@@ -108,19 +108,21 @@ class TrainingVoice:
 
     def say(self, text):
         """-> power (n_hop, n_bin), words and phonemes as lists of (text, first hop)"""
+        # of their own: espeak-ng's waves differ by some samples from run to run, what is drawn next must not
+        pace, voice = self.rng.spawn(2)
         wave, words, phonemes = self.espeak.say(text, self.voice, **self.style)
         words, phonemes = ([(name, start // HOP) for name, start in part] for part in (words, phonemes))
         if self.person is None:
             power = spectrum(wave).numpy()
         else:
-            power = self.people.say(phonemes, -(-len(wave) // HOP), self.person, self.rng)
-        power, marks = stretch(power, [start for _, start in words + phonemes], self.rng)
+            power = self.people.say(phonemes, -(-len(wave) // HOP), self.person, voice)
+        power, marks = stretch(power, [start for _, start in words + phonemes], pace)
         names = [name for name, _ in words + phonemes]
         marked = list(zip(names, marks.tolist()))
-        return self.speaker.says(power, self.rng), marked[:len(words)], marked[len(words):]
+        return self.speaker.says(power, voice), marked[:len(words)], marked[len(words):]
 
     def record(self, power, speech):
-        return heard(power, self.rng)
+        return heard(power, *self.rng.spawn(1))
 
 
 class UnheardVoice:

@@ -414,7 +414,8 @@ def demo(bench):
         frames = np.random.default_rng(0).integers(140, 231, bench.pick(32, 600))
         write_data(folder, make_vocabulary(512, 512), frames, turn_frames=40)
         arguments = ['config/demo.py', *our_arguments(folder, 'duplex3', T, n_row, 1, DEMO, device='cpu')]
-        runs = dict(ours=(OURS, arguments, ROOT))       # name: (code, arguments, checkout)
+        # name: (code, arguments, checkout). Trainer's optimizer, not the demo's Muon
+        runs = dict(ours=(OURS, [*arguments, '--optimizer=adamw'], ROOT))
         if bench.has('HF Trainer', 'transformers', 'accelerate'):
             settings = dict(kind='HF Trainer', folder=folder, stage='duplex3', T=T, batch_size=n_row,
                             n_micro=1, sizes=DEMO, is_cuda=False)

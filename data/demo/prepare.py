@@ -10,7 +10,7 @@ The user has one voice a dialogue, in a room or not, over noise. The assistant a
 answers at once. In some dialogues the user interrupts, and the assistant stops. The voices of test.arrow and
 val.arrow are heard nowhere else, neither by the codec nor in training.
 
-    python data/demo/prepare.py                         # into its own folder, in two minutes on two cores
+    python data/demo/prepare.py                         # into its own folder, in three minutes on two cores
     python data/demo/prepare.py --say='What is the capital of France?' --wav=question.wav --voice=linda
 """
 import argparse

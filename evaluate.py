@@ -116,6 +116,7 @@ ROWS = [
     ('both speak, neither does', 'both_speak neither_speaks', '', ''),
     ('gap, user to assistant, back', 'gap_user_to_assistant_ms gap_assistant_to_user_ms', '', ''),
     ('answers that can be compared; right', 'n_answer answer_accuracy', '', ''),
+    ('… as spoken: nearest to the right one', 'spoken_accuracy', '', ''),
     ('… word errors, character errors', 'answer_wer answer_cer', '', ''),
     ("… speech codes: errors, another answer's", 'code_error_rate code_error_rate_of_another_answer', '', ''),
     ('… as Whisper hears it: words, characters', 'said_wer said_cer', '', ''),
@@ -177,7 +178,8 @@ def answers(outcomes, decoded, references):
     """
     Compares the answers with the reference's, where the user lets the reference finish -> figures: is the
     text the same, how many words are wrong, and how many speech codes (edit distance; for comparison also the
-    distance to the reference's next answer, which is another). duplex2 writes no text: codes only.
+    distance to the reference's next answer, which is another). duplex2 writes no text: codes only. So an
+    answer as spoken is right if, of all answers of the references, it is nearest to its own.
     """
     texts, codes = [], []       # of each answer: (the reference's, ours)
     for turns, dialogue, reference in zip(outcomes, decoded, references):
@@ -193,7 +195,11 @@ def answers(outcomes, decoded, references):
         following = (i + 1) % len(codes)
         if plain(texts[i][0]) != plain(texts[following][0]):
             others.append(Levenshtein.normalized_distance(codes[i][1], codes[following][0]))
-    figures = dict(n_answer=len(texts), code_error_rate=mean(distances),
+    known = {plain(text): due for (text, _), (due, _) in zip(texts, codes)}     # each answer's codes, once
+    nearest = [min(known, key=lambda text: Levenshtein.normalized_distance(said, known[text]))
+               if said else None for _, said in codes]
+    spoken_right = [text == plain(due) for text, (due, _) in zip(nearest, texts)]
+    figures = dict(n_answer=len(texts), spoken_accuracy=mean(spoken_right), code_error_rate=mean(distances),
                    code_error_rate_of_another_answer=mean(others))
     if any(said for _, said in texts):
         errors = words.error_rate(*zip(*texts))

@@ -45,6 +45,9 @@ LAYOUTS = {
                                'assistant': '<|sot|> text <|eot|> <|sos|> speech <|eos|>'}),
     'duplex3':     ('chunks', '~user.speech 10, assistant.text 2, assistant.speech 10'),
     'duplex2':     ('chunks', '~user.speech 10, assistant.speech 10'),
+    # duplex3 in two other ways (runs/claims.sh): the user is learned, too; silence has its codes
+    'duplex3_user': ('chunks', 'user.speech 10, assistant.text 2, assistant.speech 10'),
+    'duplex3_real': ('chunks', '~user.speech 10, assistant.text 2, assistant.speech@real 10'),
 
     # the neighbours; what each leaves out or adds stands in docs/layouts.md
     'blsp':        ('pair',   '~"###[Human]:" ~prompt ~user.speech ~"\n\n\n###[Assistant]:" assistant.text '

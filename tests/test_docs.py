@@ -22,13 +22,14 @@ from conftest import ROOT
 
 import config
 import evaluate
+import grpo
 import sample
 import talk
 import train
 from data import simulate, texts
 from data.dialogues import SCHEMA
 from flatten import LAYOUTS, Letters, draw, flatten, get_layout, unflatten
-from measures import talks, voices
+from measures import claims, talks, voices
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 README, FORMAT, EVALUATION, PERFORMANCE, CORPORA = ((ROOT / name).read_text(encoding='utf-8') for name in (
@@ -38,7 +39,7 @@ VOICES = json.loads((ROOT / 'bench/results/voices.json').read_text())
 BENCH = json.loads((ROOT / 'bench/results/cpu.json').read_text())
 PROGRAM = r'(?:torchrun|python3?|make|pytest)'
 SETTINGS = {'train.py': train.Config, 'sample.py': sample.Config, 'evaluate.py': evaluate.Config,
-            'talk.py': talk.Config}
+            'talk.py': talk.Config, 'grpo.py': grpo.Config}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -310,6 +311,15 @@ def test_live_figures(name, regen):
     there = talks.table(json.loads(path.read_text())['results']) if path.exists() else 'Not measured yet.'
     old = printed(text, name)
     put('docs/talk.md', f'<!-- printed: {name} -->\n{old}', f'<!-- printed: {name} -->\n\n{there}\n\n', regen)
+
+
+@pytest.mark.parametrize('name', ['claims', 'turns'])
+def test_claims(name, regen):
+    """Those of bench/results/, which runs/claims.sh and runs/turns.sh wrote."""
+    text, path = (ROOT / 'docs/claims.md').read_text(encoding='utf-8'), ROOT / f'bench/results/{name}.json'
+    there = claims.tables(json.loads(path.read_text())['runs']) if path.exists() else 'Not measured yet.'
+    head = f'<!-- printed: {name} -->\n'
+    put('docs/claims.md', head + printed(text, name), f'{head}\n{there}\n\n', regen)
 
 
 @pytest.mark.skipif(not (ROOT.parent / 'shared/data/text').is_dir(), reason='no ../shared/data/text')

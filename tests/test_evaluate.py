@@ -52,7 +52,7 @@ def test_answers_against_the_reference():
     """
     found = compare(*ANSWERS)
     assert found == dict(n_answer=2, answer_accuracy=1.0, answer_wer=0.0, answer_cer=None,
-                         code_error_rate=0.0, code_error_rate_of_another_answer=1.0)
+                         spoken_accuracy=1.0, code_error_rate=0.0, code_error_rate_of_another_answer=1.0)
     found = compare(ANSWERS[0], dict(ANSWERS[1], text='It is D.'), dict(ANSWERS[2], text='it is  c'))
     assert (found['answer_accuracy'], found['answer_wer']) == (0.5, pytest.approx(1 / 6))
     assert plain('It is  PARIS.') == plain('it is paris') != plain('it is rome')
@@ -60,11 +60,13 @@ def test_answers_against_the_reference():
 
 def test_codes_against_the_reference():
     """
-    'It is C.' ends 6 frames early, half of its 12 codes: 0.5, and 0 for the other. Without texts nothing is
-    said of texts.
+    'It is C.' ends 6 frames early, half of its 12 codes: 0.5, and 0 for the other; each is still nearest to
+    its own. Without texts nothing is said of texts. The codes of the other's answer are as spoken wrong.
     """
     found = compare(*[dict(t, text='') for t in ANSWERS[:2]], dict(ANSWERS[2], end=54, text=''))
-    assert found == dict(n_answer=2, code_error_rate=0.25, code_error_rate_of_another_answer=1.0)
+    assert found == dict(n_answer=2, code_error_rate=0.25, code_error_rate_of_another_answer=1.0,
+                         spoken_accuracy=1.0)
+    assert compare(ANSWERS[0], ANSWERS[1])['spoken_accuracy'] == 0.5        # nothing is said the second time
 
 
 def test_the_table_leaves_out_what_was_not_measured():

@@ -11,7 +11,7 @@ FLOORS = [
     ['decode', 'respond', 'parallel', 'checkpoint', 'guard'],
     ['measures'],
     ['inputs', 'live'],
-    ['train', 'sample', 'evaluate', 'bench', 'talk'],       # imported by nobody
+    ['train', 'grpo', 'sample', 'evaluate', 'bench', 'talk'],       # imported by nobody
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

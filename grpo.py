@@ -41,7 +41,7 @@ from decode import Duplex, Sampling, to_dialogue
 from flatten import ROLES
 from measures.listen import cut
 from measures.logger import Logger
-from measures.turns import PATIENCE_SEC, assess, conversation, in_time, summarise
+from measures.turns import PATIENCE_SEC, assess, conversation, summarise
 from measures.words import plain
 from model import attend_dense
 from parallel import Copies
@@ -118,9 +118,8 @@ def reward(turn, rate_hz):
         earned += plain(said) == plain(turn['due']['text'])
     if turn['kind'] == 'interruption':
         earned += prompt(turn['yielded'], rate_hz)
-    if turn['kind'] == 'backchannel' and turn['goes_on'] and turn['was_speaking']:
-        earned -= in_time(turn['yielded'], turn['end'] - turn['start'] + rate_hz / 2)
-    return earned - (turn['false_start'] is not None) - (turn['unprompted'] is not None)
+    faults = turn['stopped'], turn['false_start'] is not None, turn['unprompted'] is not None
+    return earned - sum(map(bool, faults))
 
 
 class World(NamedTuple):

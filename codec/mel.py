@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from common.device import Place, pick_dtype
 from common.files import read_json, write_json
 
 N_FFT, WINDOW, HOP, N_MEL = 512, 400, 160, 40   # 25 ms windows every 10 ms
@@ -206,7 +207,7 @@ class MelCodec:
         return power.sqrt().numpy()
 
     @classmethod
-    def fit(cls, powers, labels, voice, n_codes=512, n_dim=24, width=192, n_epoch=5, seed=0):
+    def fit(cls, powers, labels, voice, n_codes=512, n_dim=24, width=192, n_epoch=10, seed=0):
         """
         powers: clips of many voices, (n_frame * PATCH, n_mel). labels: what is said in each of their 40 ms,
         as integers (n_frame, n_label): the phoneme, 0 is silence; and what else should be told, such as the
@@ -275,7 +276,7 @@ class MelCodec:
         return self
 
 
-def learn(mels, labels, network, n_epoch, batch=24):
+def learn(mels, labels, network, n_epoch, batch=48):
     """The network, trained to name what is said: one linear layer a label on top of its narrowest one."""
     from tqdm import tqdm  # who only encodes and decodes does not need it
     everything = torch.cat([mel[:, 0] for mel in mels])
@@ -287,13 +288,15 @@ def learn(mels, labels, network, n_epoch, batch=24):
     optimiser = torch.optim.AdamW(parameters, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=n_step)
     by_length = torch.tensor([len(mel) for mel in mels]).argsort()
+    autocast = Place(torch.device('cpu'), pick_dtype('auto', torch.device('cpu'))).autocast
     for _ in tqdm(range(n_step), desc='fitting the codec', unit='step', mininterval=1):
         # clips of about the same length, so that little of a batch is filling
         at = int(torch.randint(len(mels), ()))
         rows = by_length[max(0, at - 2 * batch):at + 2 * batch]
         rows = rows[torch.randperm(len(rows))[:batch]].tolist()
         n = max(len(mels[i]) for i in rows)
-        x, _ = network(padded([mels[i] for i in rows], n))
+        with autocast():
+            x = network(padded([mels[i] for i in rows], n))[0].float()
         real = torch.arange(n) < torch.tensor([len(mels[i]) for i in rows])[:, None]
         y = padded([labels[i] for i in rows], n)[real]
         loss = sum(F.cross_entropy(head(x[real]), named, label_smoothing=0.1)

@@ -44,6 +44,9 @@ OVERLAP_SEC = 0.24              # people, too, begin this much before the other 
 # without a reference, a turn is a backchannel if it begins while the assistant speaks, is shorter than this,
 # and has at most so many words
 BACKCHANNEL_SEC, BACKCHANNEL_WORDS = 1.0, 3
+# an assistant was stopped by a backchannel if it falls silent up to so long after it; if the reference goes on
+# for less, it had ended anyway
+STOPPED_SEC, GOES_ON_SEC = 0.3, 0.5
 
 
 def conversation(id, rate_hz, user, decoded, silence_codes, chunk_frames=0, expected=None, wave=None,
@@ -102,8 +105,8 @@ def assess(conversation):
       yielded       from the start of the turn until the assistant was silent; None if it was not speaking,
                     or never stopped
       was_speaking  the assistant, when the turn began
-      goes_on       has the assistant more to say: the reference's talks on for a second after the turn
-                    (without a reference nobody knows: True)
+      stopped       a backchannel: is the assistant silent within STOPPED_SEC after it; None if it did not
+                    speak, or had nothing more to say: the reference's ends within GOES_ON_SEC after the turn
       speaks_from_start, speaks_from_end    bool [MAX_K]: the assistant, from the turn's start and end on
       said          the assistant's turns that begin between this turn's start and the next's
       due           the reference's turn that answers; None if there is none, or the user cuts it off
@@ -138,7 +141,10 @@ def assess_turn(conversation, turn, until, said, speaks):
     else:
         due = next((a for a in expected if start < a['start'] <= until), None)
         expects = due is not None
-    goes_on = expected is None or any(a['start'] < start and a['end'] >= end + rate_hz for a in expected)
+    goes_on = expected is None or any(
+        a['start'] < start and a['end'] >= end + GOES_ON_SEC * rate_hz for a in expected)
+    yielded = sounding[1] - start if sounding and sounding[1] < n_frame else None
+    is_stopped = in_time(yielded, end - start + STOPPED_SEC * rate_hz)
     return dict(
         kind=kind, start=start, end=end, text=turn['text'],
         expects=kind != 'backchannel' and expects,
@@ -147,8 +153,8 @@ def assess_turn(conversation, turn, until, said, speaks):
         pauses=pauses_in(conversation, turn, [a for a, _ in begun]),
         unprompted=again[0] if answer and again else None,
         was_speaking=sounding is not None,
-        yielded=sounding[1] - start if sounding and sounding[1] < n_frame else None,
-        goes_on=goes_on,
+        yielded=yielded,
+        stopped=is_stopped if kind == 'backchannel' and sounding and goes_on else None,
         speaks_from_start=speaks[start:start + MAX_K], speaks_from_end=speaks[end:end + MAX_K],
         said=[t for t in conversation['turns'] if t['role'] == 'assistant' and start <= t['start'] < until],
         due=due if due is not None and due['end'] <= until else None)
@@ -217,13 +223,11 @@ def summarise(outcomes, rate_hz):
     due = [turn for turn in outcomes if turn['expects']]
     cut = [turn for turn in outcomes if turn['kind'] == 'interruption']
     backchannels = [turn for turn in outcomes if turn['kind'] == 'backchannel']
-    talked_over = [turn for turn in backchannels if turn['goes_on'] and turn['was_speaking']]
+    talked_over = [turn for turn in backchannels if turn['stopped'] is not None]
     others = [turn for turn in outcomes if turn['kind'] != 'backchannel']
     responses = [max(turn['response'], 0) for turn in due if in_time(turn['response'], patience)]
     yields = [turn['yielded'] for turn in cut if in_time(turn['yielded'], patience)]
     pauses = [taken for turn in outcomes for *_, taken in turn['pauses']]
-    # stopped by a backchannel: silent up to half a second after it
-    stopped = [in_time(turn['yielded'], turn['end'] - turn['start'] + rate_hz / 2) for turn in talked_over]
 
     def ms(values, average):
         return 1e3 * float(average(values)) / rate_hz if values else None
@@ -240,7 +244,7 @@ def summarise(outcomes, rate_hz):
         **accuracies(outcomes, 'user', yields=True),
         yield_ms=ms(yields, np.mean), yield_median_ms=ms(yields, np.median),
         no_yield_rate=1 - len(yields) / len(cut) if cut else None,
-        backchannel_stopped_rate=mean(stopped))
+        backchannel_stopped_rate=mean(turn['stopped'] for turn in talked_over))
 
 
 def in_time(n_frame, limit):

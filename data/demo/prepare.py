@@ -7,8 +7,9 @@ say, and out come dialogues on two channels.
     assistant                               ▓▓ Two plus three is five. ▓▓                       ▓▓ I only …
 
 The user has one voice a dialogue, in a room or not, over noise. The assistant always has the same voice, and
-answers at once. In some dialogues the user interrupts, and the assistant stops. The voices of test.arrow and
-val.arrow are heard nowhere else, neither by the codec nor in training.
+answers at once. In some dialogues the user interrupts, and the assistant stops; or says "yeah" into an
+answer, and the assistant talks on. The voices of test.arrow and val.arrow are heard nowhere else, neither by
+the codec nor in training.
 
     python data/demo/prepare.py                         # into its own folder, in three minutes on two cores
     python data/demo/prepare.py --say='What is the capital of France?' --wav=question.wav --voice=linda
@@ -39,7 +40,7 @@ from vocabulary import QWEN2_PATTERN
 HERE = os.path.dirname(os.path.abspath(__file__))
 SEED = 1
 N_DIALOGUE = 4000         # to train on
-N_HELD_OUT = {'val': 40, 'test': 100}       # dialogues in the other splits
+N_HELD_OUT = {'val': 40, 'test': 200}       # dialogues in the other splits
 N_UTTERANCE = 2000        # one-sided, to train on in the alignment stage alone
 N_CLIP = 6000             # that the codec is fitted on: as many users
 N_CODES = 512
@@ -77,6 +78,7 @@ TOPICS = [GEOGRAPHY, SUMS, SMALL_TALK]      # question -> answer
 TOPIC_SHARE = [0.5, 0.3, 0.2]               # of each question in a dialogue
 ANSWERS = {question: answer for topic in TOPICS for question, answer in topic.items()}
 QUESTIONS = list(ANSWERS)
+BACKCHANNELS = ['Uh-huh.', 'Yeah.', 'Okay.', 'Right.']     # go on, I am listening
 
 
 def pick_question(rng):
@@ -87,7 +89,7 @@ def pick_question(rng):
 ASSISTANT, ASSISTANT_RATE = 'f1', 200
 TRAIN_VOICES = [voice for voice in train_voices() if voice != ASSISTANT]
 ACCENTS = ['en-us'] * 4 + ['en', 'en-gb-x-rp', 'en-gb-scotland', 'en-us-nyc', 'en-029', 'en-gb-x-gbclan']
-SENTENCES = QUESTIONS + sorted(set(ANSWERS.values()))
+SENTENCES = QUESTIONS + BACKCHANNELS + sorted(set(ANSWERS.values()))
 # what the codec learns to name
 PHONEMES = ['SIL'] + sorted({*map(' '.join, CMU.values())} - {'SIL'})
 WORDS = [''] + sorted({word.strip('.,?').lower() for text in SENTENCES for word in text.split()})
@@ -158,10 +160,10 @@ def word_list(words, first, unit, end_frame):
 
 
 def hesitate(said, words, phonemes, unit, rng):
-    """In one of five cases somebody pauses before a word, for 0.2 to 0.5 s."""
-    if rng.random() < 0.8 or len(words) < 2:
+    """In three of ten cases somebody pauses before a word, for 0.2 to 0.8 s."""
+    if rng.random() < 0.7 or len(words) < 2:
         return said, words, phonemes
-    cut, pause = words[rng.integers(1, len(words))][1], int(rng.uniform(0.2, 0.5) * 25 * unit)
+    cut, pause = words[rng.integers(1, len(words))][1], int(rng.uniform(0.2, 0.8) * 25 * unit)
     said = np.concatenate([said[:cut], np.zeros((pause, *said.shape[1:]), np.float32), said[cut:]])
     words, phonemes = ([(name, at + pause * (at >= cut)) for name, at in part] for part in (words, phonemes))
     return said, words, sorted([*phonemes, ('_', cut)], key=lambda phoneme: phoneme[1])
@@ -219,9 +221,22 @@ def render_answers(espeak, codec):
     return answers
 
 
+def say_backchannel(voice, answer, rng):
+    """Says one of BACKCHANNELS into an answer (its turn) -> (start, speech) and the user's turn, or None
+    where the answer is too short for it"""
+    unit, text = voice.unit, BACKCHANNELS[rng.integers(len(BACKCHANNELS))]
+    said, words, _ = voice.say(text)
+    start = int((answer['start'] + rng.uniform(0.1, 0.4) * (answer['end'] - answer['start'])) * unit)
+    first, end = start // unit, -(-(start + len(said)) // unit)
+    if end >= answer['end']:
+        return None
+    return (start, said), dict(role='user', start=first, end=end, text=text,
+                               words=word_list(words, start, unit, end))
+
+
 def make_dialogue(voice, answers, silence, rng):
-    """One user, who asks as many questions as fit, usually two. Some dialogues are quiet: one question
-    somewhere in a long silence, in which nobody may speak."""
+    """One user, who asks as many questions as fit, usually two, and says "yeah" into three in ten answers.
+    Some dialogues are quiet: one question somewhere in a long silence, in which nobody may speak."""
     unit = voice.unit
     is_quiet = rng.random() < 0.07
     start_sec = rng.uniform(0.1, 3.5) if is_quiet else max(0.1, rng.normal(0.35, 0.1))
@@ -229,7 +244,7 @@ def make_dialogue(voice, answers, silence, rng):
     start = int(start_sec * 25 * unit)                  # of the next question, in units
     barge_in = 1 if rng.random() < 0.35 else None       # number of the answer that the user interrupts
     assistant = np.full(MAX_FRAME, silence, dtype=np.uint16)
-    n_frame = 0
+    n_frame = n_question = 0
     while True:
         question = pick_question(rng)
         said, words, _ = hesitate(*voice.say(question), unit, rng)
@@ -239,6 +254,7 @@ def make_dialogue(voice, answers, silence, rng):
         answer_start, answer_end = end + REACTION, end + REACTION + len(codes)
         if answer_end + 5 > MAX_FRAME or (is_quiet and turns):
             break
+        n_question += 1
         if turns and turns[-1]['end'] > first:      # the user has barged in, the assistant notices
             cut_off = turns[-1]
             stop = min(cut_off['end'], first + int(rng.uniform(0.16, 0.32) * 25))
@@ -254,10 +270,12 @@ def make_dialogue(voice, answers, silence, rng):
                           words=word_list(answer_words, answer_start * FRAME, FRAME, answer_end)))
         assistant[answer_start:answer_end] = codes
         n_frame = answer_end
-        if len(speech) == barge_in:
+        if n_question == barge_in:
             start = int((answer_start + rng.uniform(0.3, 0.8) * len(codes)) * unit)
-        else:
-            start = answer_end * unit + int(max(0.1, rng.normal(0.5, 0.15)) * 25 * unit)
+            continue
+        start = answer_end * unit + int(max(0.1, rng.normal(0.5, 0.15)) * 25 * unit)
+        if rng.random() < 0.3 and (both := say_backchannel(voice, turns[-1], rng)):
+            speech.append(both[0]), turns.append(both[1])
     assert turns, f'a question of {len(said) / unit / 25:.1f} s and its answer do not fit'
     n_frame = MAX_FRAME if is_quiet else min(MAX_FRAME, n_frame + int(rng.uniform(0.3, 1.0) * 25))
     sound = np.zeros((n_frame * unit, *said.shape[1:]), dtype=np.float32)

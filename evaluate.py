@@ -12,7 +12,7 @@ whether its voice says what its text says.
                                └ 3 ┘ by 5 frames: took the turn      └────┘ by 10 frames: yielded
 
 docs/evaluation.md defines each measure. Beside ours the table has the figures of the paper (OmniFlatten, ACL
-2025, tables 1 to 4), which come from other test data.
+2025, tables 1 to 4), which come from other test data. A second table has Full-Duplex-Bench's measures.
 """
 import os
 import sys
@@ -35,7 +35,7 @@ from data.dialogues import Dialogues
 from data.loader import STREAMS, Loader
 from decode import Sampling, converse, for_decoding, render
 from flatten import ROLES
-from measures import foreign, judge, report, words
+from measures import foreign, full_duplex_bench, judge, report, turnbench, words
 from measures.losses import by_stream, loss_sums
 from measures.replies import replies, stops
 from measures.turns import PATIENCE_SEC, assess, conversation, mean, summarise, who_speaks
@@ -52,12 +52,14 @@ class Config:
     out: str | None = None              # None: 'evaluation' in the checkpoint, or in the folder of dialogues
     n_report: int = 100                 # dialogues in report.html; 0: no report
     export: str | None = None           # a new folder, for the scripts of Full-Duplex-Bench
+    turnbench: str | None = None        # a file: TurnBench's submission; speaker 1 of the data is the user
 
     # instead of checkpoint and data: dialogues of others
     dialogues: str | None = None        # a folder; measures/foreign.py says which files it may have
     user_channel: int = 0               # the audio channel of the user, 0 or 1
     user_name: str = 'user'             # what the transcripts call the user, and the assistant
     assistant_name: str = 'assistant'
+    gap_sec: float = 0.5                # a longer pause ends a turn
     vad: str = 'webrtc'                 # how speech is heard that no transcript has: webrtc, energy
 
     # decoding
@@ -106,13 +108,16 @@ ROWS = [
     ('… false starts, in a turn of the user', 'false_start_rate', '', ''),
     ('… pauses of the user; taken for the end', 'n_pause pause_taken_rate', '', ''),
     ('… speaks again, unprompted', 'unprompted_rate', '', ''),
-    ('user interrupts, times', 'n_interruption', '', ''),
+    ("user interrupts, times; while it speaks", 'n_interruption n_interruption_speaking', '', ''),
     *acc_rows('… assistant yields', 'user',
               [(1, '10.9 %', '0.0 %'), (5, '30.9 %', '6.2 %'), (10, '41.8 %', '14.8 %'),
                (25, '51.8 %', '45.7 %')]),
     ('… after, mean, median', 'yield_ms yield_median_ms', '287 ms', '753 ms'),
     (f'… not within {PATIENCE_SEC} s', 'no_yield_rate', '', ''),
-    ('backchannels of the user; that stopped it', 'n_backchannel backchannel_stopped_rate', '', ''),
+    ('backchannels of the user; while it speaks', 'n_backchannel n_backchannel_speaking', '', ''),
+    ('… that stopped it', 'backchannel_stopped_rate', '', ''),
+    ('questions into which it talks on', 'n_ran_on', '', ''),
+    ('penalty time, false stops (SID-Bench)', 'penalty_sec false_stop_rate', '', ''),
     ('both speak, neither does', 'both_speak neither_speaks', '', ''),
     ('gap, user to assistant, back', 'gap_user_to_assistant_ms gap_assistant_to_user_ms', '', ''),
     ('answers that can be compared; right', 'n_answer answer_accuracy', '', ''),
@@ -141,6 +146,8 @@ def format_value(key, value):
         return f'{value:.0f} ms'
     if key.startswith('n_'):
         return str(value)
+    if key.endswith('_sec'):
+        return f'{value:.2f} s'
     if key.startswith('judge') or key.endswith('per_min'):
         return f'{value:.2f}'
     return f'{100 * value:.1f} %'
@@ -255,8 +262,31 @@ def measure_checkpoint(cfg):
         wave = render(dialogue, codec) if is_rendered else None
         conversations.append(conversation(reference['id'], codec.rate_hz, user, dialogue, codec.silence_codes,
                                           checkpoint.layout.speech_chunk, expected, wave, codec.sample_rate))
+    if cfg.turnbench:
+        write_turnbench(cfg, checkpoint, references, decoded, dtype)
     outcomes = [assess(talk) for talk in conversations]
     return metrics | answers(outcomes, decoded, references), conversations, outcomes
+
+
+def write_turnbench(cfg, checkpoint, references, decoded, dtype):
+    """The model listens to the other side, too. A side without turns, as in recordings without a transcript,
+    speaks where its codes are not silence."""
+    codec, chunk = checkpoint.codec, checkpoint.layout.speech_chunk
+    swap = dict(zip(ROLES, reversed(ROLES)))
+    mirrored = [dict(each, user=each['assistant'], assistant=each['user'],
+                     turns=[dict(turn, role=swap[turn['role']]) for turn in each['turns']])
+                for each in references]
+    sides = []
+    for dialogues, heard in ((references, decoded), (mirrored, listen(cfg, checkpoint, mirrored, dtype))):
+        whole = [[dict(role='user', start=0, end=len(each['user']), text='')] for each in dialogues]
+        users = [[turn for turn in each['turns'] if turn['role'] == 'user'] for each in dialogues]
+        sides.append([
+            conversation(each['id'], codec.rate_hz, user or all_of_it, said, codec.silence_codes, chunk)
+            for each, user, all_of_it, said in zip(dialogues, users, whole, heard)])
+    lookahead_sec = codec.stream().lookahead_sec
+    write_json(cfg.turnbench, turnbench.submission(zip(*sides), lookahead_sec))
+    print(f'{cfg.turnbench}: {len(references)} conversations; each time is the end of a chunk of '
+          f'{1000 * chunk / codec.rate_hz:.0f} ms, and {1000 * lookahead_sec:.0f} ms of the codec')
 
 
 def measure_losses(checkpoint, dialogues, device, dtype):
@@ -345,7 +375,7 @@ def main(cfg):
     if cfg.dialogues:
         talks = foreign.read_conversations(
             cfg.dialogues, user_channel=cfg.user_channel, user_name=cfg.user_name,
-            assistant_name=cfg.assistant_name, vad=cfg.vad)
+            assistant_name=cfg.assistant_name, vad=cfg.vad, gap_sec=cfg.gap_sec)
         conversations = list(islice(talks, cfg.n_dialogue or None))
         outcomes = [assess(talk) for talk in conversations]
         metrics = {}
@@ -354,6 +384,7 @@ def main(cfg):
     if conversations:
         metrics |= summarise([turn for turns in outcomes for turn in turns], conversations[0]['rate_hz'])
         metrics |= who_speaks(conversations)
+        metrics['full_duplex_bench'] = on_full_duplex_bench(cfg, conversations)
     if conversations and cfg.whisper:
         said = words.said_as_written(conversations, cfg.whisper, device=pick_device(cfg.device))
         metrics |= dict(said_wer=said['wer'], said_cer=said['cer'])
@@ -365,12 +396,22 @@ def main(cfg):
         write_json(os.path.join(out, 'metrics.json'), dict(origin=origin, **metrics))
     rows = table(metrics)
     print('\n' + format_table(rows))
+    if metrics.get('full_duplex_bench'):
+        print('\n' + full_duplex_bench.table(metrics['full_duplex_bench']))
     if conversations and cfg.n_report:
         write_report(cfg, os.path.join(out, 'report.html'), conversations, outcomes, rows)
     if cfg.export:
         counts = foreign.export_full_duplex_bench(conversations, cfg.export)
         print(f'{cfg.export}: ' + ', '.join(f'{n} of {task}' for task, n in counts.items()))
     return metrics
+
+
+def on_full_duplex_bench(cfg, conversations):
+    cases, people = [], {}
+    if cfg.dialogues:
+        cases = full_duplex_bench.read_cases(cfg.dialogues, cfg.vad, cfg.n_dialogue or None)
+        people = full_duplex_bench.read_people(cfg.dialogues)
+    return full_duplex_bench.measure(cases or full_duplex_bench.cases_of(conversations), people)
 
 
 def write_report(cfg, path, conversations, outcomes, rows):

@@ -119,7 +119,7 @@ def reward(turn, rate_hz):
     if turn['kind'] == 'interruption':
         earned += prompt(turn['yielded'], rate_hz)
     faults = turn['stopped'], turn['false_start'] is not None, turn['unprompted'] is not None
-    return earned - sum(map(bool, faults))
+    return earned - sum(faults)
 
 
 class World(NamedTuple):

@@ -6,7 +6,8 @@ Text dialogues become conversations on two channels: they are read, filtered, sp
                                  no answer yet        at once      goes on           stops
 
     python data/simulate.py --check --examples=5 alpaca.json            # what can be spoken, what not and why
-    python data/simulate.py --wav=3 --out=out/listen alpaca.json        # three of them, to listen to
+    python data/simulate.py --wav=3 --out=out/listen alpaca.json        # three of them, to listen to; for
+                                                                        # evaluate.py --dialogues=out/listen
     python data/simulate.py --codec=data/demo --out=data/simulated alpaca.json belle.jsonl
 
 Files hold JSON or JSON lines in the forms of Alpaca, BELLE, MOSS, UltraChat, ShareGPT, OpenAI, OASST or LCCC,
@@ -362,9 +363,10 @@ def main(argv=None):
         for id, texts in list(items.items())[:args.wav]:
             recording, path = read_recording((id, texts), None), os.path.join(args.out, id)
             write_audio(path + '.wav', np.stack([recording.user, recording.assistant], 1), SAMPLE_RATE)
-            with open(path + '.txt', 'w', encoding='utf-8') as file:
-                file.writelines(f'{turn["start_sec"]:7.2f} {turn["end_sec"]:7.2f}  {turn["role"]:9}  '
-                                f'{turn["text"]}\n' for turn in recording.turns)
+            with open(path + '.jsonl', 'w', encoding='utf-8') as file:     # as evaluate.py --dialogues reads
+                for turn in sorted(recording.turns, key=lambda turn: turn['start_sec']):
+                    row = {key: turn[key] for key in ('role', 'start_sec', 'end_sec', 'text')}
+                    file.write(json.dumps(row, ensure_ascii=False) + '\n')
             n_sec = len(recording.user) / SAMPLE_RATE
             print(f'{path}.wav  {n_sec:.1f} s, left the user, right the assistant')
         return

@@ -11,9 +11,10 @@ a folder for Full-Duplex-Bench. Files of one name, a.wav and a.jsonl, are one di
                 or SpokenWOZ's words, [{"speaker": "A", "word": "Hello", "start": 0.4, "end": 0.7}, …]
     sw2001A-ms98-a-word.text, sw2001B-ms98-a-word.text: Switchboard's word lists, for sw02001.wav
 
-    b/input.wav and output.wav: a sample of Full-Duplex-Bench, in a folder of its own anywhere below, with the
-                user's words in transcription.json and the assistant's in output.json, if they are there;
-                only where none of the other files lie in the folder itself
+    b/input.wav and output.wav: a sample of Full-Duplex-Bench, in a folder of its own anywhere below, or that
+                folder itself, with the user's words in transcription.json and the assistant's in output.json,
+                if they are there, and the pauses that end no turn in pause.json; only where none of the other
+                files lie in the folder itself
 
     words, or heard   ▓▓▓▓ ▓▓▓        ▓▓▓▓▓          ▓▓▓▓
     turns             └──────┘ gap_sec └───┘   gap   └──┘     a gap below gap_sec is a pause in a turn
@@ -21,12 +22,14 @@ a folder for Full-Duplex-Bench. Files of one name, a.wav and a.jsonl, are one di
 Who speaks when is taken from a role's words. Where there are none, it is heard in the role's channel, and
 counts inside its turns if there are turns. A role without any row in the transcript is heard, too:
 moshi-finetune has few words of the user. A voice that leaks into the other channel is also heard there, so
-channels have to be clean, or transcribed. [silence], [noise], [laughter] and [vocalized-noise] are no words.
+channels have to be clean, or transcribed. Sounds are no words: [noise], [laughter], <breath>, {lipsmack},
+and (coughs), if that is the whole text.
 """
 import csv
 import json
 import math
 import os
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +43,8 @@ from measures.turns import assess, stretches
 AUDIO = '.wav', '.flac', '.ogg', '.mp3'
 TRANSCRIPT = '.jsonl', '.json', '.tsv', '.csv', '.txt'
 COLUMNS = ['role', 'start', 'end', 'word']
+SOUND = re.compile(r'\[[^][]*\]|<[^<>]*>|\{[^{}]*\}|^\([^()]*\)$')
+HUMAN = 'icc_gt_distribution.json'      # Full-Duplex-Bench's, of people's backchannels; no transcript
 SAMPLE_RATE = 16000                     # what webrtcvad, Whisper and Full-Duplex-Bench listen to
 WINDOW_HZ = 100                         # speech is looked for in windows of 10 ms
 SHORTEST_SEC = 0.1                      # shorter gaps are closed, as in a "t", then shorter bursts dropped
@@ -50,6 +55,7 @@ def read_conversations(folder, rate_hz=25.0, user_channel=0, gap_sec=0.5, user_n
     """
     -> an iterator over the conversations in a folder, by name. Nothing is guessed: ValueError where anything
     is in doubt.
+        gap_sec                     a longer pause ends a turn, unless a sample's pause.json has it
         user_name, assistant_name   what the transcripts call them, as A and B
         vad                         webrtc or energy, see hear_voice and hear_energy
         aggressiveness              of webrtc, 0 to 3: how much a sound has to be like speech
@@ -63,20 +69,29 @@ def read_conversations(folder, rate_hz=25.0, user_channel=0, gap_sec=0.5, user_n
                          f'user_name {user_name!r}, assistant_name {assistant_name!r} (two names)')
     if not 0 < rate_hz <= WINDOW_HZ or not gap_sec >= 0:
         raise ValueError(f'rate_hz is {rate_hz} (above 0, up to {WINDOW_HZ}), gap_sec {gap_sec} (from 0)')
-    samples = list_samples(folder)
-    files = list_dialogues(folder, leave_out='samples.json' if samples else None) or samples
-    if not files:
-        raise ValueError(f'{folder} has no dialogue: no audio ({" ".join(AUDIO)}) and no transcript '
-                         f'({" ".join(TRANSCRIPT)})')
+    files = find_dialogues(folder)
     names = {user_name: 'user', assistant_name: 'assistant'}
     return (read_conversation(id, rate_hz, user_channel, gap_sec, names, vad, aggressiveness, **paths)
             for id, paths in sorted(files.items()))
 
 
+def find_dialogues(folder):
+    """{id: dict(audio, transcript)}: a path, or a list of two where each side has a file of its own, the
+    user's first if the names say which that is. A sample's transcript is its folder. Raises ValueError for a
+    folder without dialogues."""
+    samples = list_samples(folder)
+    if {'input.wav', 'output.wav'} <= set(os.listdir(folder)):      # it is a sample itself
+        return samples
+    files = list_dialogues(folder, leave_out=('samples.json', HUMAN) if samples else ()) or samples
+    if not files:
+        raise ValueError(f'{folder} has no dialogue: no audio ({" ".join(AUDIO)}) and no transcript '
+                         f'({" ".join(TRANSCRIPT)})')
+    return files
+
+
 def list_dialogues(folder, leave_out):
-    """{id: dict(audio, transcript)} of the files of a folder: a path, or a list of two where each side has a
-    file of its own, the user's first if the names say which that is."""
-    names = [name for name in sorted(os.listdir(folder)) if name != leave_out]
+    """The same of the files that lie in the folder itself"""
+    names = [name for name in sorted(os.listdir(folder)) if name not in leave_out]
     heard = {stem for stem, suffix in map(os.path.splitext, names) if suffix.lower() in AUDIO}
     found, files = {}, {}
     for name in names:
@@ -112,9 +127,11 @@ def list_samples(folder):
     """The same of Full-Duplex-Bench's folders, anywhere below: the id is the path, smooth_turn_taking/1."""
     files = {}
     for at, _, names in os.walk(folder):
-        if at != folder and {'input.wav', 'output.wav'} <= set(names):
+        if {'input.wav', 'output.wav'} <= set(names):
             audio = [os.path.join(at, name) for name in ('input.wav', 'output.wav')]
-            files[os.path.relpath(at, folder)] = dict(audio=audio, transcript=at)
+            id = os.path.relpath(at, folder)
+            id = os.path.basename(os.path.abspath(at)) if id == '.' else id
+            files[id] = dict(audio=audio, transcript=at)
     return files
 
 
@@ -145,8 +162,26 @@ def read_conversation(id, rate_hz, user_channel, gap_sec, names, vad, aggressive
                 spans = stretches(heard, rate_hz, gap_sec)
                 turns += [dict(role=role, start=start, end=end, text='') for start, end in spans]
     turns = sorted(turns, key=lambda turn: (turn['start'], turn['end']))
+    if transcript and is_sample(transcript):
+        pauses = read_note(transcript, 'pause.json')
+        turns = join_over([(rate_hz * start, rate_hz * end) for start, end in pauses], turns)
     return dict(id=id, rate_hz=rate_hz, n_frame=n_frame, turns=turns, speaks=speaks, expected=None,
                 wave=wave, sample_rate=SAMPLE_RATE if audio else 0, chunk_frames=0)
+
+
+def join_over(pauses, turns):
+    """The user's turns before and after a pause, (start, end), are one."""
+    joined, last = [], None     # last: of the user's
+    for turn in turns:
+        is_user = turn['role'] == 'user'
+        if is_user and last and any(start < turn['start'] and end > last['end'] for start, end in pauses):
+            last.update(end=max(last['end'], turn['end']), text=f'{last["text"]} {turn["text"]}'.strip())
+            if 'words' in last:
+                last['words'] = last['words'] + turn['words']
+            continue
+        last = turn if is_user else last
+        joined.append(turn)
+    return joined
 
 
 def read_channels(audio, user_channel):
@@ -200,6 +235,11 @@ def rows_of(path):
         raise ValueError(f'{path} is no transcript ({error}); other files have to lie elsewhere') from None
 
 
+def is_sample(transcript):
+    """Is it a folder of Full-Duplex-Bench"""
+    return isinstance(transcript, str) and os.path.isdir(transcript)
+
+
 def rows_of_sample(folder):
     """The same of a folder of Full-Duplex-Bench. After an interruption output.json has only the words that
     follow it: none are taken then, so that the assistant is heard."""
@@ -208,18 +248,45 @@ def rows_of_sample(folder):
         del files['assistant']
     for role, name in files.items():
         path = os.path.join(folder, name)
-        if not os.path.exists(path):
-            continue
-        try:
-            with open(path, encoding='utf-8') as file:
-                content = json.load(file)
-            words = [(chunk['text'].strip(), *chunk['timestamp'])
-                     for chunk in (content['chunks'] if isinstance(content, dict) else content)]
-            rows = [dict(role=role, start=start, end=end, word=text) for text, start, end in words]
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise ValueError(f'{path} is no list of words, [{{text, timestamp: [start, end]}}], '
-                             f'nor has it one as chunks ({error})') from None
-        yield from ((f'{path}, word {n}', row) for n, row in enumerate(rows, 1))
+        for n, (text, start, end) in enumerate(timed_words(path) or (), 1):
+            yield f'{path}, word {n}', dict(role=role, start=start, end=end, word=text)
+
+
+def timed_words(path):
+    """-> [(text, start_sec, end_sec)] of a list of words of Full-Duplex-Bench, None where there is no such
+    file. A word without a start is left out; one without an end, which their recogniser makes, ends at
+    once."""
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, encoding='utf-8') as file:
+            content = json.load(file)
+        chunks = content['chunks'] if isinstance(content, dict) else content
+        chunks = [chunk for each in chunks for chunk in each.get('item', [each])]     # by speaker
+        words = [(chunk['text'].strip(), *chunk['timestamp']) for chunk in chunks]
+        return [(text, start, start if end is None else end) for text, start, end in words
+                if start is not None]
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f'{path} is no list of words, [{{text, timestamp: [start, end]}}], '
+                         f'nor has it one as chunks ({error})') from None
+
+
+def read_note(folder, name):
+    """-> [(start_sec, end_sec)], what a sample's file of notes, [{timestamp: [start, end]}] or
+    {timestamps: [start, end]}, is about; [] without that file"""
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+        return []
+    try:
+        with open(path, encoding='utf-8') as file:
+            content = json.load(file)
+        notes = content if isinstance(content, list) else [dict(timestamp=content['timestamps'])]
+        spans = [tuple(map(float, note['timestamp'])) for note in notes]
+        if not spans or not all(0 <= start <= end < math.inf for start, end in spans):
+            raise ValueError(f'times are {spans}')
+        return spans
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ValueError(f'{path} does not say from when to when, in seconds ({error})') from None
 
 
 def read_transcript(path, names, gap_sec, n_sec):
@@ -227,9 +294,9 @@ def read_transcript(path, names, gap_sec, n_sec):
     where there is none."""
     turns, words = [], {role: [] for role in ROLES}
     paths = [path] if isinstance(path, str) else path
-    is_sample = os.path.isdir(paths[0])
-    rows = [row for each in paths for row in (rows_of_sample(each) if is_sample else rows_of(each))]
-    names = dict(zip(ROLES, ROLES)) if is_sample else names
+    of_sample = is_sample(path)
+    rows = [row for each in paths for row in (rows_of_sample(each) if of_sample else rows_of(each))]
+    names = dict(zip(ROLES, ROLES)) if of_sample else names
     for where, row in rows:
         is_row = row is not None and 'role' in row and ('word' in row) != ('text' in row)
         if not is_row or not isinstance(row.get('word', row.get('text')), str):
@@ -249,13 +316,14 @@ def read_transcript(path, names, gap_sec, n_sec):
             raise ValueError(f'{where}, is from {at["start_sec"]} s to {at["end_sec"]} s: '
                              'times count from 0, and an end is not before its start')
         # 0.1: transcripts round; a sample may end in the middle of a word
-        if not is_sample and n_sec is not None and at['end_sec'] > n_sec + 0.1:
+        if not of_sample and n_sec is not None and at['end_sec'] > n_sec + 0.1:
             raise ValueError(f'{where}, ends at {at["end_sec"]} s, the audio beside it at {n_sec:.2f} s; '
                              'is it cut off, or the audio of another?')
         said = row.get('word', row.get('text'))
-        if not spoken(said) and said:
+        text = ' '.join(SOUND.sub(' ', spoken(said)).split())
+        if said and not text:
             continue    # a sound, no speech
-        role, said = names[str(row['role'])], dict(at, text=spoken(said))
+        role, said = names[str(row['role'])], dict(at, text=text)
         turns.append(dict(said, role=role)) if 'text' in row else words[role].append(said)
     if turns and any(words.values()):
         raise ValueError(f'{paths[0]} has words and turns in one file; keep the words: '
@@ -309,27 +377,37 @@ def hear_energy(windows):
 
 # ------------------------------------------------------------------------------------------------------------
 
+# of v1.5, where speech overlaps the assistant's: the folder, and what metadata.json calls what is said
+OVERLAPS = dict(interruption=('v1.5/user_interruption', 'current_turn_text'),
+                backchannel=('v1.5/user_backchannel', 'backchannel_text'))
+
+
 class Sample(NamedTuple):
     """A part of a conversation, from start to end (frames), for one of the benchmark's tasks."""
-    task: str
+    task: str           # the folder
     start: int
     end: int
     note_name: str      # the file that says what it is about
-    note: list          # what stands in it; timestamps in frames
+    note: list | dict   # what stands in it; timestamps in frames
     since: int          # the assistant's words count from this frame on
 
 
 def samples_of(conversation):
-    """Yields the Samples of a conversation: up to two for each turn of the user that is no backchannel."""
-    turns = [turn for turn in assess(conversation) if turn['kind'] != 'backchannel']
-    for before, turn, after in zip([None, *turns], turns, [*turns[1:], None]):
-        start, end = turn['start'], turn['end']
-        until = after['start'] if after else conversation['n_frame']
-        if turn['kind'] == 'interruption':
-            context = before['text'] if before else ''
+    """Yields the Samples of a conversation: up to two for each of the user's turns, one for a backchannel."""
+    outcomes = assess(conversation)
+    turns = [turn for turn in outcomes if turn['kind'] != 'backchannel']
+    for turn in outcomes:
+        start, end, kind = turn['start'], turn['end'], turn['kind']
+        before = next((other for other in reversed(turns) if other['start'] < start), None)
+        until = next((other['start'] for other in turns if other['start'] > start), conversation['n_frame'])
+        first, context = (before['start'], before['text']) if before else (0, '')
+        if kind == 'interruption':
             note = dict(context=context, interrupt=turn['text'], timestamp=(start, end))
-            first = before['start'] if before else 0
             yield Sample('user_interruption', first, until, 'interrupt.json', [note], end)
+        if kind in OVERLAPS:
+            task, text = OVERLAPS[kind]
+            note = {'context_text': context, text: turn['text'], 'timestamps': (start, end)}
+            yield Sample(task, first, until, 'metadata.json', note, first)
             continue
         if turn['expects']:
             note = dict(text='[TURN-TAKING]', timestamp=(end, end))
@@ -341,7 +419,7 @@ def samples_of(conversation):
 
 def export_full_duplex_bench(conversations, folder):
     """
-    Writes a new folder for the scripts of Full-Duplex-Bench v1, with a sample for each turn of the user ->
+    Writes a new folder for the scripts of Full-Duplex-Bench, with a sample for each turn of the user ->
     {task: samples}.
 
         smooth_turn_taking/1/   from the user's turn to the next one
@@ -350,6 +428,8 @@ def export_full_duplex_bench(conversations, folder):
             pause.json          [{text, timestamp}]: from and to, of each pause
         user_interruption/1/    from the turn before to the turn after
             interrupt.json      [{context, interrupt, timestamp}]: the turn before, this one, from and to
+        v1.5/user_interruption/1/, v1.5/user_backchannel/1/     likewise
+            metadata.json       {context_text, current_turn_text or backchannel_text, timestamps}
         …/input.wav, output.wav     user and assistant, 16 kHz, where there is audio
         …/output.json               {text, chunks: [{text, timestamp}]}: the assistant's words; after an
                                     interruption only those
@@ -358,9 +438,9 @@ def export_full_duplex_bench(conversations, folder):
 
     output.json is written only if all of the assistant's words have times; else their get_transcript/asr.py
     makes it from output.wav. (If only some had it, their scripts would skip the others and count the silent
-    ones alone.) The texts that their judge of interruptions reads are empty where turns were only heard. Left
-    out: backchannels, which are compared with people's timing on their own recordings, and v1.5, which needs
-    each dialogue with and without the overlap.
+    ones alone.) The texts that their judges read are empty where turns were only heard, and v1.5's also wants
+    each dialogue without the overlap. Left out: the assistant's backchannels, as people's, beside which they
+    are measured, are of their own recordings.
     """
     conversations, counts, rows = list(conversations), {}, []
     if os.path.exists(folder):
@@ -394,6 +474,8 @@ def write_sample(folder, sample, talk, has_words):
         return [round((frame - sample.start) / rate_hz, 3) for frame in frames]
 
     def in_seconds(rows):
+        if isinstance(rows, dict):
+            return dict(rows, timestamps=seconds(rows['timestamps']))
         return [dict(row, timestamp=seconds(row['timestamp'])) for row in rows]
 
     words = {}

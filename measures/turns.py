@@ -12,7 +12,9 @@ The words used here:
 
     stretch         speech without a gap of JOIN_SEC or more
     turn            what one side says until it is the other's turn; it may have pauses in it
-    interruption    a turn that the user begins while the assistant speaks (a barge-in): it should yield
+    interruption    a turn that the user begins while the reference's assistant speaks (a barge-in): it should
+                    yield. So all models have the same interruptions, whatever they say. Without a reference:
+                    while the assistant itself speaks
     backchannel     the same, but the user only says "mhm" and does not want the turn
     question        every other turn of the user
     reference       the dialogue of the data, from which the user's side was taken
@@ -44,8 +46,8 @@ OVERLAP_SEC = 0.24              # people, too, begin this much before the other 
 # without a reference, a turn is a backchannel if it begins while the assistant speaks, is shorter than this,
 # and has at most so many words
 BACKCHANNEL_SEC, BACKCHANNEL_WORDS = 1.0, 3
-# an assistant was stopped by a backchannel if it falls silent up to so long after it; if the reference goes on
-# for less, it had ended anyway
+# an assistant was stopped by a backchannel if it falls silent up to so long after it; if the reference goes
+# on for less than the second, it had ended anyway
 STOPPED_SEC, GOES_ON_SEC = 0.3, 0.5
 
 
@@ -82,8 +84,7 @@ def user_turns(conversation, said):
     for turn, following in reversed(list(zip(turns, turns[1:]))):   # backwards: they can be joined again
         has_spoken = any(start < following['start'] and end > turn['end'] for start, end in said)
         is_close = following['start'] - turn['end'] < patience
-        kind = kind_of(turn, sounding_at(turn['start'], said), conversation['expected'],
-                       conversation['rate_hz'])
+        kind = kind_of(turn, said, conversation['expected'], conversation['rate_hz'])
         if conversation['expected'] is None and is_close and not has_spoken and kind != 'backchannel':
             turn.update(end=following['end'], text=f'{turn["text"]} {following["text"]}'.strip())
             turns.remove(following)
@@ -102,11 +103,13 @@ def assess(conversation):
                     PATIENCE_SEC since it began; or None
       pauses        [(start, end, taken)] of the user in the turn; taken: the assistant began to speak there
       unprompted    frame at which it began again after its answer, before the user's next turn; or None
-      yielded       from the start of the turn until the assistant was silent; None if it was not speaking,
-                    or never stopped
+      yielded       from the start of the turn until the assistant was silent; None if it was not speaking
+                    (an interruption, too, may find it silent), or never stopped
       was_speaking  the assistant, when the turn began
-      stopped       a backchannel: is the assistant silent within STOPPED_SEC after it; None if it did not
-                    speak, or had nothing more to say: the reference's ends within GOES_ON_SEC after the turn
+      goes_on       has the assistant more to say: the reference's talks on for GOES_ON_SEC after the turn
+                    (without a reference nobody knows: True)
+      stopped       is it a backchannel, and the assistant spoke, had more to say, and is silent within
+                    STOPPED_SEC after it
       speaks_from_start, speaks_from_end    bool [MAX_K]: the assistant, from the turn's start and end on
       said          the assistant's turns that begin between this turn's start and the next's
       due           the reference's turn that answers; None if there is none, or the user cuts it off
@@ -126,7 +129,7 @@ def assess_turn(conversation, turn, until, said, speaks):
     rate_hz, n_frame, expected = (conversation[key] for key in ('rate_hz', 'n_frame', 'expected'))
     start, end, patience = turn['start'], turn['end'], round(PATIENCE_SEC * rate_hz)
     sounding = sounding_at(start, said)     # in which the user begins
-    kind = kind_of(turn, sounding, expected, rate_hz)
+    kind = kind_of(turn, said, expected, rate_hz)
     begun = [(a, b) for a, b in said if start < a < end]
     early = next(((a, b) for a, b in begun if a >= end - round(OVERLAP_SEC * rate_hz) and b > end), None)
     after = [(a, b) for a, b in said if end <= a < until]
@@ -154,7 +157,8 @@ def assess_turn(conversation, turn, until, said, speaks):
         unprompted=again[0] if answer and again else None,
         was_speaking=sounding is not None,
         yielded=yielded,
-        stopped=is_stopped if kind == 'backchannel' and sounding and goes_on else None,
+        goes_on=goes_on,
+        stopped=kind == 'backchannel' and sounding is not None and goes_on and is_stopped,
         speaks_from_start=speaks[start:start + MAX_K], speaks_from_end=speaks[end:end + MAX_K],
         said=[t for t in conversation['turns'] if t['role'] == 'assistant' and start <= t['start'] < until],
         due=due if due is not None and due['end'] <= until else None)
@@ -165,16 +169,18 @@ def sounding_at(frame, said):
     return next(((a, b) for a, b in said if a < frame < b), None)
 
 
-def kind_of(turn, sounding, expected, rate_hz):
-    """What a turn of the user is. It is a backchannel if the reference's assistant talks on past it; without
-    a reference, if it is short and begins while the assistant speaks (sounding)."""
+def kind_of(turn, said, expected, rate_hz):
+    """What a turn of the user is. With a reference, its assistant decides (expected: its turns): the user
+    begins in one of its turns, and it talks on past the user's end, or not. Without one, the assistant does
+    (said: its stretches), and how short the turn is."""
     start, end = turn['start'], turn['end']
     if expected is None:
+        is_over = sounding_at(start, said) is not None
         is_short = end - start < BACKCHANNEL_SEC * rate_hz and len(turn['text'].split()) <= BACKCHANNEL_WORDS
-        is_backchannel = sounding and is_short
     else:
-        is_backchannel = any(a['start'] < start and end < a['end'] for a in expected)
-    return 'backchannel' if is_backchannel else 'interruption' if sounding else 'question'
+        spoken_into = [a for a in expected if a['start'] < start < a['end']]
+        is_over, is_short = bool(spoken_into), any(end < a['end'] for a in spoken_into)
+    return ('backchannel' if is_short else 'interruption') if is_over else 'question'
 
 
 def pauses_in(conversation, turn, begun):
@@ -223,7 +229,8 @@ def summarise(outcomes, rate_hz):
     due = [turn for turn in outcomes if turn['expects']]
     cut = [turn for turn in outcomes if turn['kind'] == 'interruption']
     backchannels = [turn for turn in outcomes if turn['kind'] == 'backchannel']
-    talked_over = [turn for turn in backchannels if turn['stopped'] is not None]
+    over = [turn for turn in backchannels if turn['goes_on']]
+    talked_over = [turn for turn in over if turn['was_speaking']]
     others = [turn for turn in outcomes if turn['kind'] != 'backchannel']
     responses = [max(turn['response'], 0) for turn in due if in_time(turn['response'], patience)]
     yields = [turn['yielded'] for turn in cut if in_time(turn['yielded'], patience)]
@@ -233,8 +240,10 @@ def summarise(outcomes, rate_hz):
         return 1e3 * float(average(values)) / rate_hz if values else None
 
     return dict(
-        n_turn=len(outcomes), n_answer_due=len(due), n_interruption=len(cut), n_backchannel=len(talked_over),
-        n_pause=len(pauses),
+        n_turn=len(outcomes), n_answer_due=len(due), n_pause=len(pauses),
+        n_interruption=len(cut), n_interruption_speaking=sum(turn['was_speaking'] for turn in cut),
+        n_backchannel=len(over), n_backchannel_speaking=len(talked_over),
+        n_ran_on=sum(turn['was_speaking'] for turn in outcomes if turn['kind'] == 'question'),
         **accuracies(outcomes, 'assistant', yields=False),
         response_ms=ms(responses, np.mean), response_median_ms=ms(responses, np.median),
         no_answer_rate=1 - len(responses) / len(due) if due else None,
@@ -244,7 +253,32 @@ def summarise(outcomes, rate_hz):
         **accuracies(outcomes, 'user', yields=True),
         yield_ms=ms(yields, np.mean), yield_median_ms=ms(yields, np.median),
         no_yield_rate=1 - len(yields) / len(cut) if cut else None,
-        backchannel_stopped_rate=mean(turn['stopped'] for turn in talked_over))
+        backchannel_stopped_rate=mean(turn['stopped'] for turn in talked_over),
+        **penalty_times(cut + talked_over, rate_hz))
+
+
+def penalty_times(outcomes, rate_hz):
+    """
+    -> SID-Bench's figures (arXiv:2603.24144), of interruptions and backchannels into which the assistant
+    speaks. What each costs the user, in seconds:
+        stopped by an interruption      the time until it stopped
+        not, before that was over       all of the interruption
+        stopped by a backchannel        all of the backchannel, as the conversation is derailed
+        not                             nothing
+    There a clip of the user's speech is what a detector hears; here the user's turn is that clip, and an
+    interruption wants the turn from its start.
+    """
+    costs, false_stops, delays = [], [], []
+    for turn in [turn for turn in outcomes if turn['was_speaking']]:
+        n_sec = (turn['end'] - turn['start']) / rate_hz
+        is_stopped = in_time(turn['yielded'], turn['end'] - turn['start'])
+        if turn['kind'] == 'backchannel':
+            false_stops.append(is_stopped)
+            costs.append(n_sec if is_stopped else 0.0)
+        else:
+            delays += [turn['yielded'] / rate_hz] if is_stopped else []
+            costs.append(turn['yielded'] / rate_hz if is_stopped else n_sec)
+    return dict(penalty_sec=mean(costs), false_stop_rate=mean(false_stops), stop_delay_sec=mean(delays))
 
 
 def in_time(n_frame, limit):

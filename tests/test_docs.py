@@ -29,7 +29,7 @@ import train
 from data import simulate, texts
 from data.dialogues import SCHEMA
 from flatten import LAYOUTS, Letters, draw, flatten, get_layout, unflatten
-from measures import claims, talks, voices
+from measures import claims, full_duplex_bench, talks, voices
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 README, FORMAT, EVALUATION, PERFORMANCE, CORPORA = ((ROOT / name).read_text(encoding='utf-8') for name in (
@@ -254,6 +254,10 @@ def test_results(regen):
     put('docs/evaluation.md', printed(EVALUATION, 'voices'), f'\n{voices.table(VOICES["voices"])}\n\n', regen)
     table = textwrap.indent(evaluate.format_table(evaluate.table(DEMO)), '    ')
     put('docs/evaluation.md', printed(EVALUATION, 'demo'), f'\n{table}\n\n', regen)
+    table = full_duplex_bench.table(DEMO.get('full_duplex_bench', []))
+    table = textwrap.indent(table, '    ') if table else 'Not measured yet.'
+    old = printed(EVALUATION, 'full_duplex_bench')
+    put('docs/evaluation.md', f'full_duplex_bench -->\n{old}', f'full_duplex_bench -->\n\n{table}\n\n', regen)
 
 
 def bench_table():

@@ -207,7 +207,8 @@ def test_word_times_of_two_people_and_the_mirror(tmp_path):
     assert (there['n_turn'], there['n_answer_due']) == (2, 1)
     assert (there['response_ms'], there['false_start_rate']) == (200, 0.5)
     assert (back['n_turn'], back['n_answer_due'], back['response_ms']) == (2, 1, 400)
-    assert (back['n_backchannel'], back['backchannel_stopped_rate']) == (1, 0)
+    assert back['n_backchannel'] == back['n_backchannel_speaking'] == 1
+    assert back['backchannel_stopped_rate'] == 0
     assert there['gap_user_to_assistant_ms'] == back['gap_assistant_to_user_ms']
     assert there['gap_assistant_to_user_ms'] == back['gap_user_to_assistant_ms']
     assert all(there[key] == back[key] for key in ('both_speak', 'neither_speaks', 'sec'))

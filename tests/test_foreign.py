@@ -15,6 +15,7 @@ from common.audio import read_audio  # noqa: E402
 from data.made_up import hum  # noqa: E402
 from decode import write_transcript  # noqa: E402
 from measures import foreign  # noqa: E402
+from measures.turns import assess, who_speaks  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
 
 # seconds at which they speak: the second time into each other
@@ -206,6 +207,19 @@ def test_sounds_are_no_words(tmp_path):
     assert [(turn['start'], turn['text']) for turn in of_turns['turns']] == [(0, 'Well yes'), (100, '')]
 
 
+@pytest.mark.parametrize('sound', ['[laughter]', '[vocalized-noise]', '[LAUGH]', '<breath>', '{lipsmack}',
+                                   '(coughs)', '[background speech]', ' [noise] <noise>'])
+def test_no_sound_is_a_word(tmp_path, sound):
+    """The other laughs into a word: nobody speaks at the same time."""
+    rows = [dict(role='user', start=0.4, end=2.0, word='well (so)'),
+            dict(role='assistant', start=0.8, end=1.6, word=sound),
+            dict(role='assistant', start=2.4, end=2.8, word='yes')]
+    (tmp_path / 'a.json').write_text(json.dumps(rows))
+    c, = foreign.read_conversations(tmp_path)
+    assert [turn['text'] for turn in c['turns']] == ['well (so)', 'yes']
+    assert who_speaks([c])['both_speak'] == 0
+
+
 def test_what_sample_wrote_comes_back(tmp_path):
     turns = [
         dict(role='user', start=10, end=40, text='What is that?'),
@@ -317,16 +331,17 @@ def test_full_duplex_bench_layout(tmp_path):
     """
     Two turns of the user: a question with a pause, answered 0.4 s after its end, and an interruption, after
     which the assistant says one more word. A sample's times count from its own start: the question's from
-    0.4 s on.
+    0.4 s on. The interruption is a sample of v1, and one of v1.5.
     """
     c = conversation(tmp_path / 'in', SAID, n_sec=8.0)
     n_sample = foreign.export_full_duplex_bench([c], str(tmp_path / 'out'))
-    assert n_sample == dict(smooth_turn_taking=1, pause_handling=1, user_interruption=1)
+    assert n_sample == {'smooth_turn_taking': 1, 'pause_handling': 1, 'user_interruption': 1,
+                        'v1.5/user_interruption': 1}
     files = {str(path.relative_to(tmp_path / 'out')): path
              for path in (tmp_path / 'out').rglob('*') if path.is_file()}
     always = 'input.wav', 'output.wav', 'output.json', 'transcription.json'
-    notes = dict(smooth_turn_taking='turn_taking.json', pause_handling='pause.json',
-                 user_interruption='interrupt.json')
+    notes = {'smooth_turn_taking': 'turn_taking.json', 'pause_handling': 'pause.json',
+             'user_interruption': 'interrupt.json', 'v1.5/user_interruption': 'metadata.json'}
     assert set(files) == {'samples.json'} | {
         f'{task}/1/{name}' for task, note in notes.items() for name in (*always, note)}
     got = {name: json.loads(path.read_text()) for name, path in files.items() if name.endswith('.json')}
@@ -344,7 +359,12 @@ def test_full_duplex_bench_layout(tmp_path):
     assert got['samples.json'] == [
         dict(sample='smooth_turn_taking/1', id='sw', start_sec=0.4, end_sec=4.4),
         dict(sample='pause_handling/1', id='sw', start_sec=0.4, end_sec=2.0),
-        dict(sample='user_interruption/1', id='sw', start_sec=0.4, end_sec=8.0)]
+        dict(sample='user_interruption/1', id='sw', start_sec=0.4, end_sec=8.0),
+        dict(sample='v1.5/user_interruption/1', id='sw', start_sec=0.4, end_sec=8.0)]
+    assert got['v1.5/user_interruption/1/metadata.json'] == dict(
+        context_text='Wait, why?', current_turn_text='Stop!', timestamps=[4.0, 5.2])
+    assert [word['text'] for word in got['v1.5/user_interruption/1/output.json']['chunks']] == [
+        'Because', 'everything', 'Sorry.']
     for channel, name in enumerate(('input.wav', 'output.wav')):
         wave, rate = soundfile.read(files[f'smooth_turn_taking/1/{name}'], dtype='float32')
         assert (rate, wave.shape) == (16000, (64000,))
@@ -358,7 +378,8 @@ def test_what_was_exported_comes_back(tmp_path):
     c = conversation(tmp_path / 'in', SAID, n_sec=8.0)
     foreign.export_full_duplex_bench([c], str(tmp_path / 'out'))
     found = {talk['id']: talk for talk in foreign.read_conversations(tmp_path / 'out', vad='energy')}
-    assert found.keys() == {'pause_handling/1', 'smooth_turn_taking/1', 'user_interruption/1'}
+    assert found.keys() == {'pause_handling/1', 'smooth_turn_taking/1', 'user_interruption/1',
+                            'v1.5/user_interruption/1'}
 
     def said(id, role):
         return [(turn['start'], turn['end'], turn['text']) for turn in found[id]['turns']
@@ -376,6 +397,50 @@ def test_what_was_exported_comes_back(tmp_path):
     (tmp_path / 'out/pause_handling/1/transcription.json').write_text('[{"text": "Wait,"}]')
     with pytest.raises(ValueError, match='pause_handling/1/transcription.json is no list of words'):
         list(foreign.read_conversations(tmp_path / 'out', vad='energy'))
+
+
+# a pause of 0.68 s, into which the assistant talks for 1.4 s
+TAKEN = [('user', 0.4, 1.2, 'so I was'), ('assistant', 1.4, 2.8, 'How nice'), ('user', 1.88, 3.4, 'there')]
+
+
+def test_the_pause_that_ends_a_turn_can_be_set(tmp_path):
+    """
+    By 0.5 s the user's two parts are turns, a question and an interruption. By 0.7 s they are one turn, with
+    a pause that is taken for its end, and a sample of pause_handling.
+    """
+    (tmp_path / 'a.txt').write_text('\n'.join(' '.join(map(str, row)) for row in TAKEN))
+    for gap_sec, n_turn, tasks in ((0.5, 2, 'smooth_turn_taking user_interruption v1.5/user_interruption'),
+                                   (0.7, 1, 'pause_handling')):
+        c, = foreign.read_conversations(tmp_path, gap_sec=gap_sec)
+        found = assess(c)
+        assert len(found) == n_turn and [sample.task for sample in foreign.samples_of(c)] == tasks.split()
+    assert found[0]['pauses'] == [(30, 47, True)] and found[0]['false_start'] == 35
+
+
+def test_a_samples_own_pauses_end_no_turn(tmp_path):
+    """
+    As Full-Duplex-Bench's own example of a pause: 0.68 s, which pause.json has. The folder of the sample can
+    be read, too, and that of the set; words may lack an end, or be sorted by speaker.
+    """
+    folder = tmp_path / 'synthetic_pause_handling/1'
+    folder.mkdir(parents=True)
+    for name, role, pitch in (('input.wav', 'user', 120), ('output.wav', 'assistant', 180)):
+        spans = [(start, end) for who, start, end, _ in TAKEN if who == role]
+        soundfile.write(folder / name, speech(spans, 4.0, pitch), 16000)
+    (folder / 'pause.json').write_text('[{"text": "[PAUSE]", "timestamp": [1.2, 1.88]}]')
+    for root, id in ((tmp_path, 'synthetic_pause_handling/1'), (folder.parent, '1'), (folder, '1')):
+        c, = foreign.read_conversations(root, vad='energy')
+        assert (c['id'], c['expected']) == (id, None)
+        turn, = assess(c)       # heard, without a transcript
+        assert [taken for *_, taken in turn['pauses']] == [True] and turn['false_start'] is not None
+    item = [dict(text=word, timestamp=[start, end]) for role, start, end, word in TAKEN if role == 'user']
+    item += [dict(text='?', timestamp=[None, None]), dict(text='and', timestamp=[3.5, None])]
+    (folder / 'transcription.json').write_text(json.dumps([dict(speaker='A', item=item)]))
+    c, = foreign.read_conversations(folder, vad='energy')
+    assert [turn['text'] for turn in c['turns'] if turn['role'] == 'user'] == ['so I was there and']
+    (folder / 'pause.json').write_text('[{"text": "[PAUSE]"}]')
+    with pytest.raises(ValueError, match='pause.json does not say from when to when'):
+        list(foreign.read_conversations(folder, vad='energy'))
 
 
 def test_output_json_is_written_for_all_or_none(tmp_path):

@@ -14,6 +14,7 @@ from data import simulate, tokenise
 from data.simulate import SAMPLE_RATE, make_plan, place_words, with_noise
 from data.texts import collect, n_words, pairs, read_row, rows, speakable
 from flatten import check
+from measures import foreign
 
 TEXTS = pathlib.Path(__file__).parent.parent.parent / 'shared/data/text'
 CHARACTER = SAMPLE_RATE // 20       # samples that Hum takes for a character
@@ -614,8 +615,12 @@ def test_from_text_to_a_data_folder(tmp_path, monkeypatch, capsys):
     simulate.main(command)
     assert 'is prepared already' in capsys.readouterr().out
     simulate.main(['--wav=2', f'--out={tmp_path}/wav', *command[3:]])
-    transcript = (tmp_path / 'wav/talk-000001.txt').read_text()
-    assert len(list((tmp_path / 'wav').glob('*.wav'))) == 2 and DIALOGUE[0] in transcript
+    simulated = list(foreign.read_conversations(tmp_path / 'wav', vad='energy'))
+    assert len(simulated) == 2 and len(list((tmp_path / 'wav').glob('*.wav'))) == 2
+    for talk in simulated:      # talk['speaks']: heard inside the turns that the transcript has
+        assert talk['turns'][0]['text'] == DIALOGUE[0] and talk['wave'] is not None
+        for turn in talk['turns']:
+            assert talk['speaks'][turn['role']][turn['start']:turn['end']].mean() > 0.8
 
 
 def test_nothing_to_say(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import measures.turns
 from flatten import ROLES
-from measures.turns import assess, conversation, stretches, summarise, who_speaks
+from measures.turns import assess, conversation, penalty_times, stretches, summarise, who_speaks
 
 GOLDEN = (pathlib.Path(__file__).parent / 'golden' / 'measures.txt').read_text()
 EXAMPLES = dict(re.findall(r'^== (.*)\n((?:(?!==).*\n?)*)', GOLDEN, re.M))
@@ -68,6 +68,34 @@ def test_a_backchannel_is_not_joined_with_the_next_question():
     assert cut['kind'] == 'interruption' and cut['end'] == 58
     alone, = assess(converse(mhm[20:], ''))
     assert alone['kind'] == 'question' and (alone['start'], alone['end']) == (7, 46)
+
+
+@given(st.text('#.', min_size=40, max_size=80), st.text('#.', min_size=40, max_size=80),
+       st.text('#.', min_size=40, max_size=80), st.text('#.', min_size=40, max_size=80))
+@settings(max_examples=100, deadline=None)
+def test_two_models_have_the_same_interruptions(user, reference, one, other):
+    """What a turn of the user is depends on the user and the reference alone."""
+    found = [assess(converse(user, assistant.ljust(80, '.'), reference)) for assistant in (one, other)]
+    assert [turn['kind'] for turn in found[0]] == [turn['kind'] for turn in found[1]]
+    figures = [summarise(outcomes, 25.0) for outcomes in found]
+    for key in ('n_turn', 'n_answer_due', 'n_interruption', 'n_backchannel'):
+        assert figures[0][key] == figures[1][key]
+
+
+def test_penalties():
+    """
+    At 25 Hz: an interruption of 20 frames (0.8 s) stops it after 5 (0.2 s), another not in its time (0.8 s);
+    a backchannel of 10 frames stops it (0.4 s), another does not (0). The mean is 1.4 / 4. One in which it is
+    silent counts for nothing.
+    """
+    def turn(kind, n, yielded, was_speaking=True):
+        return dict(kind=kind, start=100, end=100 + n, yielded=yielded, was_speaking=was_speaking)
+
+    found = penalty_times([
+        turn('interruption', 20, 5), turn('interruption', 20, 21), turn('interruption', 20, None, False),
+        turn('backchannel', 10, 10), turn('backchannel', 10, None)], 25.0)
+    assert found == {key: pytest.approx(value) for key, value in dict(
+        penalty_sec=0.35, false_stop_rate=0.5, stop_delay_sec=0.2).items()}
 
 
 def moved(turn, n):

@@ -60,13 +60,14 @@ LABELS = {'takeover_rate': 'takeover rate', 'latency_sec': 'latency, s', 'per_se
           'jsd': 'JSD', 'stop_sec': 'stop latency, s', 'response_sec': 'response latency, s'}
 NOTES = {'pause.json': 'pause_handling', 'turn_taking.json': 'smooth_turn_taking',
          'interrupt.json': 'user_interruption', 'metadata.json': 'overlap'}
+TASKS = 'pause_handling', 'backchannel', 'smooth_turn_taking', 'user_interruption', 'overlap'  # as in tables
 
 
 class Case(NamedTuple):
     """What an assistant did in a sample. Times in seconds."""
     folder: str             # the set of samples
     id: str                 # in it
-    task: str               # one of NOTES, or backchannel
+    task: str               # one of TASKS
     start: float            # of the overlap, or of the interruption
     end: float              # …, or of the user's turn
     n_sec: float
@@ -155,7 +156,7 @@ def words_of(turn):
 def measure(cases, people=None):
     """
     -> [figures of a set of samples], None where nothing was measured: a dict of folder, task, n, and
-        takeover_rate, latency_sec, n_unknown (samples whose words are not known)
+        takeover_rate, latency_sec, n_latency (takeovers), n_unknown (samples whose words are not known)
         per_sec, jsd        of task backchannel
         stop_sec, n_stop, response_sec, n_response      of task overlap
     people: {id: their backchannels, in windows}, as icc_gt_distribution.json has them, for the JSD
@@ -164,7 +165,8 @@ def measure(cases, people=None):
     for case in cases:
         groups.setdefault((case.folder, case.task), []).append(case)
     found = []
-    for (folder, task), group in groups.items():
+    for folder, task in sorted(groups, key=lambda key: (TASKS.index(key[1]), key[0])):
+        group = groups[folder, task]
         figures = dict(folder=folder, task=task, n=len(group))
         if task == 'overlap':
             stops, responses = ([each for each in times if each is not None]
@@ -193,7 +195,8 @@ def of_takeovers(cases):
     figures = dict(takeover_rate=len(taken) / len(cases))
     if cases[0].task != 'pause_handling':
         firsts = [(case.heard if case.words is None else case.words)[0][0] for case in taken]
-        figures['latency_sec'] = mean(max(first - case.end, 0.0) for first, case in zip(firsts, taken))
+        latencies = [max(first - case.end, 0.0) for first, case in zip(firsts, taken)]
+        figures |= dict(latency_sec=mean(latencies), n_latency=len(latencies))
     return figures
 
 

@@ -48,7 +48,7 @@ def test_takeover_rate_and_latency():
     said = [[(3.5, 5.0)], [(2.8, 4.0)], [(3.1, 3.3)]]
     cases = [*(case(words, end=3.0) for words in said), case(None, [(4.0, 5.5)], end=3.0)]
     assert measure(cases) == [dict(folder='a', task='smooth_turn_taking', n=4, takeover_rate=0.75,
-                                   latency_sec=pytest.approx(0.5), n_unknown=1)]
+                                   latency_sec=pytest.approx(0.5), n_latency=3, n_unknown=1)]
     found, = measure([each._replace(task='pause_handling') for each in cases])
     assert found == dict(folder='a', task='pause_handling', n=4, takeover_rate=0.75, n_unknown=1)
 
@@ -150,10 +150,10 @@ def test_their_folders_are_read(tmp_path, capsys):
             folder='v1.0/candor_pause_handling', task='pause_handling', n=1, takeover_rate=1.0, n_unknown=0),
         'v1.0/candor_turn_taking': dict(
             folder='v1.0/candor_turn_taking', task='smooth_turn_taking', n=1, takeover_rate=1.0,
-            latency_sec=about(0.5, abs=0.03), n_unknown=1),
+            latency_sec=about(0.5, abs=0.03), n_latency=1, n_unknown=1),
         'v1.0/synthetic_user_interruption': dict(
             folder='v1.0/synthetic_user_interruption', task='user_interruption', n=1, takeover_rate=1.0,
-            latency_sec=about(0.6, abs=0.03), n_unknown=1),
+            latency_sec=about(0.6, abs=0.03), n_latency=1, n_unknown=1),
         'v1.0/icc_backchannel': dict(
             folder='v1.0/icc_backchannel', task='backchannel', n=1, takeover_rate=0.0, per_sec=about(1 / 6),
             jsd=about(0, abs=0.01), n_unknown=0),

@@ -5,7 +5,8 @@ Checkpoints: what a run writes, and how it is read back. Nothing in them is pick
         config.json             as transformers has it; the entry "nanoduplex" is Info below
         model.safetensors       tokenizer.json, vocab.json, merges.txt, …
         codec/                  the speech codec, or what names it
-        manifest.json           size and SHA-256 of these files: written last, checked before they are read
+        README.md               the model card (card.py)
+        manifest.json           size and SHA-256 of all but the card: written last, checked first of all
         step-001200/            the same of the latest step, from which a run goes on, with
             optimizer.safetensors, state.json
         step-001800/            … of the one saved before it, in case that one is damaged; and of the best
@@ -25,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import card
 from codec import load_codec
 from common.files import read_json, remove, whole, write_json
 from common.manifest import NAME, find_damage, list_files, read_manifest, write_manifest
@@ -41,6 +43,7 @@ class Info(NamedTuple):
     code_start: int         # the id of speech code 0
     n_codes: int
     codec: dict             # what codec.describe() says
+    runs: list = []         # what each run trained it on, see describe_run; the last is the one that wrote it
 
 
 class Checkpoint(NamedTuple):
@@ -155,10 +158,11 @@ def assemble(config, weights):
 
 def take_snapshot(model, optimizer, place):
     """-> Snapshot on the first process, None on others. If the model is split over the processes, all of them
-    call this together. Training may go on while the snapshot is used: it shares no memory with the model."""
+    call this together. Training may go on while the snapshot is used: it shares no memory with the model.
+    optimizer: None: of the model only"""
     weights = model.state_dict()        # before the parameters are looked at: it splits what is gathered
     moments = {'rng': torch.get_rng_state()}
-    for name, p in model.named_parameters():
+    for name, p in model.named_parameters() if optimizer else ():
         assert p in optimizer.state, name
         moments |= {f'{name}.{key}': value for key, value in optimizer.state[p].items()}
     weights, moments = ({name: gather(tensor, place) for name, tensor in named.items()}
@@ -168,11 +172,24 @@ def take_snapshot(model, optimizer, place):
     return Snapshot(assemble(model.config, weights), moments)
 
 
+def describe_run(state):
+    """A run's state -> what its checkpoints say of it: on what it trained so far and, at the best step, which
+    figure of val chose it."""
+    facts, ending = state['facts'], ': dialogues'
+    names = 'data', 'stages', 'init_from', 'optimizer', 'learning_rate', 'seed', 'torch', 'commit'
+    is_best = state['best_step'] == state['step']
+    return {name: facts.get(name) for name in names} | dict(
+        steps=state['step'], tokens=state['step'] * facts['batch_tokens'], hours=state['sec_heard'] / 3600,
+        dialogues={name.removesuffix(ending): n for name, n in facts.items() if name.endswith(ending)},
+        selected=dict(by=state['best_by'], value=state['best']) if is_best else None)
+
+
 def save_state(out_dir, snapshot, vocab, info, codec_folder, state):
     """Writes out_dir/step-000300, from which a run goes on as if it had not stopped. Deletes all older ones
     but the one before, and the best."""
     folder = os.path.join(out_dir, f'step-{state["step"]:06d}')
     with whole(folder) as part:
+        info = info._replace(runs=[*info.runs, describe_run(state)])
         snapshot.model.save_pretrained(part, extra={'nanoduplex': write_info(info)})
         vocab.save(part)
         if os.path.isdir(codec_folder):
@@ -180,6 +197,7 @@ def save_state(out_dir, snapshot, vocab, info, codec_folder, state):
         save_file(snapshot.moments, os.path.join(part, 'optimizer.safetensors'))
         write_json(os.path.join(part, 'state.json'), state)
         write_manifest(part)
+        card.write(part)        # not in the manifest: people edit it
     saved = states(out_dir)
     past = [step for step in saved if step <= state['step']]    # later ones are damaged, and were passed over
     for step, old in saved.items():

@@ -33,14 +33,13 @@ from common.linear import pick_linear
 from common.origin import describe_run
 from data.dialogues import Dialogues
 from data.loader import STREAMS, Loader
-from decode import Sampling, converse, for_decoding, render
+from decode import Sampling, for_decoding, render
 from flatten import ROLES
 from measures import foreign, full_duplex_bench, judge, report, turnbench, words
 from measures.losses import by_stream, loss_sums
-from measures.replies import replies, stops
+from measures.replies import hear, is_right, replies, side_by_side, stops, written
 from measures.turns import PATIENCE_SEC, assess, conversation, mean, summarise, who_speaks
 from measures.words import plain
-from respond import Asked, respond
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,7 @@ ROWS = [
                (25, '71.7 %', '55.1 %')]),
     ('… response, mean, median', 'response_ms response_median_ms', '193 ms', '553 ms'),
     (f'… none within {PATIENCE_SEC} s', 'no_answer_rate', '', ''),
+    ('… turns of the user dealt with well', 'well_taken_rate', '', ''),
     ('… false starts, in a turn of the user', 'false_start_rate', '', ''),
     ('… pauses of the user; taken for the end', 'n_pause pause_taken_rate', '', ''),
     ('… speaks again, unprompted', 'unprompted_rate', '', ''),
@@ -188,11 +188,10 @@ def answers(outcomes, decoded, references):
     distance to the reference's next answer, which is another). duplex2 writes no text: codes only. So an
     answer as spoken is right if, of all answers of the references, it is nearest to its own.
     """
-    texts, codes = [], []       # of each answer: (the reference's, ours)
+    texts, codes = written(outcomes), []        # of each answer: (the reference's, ours)
     for turns, dialogue, reference in zip(outcomes, decoded, references):
         for turn in [turn for turn in turns if turn['due']]:
             due, said = turn['due'], turn['said']
-            texts.append((due['text'], ' '.join(part['text'] for part in said)))
             said_codes = [code for part in said
                           for code in np.ravel(dialogue['assistant'][part['start']:part['end']]).tolist()]
             codes.append((reference['assistant'][due['start']:due['end']].ravel().tolist(), said_codes))
@@ -210,9 +209,9 @@ def answers(outcomes, decoded, references):
                    code_error_rate_of_another_answer=mean(others))
     if any(said for _, said in texts):
         errors = words.error_rate(*zip(*texts))
-        is_right = [plain(due) == plain(said) for due, said in texts]
-        figures |= dict(answer_accuracy=mean(is_right), answer_wer=errors['wer'], answer_cer=errors['cer'])
-        wrong = [pair for pair, right in zip(texts, is_right) if not right]
+        right = [is_right(*pair) for pair in texts]
+        figures |= dict(answer_accuracy=mean(right), answer_wer=errors['wer'], answer_cer=errors['cer'])
+        wrong = [pair for pair, each in zip(texts, right) if not each]
         for due, said in wrong[:5]:
             print(f'  wrong: {said!r}, expected {due!r}')
     return figures
@@ -343,26 +342,11 @@ def sampling_of(cfg, info):
 
 def listen(cfg, checkpoint, references, dtype):
     """-> the dialogue that the model has with each reference's user"""
-    model, vocab, codec, info = checkpoint
-    sampling, silence = sampling_of(cfg, info), codec.silence_codes[0].tolist()
-    if checkpoint.layout.is_ragged:
-        asked = [[Asked(each['user'], prompt=each.get('prompt', ''))] for each in references]
-        return respond(model, vocab, checkpoint.layout, asked, silence, sampling=sampling, dtype=dtype)
-    lengths = [len(reference['user']) for reference in references]
-    n = checkpoint.layout.speech_chunk
-    order = sorted(range(len(references)), key=lengths.__getitem__)     # those side by side end together
-    batches = [order[at:at + cfg.batch_size] for at in range(0, len(order), cfg.batch_size)]
-    n_chunk = sum(-(-lengths[batch[-1]] // n) for batch in batches)
-    decoded = [None] * len(references)
+    n, batches = checkpoint.layout.speech_chunk, side_by_side(references, cfg.batch_size)
+    n_chunk = sum(-(-len(references[batch[-1]]['user']) // n) for batch in batches)
     with tqdm(total=n_chunk, desc='listening', unit=' chunks', leave=False, disable=None) as bar:
-        for batch in batches:
-            users = [references[i]['user'] for i in batch]
-            said, _ = converse(model, vocab, checkpoint.layout, users, silence, bar.update,
-                               [references[i].get('prompt', '') for i in batch],
-                               sampling=sampling, dtype=dtype)
-            for i, dialogue in zip(batch, said):
-                decoded[i] = dialogue
-    return decoded
+        return hear(checkpoint, references, batches, bar.update, dtype=dtype,
+                    sampling=sampling_of(cfg, checkpoint.info))
 
 
 # ------------------------------------------------------------------------------------------------------------

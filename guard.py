@@ -15,14 +15,18 @@ import re
 import signal
 import threading
 import time
+import zlib
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from checkpoint import last_state
 from common.files import some
+from common.origin import git
 
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 # of the machine, which no code can mend: full, over quota, read-only, forbidden, broken
@@ -175,9 +179,25 @@ FREE = {'data', 'out_dir', 'resume', 'save_interval_sec', 'log_interval', 'n_lis
 SIZES = 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner'
 
 
+def check_nodes(cfg, place, data, vocab):
+    """-> {name: what a run depends on: settings, data, text tokens, …}. Raises ValueError, on all processes,
+    where that of one node differs from that of another."""
+    facts = asdict(cfg) | {'torch': torch.__version__, 'ids': vocab.size}
+    for dialogues in data:
+        checksum = zlib.crc32(np.concatenate(dialogues.n_frame).tobytes())
+        name = f'{dialogues.folder}, {dialogues.split}'
+        facts[f'{name}: dialogues'], facts[f'{name}: checksum of lengths'] = len(dialogues), checksum
+    text = ' '.join(turn['text'] for turn in data[0][0]['turns']) if len(data[0]) else ''
+    facts[f'ids of {text!r}'] = vocab.encode(text)
+    place.check_equal(facts)
+    return facts | dict(device=place.device.type, dtype=str(place.dtype), processes=place.world_size,
+                        weights=[weight for _, weight in cfg.mixture()],
+                        commit=git('describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'))
+
+
 def compare(before, now, sizes, folder):
     """
-    before, now: what the run in folder depended on, and depends on (train.check_nodes) -> a note of what has
+    before, now: what the run in folder depended on, and depends on (check_nodes) -> a note of what has
     changed, or None. sizes: those of its model. Raises ValueError where it cannot go on at all: its place in
     the data is none in other data, and a model keeps its sizes.
     """

@@ -18,13 +18,11 @@ import os
 import re
 import sys
 import time
-import zlib
 from dataclasses import asdict, dataclass, replace
 from glob import glob
 from typing import NamedTuple
 from uuid import uuid4
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -37,6 +35,7 @@ from common.memory import check_memory, find_batch_size, peak_bytes
 from data.dialogues import Dialogues
 from data.loader import Loader, Mixture, Prefetch
 from flatten import get_layout
+from measures.best import FIGURES, Examiner
 from measures.draw import show_rows
 from measures.listen import Listener
 from measures.logger import Logger, log_evaluation, log_training, print_stage, print_start
@@ -92,6 +91,8 @@ class Config:
     eval_interval: int = 200            # steps between evaluations on all of val; each also saves the state
     save_interval_sec: float = 900.0    # so often it is saved at least, while training goes on
     log_interval: int = 10
+    select: str = 'loss'                # the best step by its loss on val, answers or turns: measures/best.py
+    eval_dialogues: int | None = None   # of val, answered at an evaluation; None: 40, for loss none
     n_listen: int = 2                   # dialogues of val to answer at an evaluation, for report.html
     listen_interval: int = 1            # evaluations from one to the next at which that is done
     device: str = 'auto'                # cuda, cpu, …; auto: a GPU if there is one
@@ -112,12 +113,15 @@ class Config:
                      'listen_interval', 'max_skipped'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}, it has to be at least 1')
-        for name in ('n_listen', 'show', 'grad_clip', 'warmup_steps'):
-            if getattr(self, name) < 0:
+        for name in ('n_listen', 'show', 'grad_clip', 'warmup_steps', 'eval_dialogues'):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f'{name} is {getattr(self, name)}, it cannot be negative')
         for name in ('save_interval_sec', 'timeout_sec'):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f'{name} is {getattr(self, name)}, it has to be above 0')
+        if self.select not in FIGURES or (self.select != 'loss' and self.eval_dialogues == 0):
+            raise ValueError(f'select is {self.select!r}, known are {", ".join(FIGURES)}; '
+                             'all but loss need eval_dialogues')
         if self.dtype not in ('auto', 'float32', 'bfloat16'):
             raise ValueError(f"dtype is {self.dtype!r}, known are 'auto', 'float32' and 'bfloat16'")
         if self.reduce_dtype not in ('float32', 'bfloat16'):
@@ -194,6 +198,7 @@ class Run(NamedTuple):
     optimizer: torch.optim.Optimizer
     state: dict             # what state.json holds, see main
     n_step: int
+    examiner: Examiner
     logger: Logger | None   # logger and listener: on the first process only
     listener: Listener | None
     saver: checkpoint.Saver
@@ -215,7 +220,7 @@ def main(cfg):
     is_restart = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
     resume_from = checkpoint.find_state(cfg.out_dir, place) if cfg.resume or is_restart else None
     given, (cfg, model, vocab) = cfg, build_model(cfg, place, train_data[0], resume_from)
-    facts = check_nodes(given, place, train_data + val_data, vocab)
+    facts = guard.check_nodes(given, place, train_data + val_data, vocab)
     state_bytes = check_memory(model.n_param(), place, cfg.shard)
     gradients = Shards(model, place) if cfg.shard else Copies(model, place, getattr(torch, cfg.reduce_dtype))
     model.wrap_blocks(checkpoints=cfg.checkpoint_blocks)
@@ -231,8 +236,9 @@ def main(cfg):
                 show_rows(stage, vocab, cfg.text_weight, cfg.show)
         return {}
     optimizer = make_optimizer(model, cfg)
-    state = dict(run_id=uuid4().hex, step=0, loader=None, best=None, best_step=None, sec_heard=0.0,
-                 train_sec=0.0, save_sec=0.0, meter=None, facts={})
+    examiner = Examiner(cfg, vocab, val_data, stages, place)
+    state = dict(run_id=uuid4().hex, step=0, loader=None, best=None, best_by='loss', best_step=None,
+                 sec_heard=0.0, train_sec=0.0, save_sec=0.0, meter=None, facts={})
     if resume_from:
         state |= checkpoint.load_state(resume_from, model, optimizer)
         if (note := guard.compare(state['facts'], facts, asdict(cfg), resume_from)) and place.is_main:
@@ -243,8 +249,8 @@ def main(cfg):
     listener = Listener(cfg, vocab, val_data, place.dtype) if place.is_main else None
     saver = checkpoint.Saver()
     watch = guard.Guard(place, cfg.save_interval_sec, cfg.timeout_sec, saver)
-    run = Run(cfg, place, model, vocab, gradients, optimizer, state, stages[-1].last, logger, listener, saver,
-              watch)
+    run = Run(cfg, place, model, vocab, gradients, optimizer, state, stages[-1].last, examiner, logger,
+              listener, saver, watch)
     print_start(run, state_bytes, count_micro_steps(cfg, place))
     gc.freeze()     # Python's collector need not look through all that torch has imported, again and again
     metrics = {}
@@ -257,13 +263,14 @@ def main(cfg):
     if not metrics:
         run.print(f'{cfg.out_dir} had finished its {run.n_step} steps before')
     run.print(f'{cfg.out_dir}: {state["train_sec"]:.0f} s of training and {state["save_sec"]:.1f} s of '
-              f'saving and listening, best val loss {state["best"]:.3f}, at most '
+              f'saving and listening, best val {state["best_by"]} {state["best"]:.3f}, at most '
               f'{peak_bytes(place.device) / 1e9:.1f} GB of memory a process')
     place.barrier()         # a process that ends closes its connections, while the first may still be saving
     if place.world_size > 1:
         dist.destroy_process_group()
     val = {f'val_{key}': value for key, value in metrics.items()}
-    return dict(step=state['step'], best_val_loss=state['best'], train_sec=state['train_sec'], **val)
+    best = {f'best_val_{state["best_by"]}': state['best'], 'best_step': state['best_step']}
+    return dict(step=state['step'], train_sec=state['train_sec'], **best, **val)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -340,21 +347,6 @@ def build_model(cfg, place, dialogues, resume_from):
     return replace(cfg, **sizes), model.to(device), vocab
 
 
-def check_nodes(cfg, place, data, vocab):
-    """-> {name: what a run depends on: settings, data, text tokens, …}. Raises ValueError, on all processes,
-    where that of one node differs from that of another."""
-    facts = asdict(cfg) | {'torch': torch.__version__, 'ids': vocab.size}
-    for dialogues in data:
-        checksum = zlib.crc32(np.concatenate(dialogues.n_frame).tobytes())
-        name = f'{dialogues.folder}, {dialogues.split}'
-        facts[f'{name}: dialogues'], facts[f'{name}: checksum of lengths'] = len(dialogues), checksum
-    text = ' '.join(turn['text'] for turn in data[0][0]['turns']) if len(data[0]) else ''
-    facts[f'ids of {text!r}'] = vocab.encode(text)
-    place.check_equal(facts)
-    return facts | dict(device=place.device.type, dtype=str(place.dtype), processes=place.world_size,
-                        weights=[weight for _, weight in cfg.mixture()])
-
-
 def plan_stages(cfg, place, vocab, train_data, val_data):
     """-> [Stage]. All data is looked through, so that what doesn't fit is found before the first step."""
     shape = vocab, cfg.block_size, cfg.batch_size, cfg.seed, place.rank, place.world_size
@@ -374,7 +366,8 @@ def plan_stages(cfg, place, vocab, train_data, val_data):
             trained.pop(layout.name, None)
             trained[layout.name] = layout
         codec = train_data[0].codec
-        info = checkpoint.Info([*trained.values()], cfg.text_weight, vocab.code_start, vocab.n_codes, codec)
+        info = checkpoint.Info([*trained.values()], cfg.text_weight, vocab.code_start, vocab.n_codes, codec,
+                               before.runs if before else [])
         stages.append(Stage(layouts, first, last, loader, val_loader, counts, epoch_steps, info))
         first = last
     return stages
@@ -514,9 +507,10 @@ def count_micro_steps(cfg, place):
 
 
 def evaluate(run, stage):
-    """The loss on all of val; each process takes a part -> what by_stream returns"""
+    """The loss on all of val, of which each process takes a part, as by_stream has it; and what the examiner
+    measures"""
     sums, sec = loss_sums(run.model, stage.val_loader, run.place.device, run.place.autocast())
-    return by_stream(*over_processes(run.place, sums, sec))
+    return by_stream(*over_processes(run.place, sums, sec)) | run.examiner.measure(run, stage)
 
 
 def save_and_listen(run, stage, listens):

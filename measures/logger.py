@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 from common.device import peak_flops
 from common.files import whole
+from measures.best import is_better
 from measures.losses import by_stream, format_losses, over_processes
 
 
@@ -159,12 +160,14 @@ def log_training(run, stage, meter, lr, grad_norm, batch, n_learned):
 
 def log_evaluation(run, stage, metrics):
     """Prints and logs an evaluation, and notes in the state whether it is the best so far."""
-    state = run.state
-    is_best = state['best'] is None or metrics['loss'] < state['best']
+    state, name = run.state, run.examiner.figure(stage)
+    is_best = is_better(name, metrics, state)
+    shares = {'answers right': metrics.get('answer_accuracy'), 'turns well': metrics.get('well_taken_rate')}
     run.print(f'val  {state["step"]:>6}/{run.n_step} | {format_losses(metrics)} | '
-              + ('best so far' if is_best else f'best was {state["best"]:.3f}'))
+              + ''.join(f'{key} {value:.1%} | ' for key, value in shares.items() if value is not None)
+              + ('best so far' if is_best else f'best {name} was {state["best"]:.3f}'))
     if is_best:
-        state.update(best=metrics['loss'], best_step=state['step'])
+        state.update(best=metrics[name], best_by=name, best_loss=metrics['loss'], best_step=state['step'])
     if run.logger:
         run.logger.log(kind='val', step=state['step'], stage=stage.name, **metrics)
 

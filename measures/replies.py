@@ -11,13 +11,50 @@ down of what it hears; in layouts with a state, when it says that it was interru
 
     figures = replies(checkpoint, dialogues)
     figures = stops(decoded, references, rate_hz, chunk_frames)
+
+For layouts on a clock: who is listened to beside whom (hear), and which texts are compared (written).
 """
 import numpy as np
 
 from clock import is_broken_off, was_stopped
+from decode import converse
 from flatten import ROLES, START
 from measures.words import error_rate, plain
 from respond import Asked, respond
+
+
+def side_by_side(references, batch_size):
+    """-> [[i]]: numbers of the references that are listened to together, as they end at about one time"""
+    order = sorted(range(len(references)), key=lambda i: len(references[i]['user']))
+    return [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
+
+
+def hear(checkpoint, references, batches, on_chunk=lambda: None, **settings):
+    """-> the dialogue that the model has with each reference's user. batches: what side_by_side returns;
+    settings are dtype and sampling"""
+    model, vocab, codec, info = checkpoint
+    silence, layout, decoded = codec.silence_codes[0].tolist(), info.layouts[-1], [None] * len(references)
+    if layout.is_ragged:
+        asked = [[Asked(each['user'], prompt=each.get('prompt', ''))] for each in references]
+        return respond(model, vocab, layout, asked, silence, **settings)
+    for batch in batches:
+        users, prompts = zip(*[(references[i]['user'], references[i].get('prompt', '')) for i in batch])
+        said, _ = converse(model, vocab, layout, users, silence, on_chunk, prompts, **settings)
+        for i, dialogue in zip(batch, said):
+            decoded[i] = dialogue
+    return decoded
+
+
+def written(outcomes):
+    """outcomes: of each conversation what turns.assess returns -> [(the reference's answer, ours)], texts, of
+    all turns whose answer the user lets the reference finish"""
+    return [(turn['due']['text'], ' '.join(part['text'] for part in turn['said']))
+            for turns in outcomes for turn in turns if turn['due']]
+
+
+def is_right(due, said):
+    """Does an answer have the reference's words?"""
+    return plain(due) == plain(said)
 
 
 def replies(checkpoint, dialogues, **settings):
@@ -50,7 +87,7 @@ def replies(checkpoint, dialogues, **settings):
         errors = error_rate(*zip(*heard))
         figures |= dict(heard_wer=errors['wer'], heard_cer=errors['cer'])
     if any(text for _, text in said):
-        right = [plain(theirs) == plain(text) for theirs, text in said]
+        right = [is_right(*texts) for texts in said]
         figures |= dict(n_answer=len(said), answer_accuracy=sum(right) / len(right))
     return figures
 

@@ -217,6 +217,21 @@ def accuracy(outcomes, k, yields=False, exactly=False):
     return len(hits), len(cases)
 
 
+def is_well_taken(turn, rate_hz):
+    """
+    Did the assistant deal well with a turn of the user, one of assess? It talks on at a backchannel, if it
+    has more to say. In any other turn it starts neither falsely nor in a pause, begins the answer that is due
+    within 10 frames of the user's end, and is silent within 10 frames of the start of an interruption.
+    """
+    if turn['kind'] == 'backchannel':
+        return not turn['stopped']
+    is_early = turn['false_start'] is not None or any(taken for *_, taken in turn['pauses'])
+    is_late = turn['expects'] and not in_time(turn['response'], 9)
+    is_cut = turn['kind'] == 'interruption' and turn['was_speaking']
+    talks_over = is_cut and not in_time(turn['yielded'], 9)
+    return not (is_early or is_late or talks_over)
+
+
 def mean(values):
     values = list(values)
     return float(np.mean(values)) if values else None
@@ -249,6 +264,7 @@ def summarise(outcomes, rate_hz):
         no_answer_rate=1 - len(responses) / len(due) if due else None,
         false_start_rate=mean(turn['false_start'] is not None for turn in others),
         pause_taken_rate=mean(pauses),
+        well_taken_rate=mean(is_well_taken(turn, rate_hz) for turn in outcomes),
         unprompted_rate=mean(turn['unprompted'] is not None for turn in due),
         **accuracies(outcomes, 'user', yields=True),
         yield_ms=ms(yields, np.mean), yield_median_ms=ms(yields, np.median),

@@ -23,6 +23,7 @@ from conftest import ROOT
 import config
 import evaluate
 import grpo
+import hub
 import sample
 import talk
 import train
@@ -39,7 +40,7 @@ VOICES = json.loads((ROOT / 'bench/results/voices.json').read_text())
 BENCH = json.loads((ROOT / 'bench/results/cpu.json').read_text())
 PROGRAM = r'(?:torchrun|python3?|make|pytest)'
 SETTINGS = {'train.py': train.Config, 'sample.py': sample.Config, 'evaluate.py': evaluate.Config,
-            'talk.py': talk.Config, 'grpo.py': grpo.Config}
+            'talk.py': talk.Config, 'grpo.py': grpo.Config, 'hub.py': hub.Config}
 
 
 # ------------------------------------------------------------------------------------------------------------

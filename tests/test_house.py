@@ -8,10 +8,10 @@ FLOORS = [
     ['config', 'common', 'vocabulary', 'layouts'],
     ['flatten', 'clock', 'templates', 'model', 'codec'],
     ['data'],
-    ['decode', 'respond', 'parallel', 'checkpoint', 'guard'],
+    ['decode', 'respond', 'parallel', 'card', 'checkpoint', 'guard'],
     ['measures'],
     ['inputs', 'live'],
-    ['train', 'grpo', 'sample', 'evaluate', 'bench', 'talk'],       # imported by nobody
+    ['train', 'grpo', 'sample', 'evaluate', 'bench', 'talk', 'hub'],    # imported by nobody
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

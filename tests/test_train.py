@@ -237,7 +237,8 @@ def test_best_weights_are_those_of_the_lowest_val_loss(toy, monkeypatch):
         return dict(values, loss=next(losses)) if sys._getframe(1).f_code.co_name == 'evaluate' else values
     monkeypatch.setattr(train, 'by_stream', fake)
     metrics = train.main(replace(toy, stages='duplex3:20'))
-    assert saved == ['step-000005', 'step-000010'] and metrics['best_val_loss'] == 2.0
+    assert saved == ['step-000005', 'step-000010']
+    assert (metrics['best_val_loss'], metrics['best_step']) == (2.0, 10)
     assert not equal(load_file(Path(toy.out_dir) / 'model.safetensors'), weights(toy))
 
 

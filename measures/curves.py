@@ -18,11 +18,16 @@ from html import escape
 from common.files import whole
 from measures.logger import read_log
 
+
+def share(x):
+    return f'{100 * x:.1f} %'
+
+
 # key in log.jsonl -> what it is called, is less better, its unit as text
 CURVES = {
     'loss': ('loss on val', True, '{:.4f}'.format),
-    'answer_accuracy': ('answers right', False, '{:.1%}'.format),
-    'well_taken_rate': ('turns dealt with well', False, '{:.1%}'.format),
+    'answer_accuracy': ('answers right', False, share),
+    'well_taken_rate': ('turns dealt with well', False, share),
     'response_ms': ('response, mean', True, '{:.0f} ms'.format)}
 WIDTH, HEIGHT = 460, 210        # of a plot, in px
 COLOURS = {'loss': '#b35900', 'answer_accuracy': '#1f6f8b', 'well_taken_rate': '#3a7d44',
@@ -80,7 +85,9 @@ def plot(rows, key, top):
         x = left + (right - left) * (step - first) / (last - first)
         return x, bottom - (bottom - head) * (scale(value) - low) / ((high - low) or 1)
 
-    parts = [f'<text x="{left}" y="{top + 18}" font-weight="bold">{escape(name)}</text>']
+    best = best_step(rows, key)
+    head_line = f'<tspan font-weight="bold">{escape(name)}</tspan>, best at step {best}'
+    parts = [f'<text x="{left}" y="{top + 18}">{head_line}: {as_text(dict(points)[best])}</text>']
     for value in sorted({min(points, key=lambda p: p[1])[1], max(points, key=lambda p: p[1])[1]}):
         y = at(first, value)[1]
         parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>'
@@ -89,12 +96,9 @@ def plot(rows, key, top):
         parts.append(f'<text x="{at(step, points[0][1])[0]:.1f}" y="{bottom + 18}" '
                      f'text-anchor="middle">{step}</text>')
     line = 'L'.join(f'{x:.1f} {y:.1f}' for x, y in (at(*point) for point in points))
-    best = best_step(rows, key)
     x, y = at(best, dict(points)[best])
     parts.append(f'<path class="line" stroke="{COLOURS[key]}" d="M{line}"/>'
-                 f'<circle class="best" stroke="{COLOURS[key]}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
-                 f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle" fill="{COLOURS[key]}">'
-                 f'{"best: step " + str(best) if best not in (first, last) else ""}</text>')
+                 f'<circle class="best" stroke="{COLOURS[key]}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
     return ''.join(parts)
 
 

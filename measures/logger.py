@@ -164,7 +164,7 @@ def log_evaluation(run, stage, metrics):
     is_best = is_better(name, metrics, state)
     shares = {'answers right': metrics.get('answer_accuracy'), 'turns well': metrics.get('well_taken_rate')}
     run.print(f'val  {state["step"]:>6}/{run.n_step} | {format_losses(metrics)} | '
-              + ''.join(f'{key} {value:.1%} | ' for key, value in shares.items() if value is not None)
+              + ''.join(f'{key} {100 * value:.1f} % | ' for key, value in shares.items() if value is not None)
               + ('best so far' if is_best else f'best {name} was {state["best"]:.3f}'))
     if is_best:
         state.update(best=metrics[name], best_by=name, best_loss=metrics['loss'], best_step=state['step'])

@@ -221,8 +221,8 @@ def test_curves_are_printed_and_drawn(tmp_path, capsys, monkeypatch):
     curves.main()
     lines = capsys.readouterr().out.split('\n')
     assert lines[0] == '| step | loss on val | answers right |'
-    assert lines[2:6] == ['| 100 | 0.5000 | 10.0% |', '| 200 | 0.1000 | 94.0% |',
-                          '| 300 | **0.0200** | 90.0% |', '| 400 | 0.0300 | **94.0%** |']
+    assert lines[2:6] == ['| 100 | 0.5000 | 10.0 % |', '| 200 | 0.1000 | 94.0 % |',
+                          '| 300 | **0.0200** | 90.0 % |', '| 400 | 0.0300 | **94.0 %** |']
     from xml.etree import ElementTree
     drawn = ElementTree.parse(tmp_path / 'a.svg').getroot()
     assert len(drawn.findall('.//{*}circle')) == 2

@@ -36,13 +36,14 @@ import config
 import guard
 from common.device import Place, join
 from common.files import whole
+from common.origin import git
 from data.dialogues import Dialogues
 from decode import Duplex, Sampling, to_dialogue
 from flatten import ROLES
 from measures.listen import cut
 from measures.logger import Logger
-from measures.turns import PATIENCE_SEC, assess, conversation, summarise
-from measures.words import plain
+from measures.replies import is_right, written
+from measures.turns import PATIENCE_SEC, assess, conversation, mean, summarise
 from model import attend_dense
 from parallel import Copies
 
@@ -113,9 +114,7 @@ def reward(turn, rate_hz):
     earned = 0.0
     if turn['expects']:
         earned += prompt(turn['response'], rate_hz)
-    if turn['due']:
-        said = ' '.join(part['text'] for part in turn['said'])
-        earned += plain(said) == plain(turn['due']['text'])
+    earned += sum(is_right(*pair) for pair in written([[turn]]))
     if turn['kind'] == 'interruption':
         earned += prompt(turn['yielded'], rate_hz)
     faults = turn['stopped'], turn['false_start'] is not None, turn['unprompted'] is not None
@@ -258,10 +257,10 @@ def take_step(world, model, reference, gradients, optimizer, dialogues, seed):
     norm = gradients.finish(total_tokens, cfg.grad_clip)
     optimizer.step()
     gradients.zero()
-    gathered = place.gather((outcomes, divergence))
-    outcomes = [each for part, _ in gathered for each in part]
-    return dict(figures(world, outcomes), kl=sum(apart for _, apart in gathered) / float(total_tokens),
-                grad_norm=float(norm), talk_sec=talk_sec, sec=time.time() - start)
+    heard_sec = cfg.n_sample * sum(len(each['user']) for each in dialogues) / world.codec.rate_hz
+    every, apart, heard_sec = zip(*place.gather((outcomes, divergence, heard_sec)))
+    return dict(figures(world, sum(every, [])), kl=sum(apart) / float(total_tokens), grad_norm=float(norm),
+                heard_sec=sum(heard_sec), talk_sec=talk_sec, sec=time.time() - start)
 
 
 FIGURES = ('assistant_acc_by_10', 'false_start_rate', 'pause_taken_rate', 'user_acc_by_10',
@@ -272,14 +271,12 @@ def figures(world, outcomes):
     """outcomes of conversations -> {'reward': mean of a turn, 'answer_accuracy': …, and FIGURES}"""
     turns, rate_hz = sum(outcomes, []), world.codec.rate_hz
     found = summarise(turns, rate_hz)
-    right = [plain(' '.join(part['text'] for part in turn['said'])) == plain(turn['due']['text'])
-             for turn in turns if turn['due']]
-    return dict(reward=float(np.mean([reward(turn, rate_hz) for turn in turns])),
-                answer_accuracy=float(np.mean(right)) if right else None,
+    return dict(reward=mean(reward(turn, rate_hz) for turn in turns),
+                answer_accuracy=mean(is_right(*pair) for pair in written(outcomes)),
                 **{key: found[key] for key in FIGURES})
 
 
-def describe(values):
+def in_words(values):
     """'reward 1.42 | answers right 96 %, by 10 frames 98 % | …'"""
     share = {key: '-' if value is None else f'{value:.0%}' for key, value in values.items()}
     return (f'reward {values["reward"]:.3f} | right {share["answer_accuracy"]}, by 10 frames '
@@ -319,9 +316,11 @@ def main(cfg):
     model = checkpoint.load_checkpoint(resume_from or cfg.init_from, place.device).model.requires_grad_(True)
     gradients = Copies(model, place)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-    state = dict(run_id=uuid4().hex, step=0, best=None, best_step=None, train_sec=0.0, sec_heard=0.0)
+    state = dict(run_id=uuid4().hex, step=0, best=None, best_by='reward', best_step=None, train_sec=0.0,
+                 sec_heard=0.0)
     if resume_from:
         state |= checkpoint.load_state(resume_from, model, optimizer)
+    state['facts'] = describe(cfg, data, layout)
     open_out_dir(cfg, place, resume_from, state)
     logger, saver = Logger(cfg, state['step']) if place.is_main else None, checkpoint.Saver()
     with guard.Guard(place, cfg.save_interval_sec, cfg.timeout_sec, saver) as watch:
@@ -335,7 +334,8 @@ def main(cfg):
             users = [cut(data[i], n_frame) for i in mine[place.rank::place.world_size].tolist()]
             seed = int(rng.integers(2 ** 31)) + place.rank
             values = take_step(world, model, reference, gradients, optimizer, users, seed)
-            state.update(step=state['step'] + 1, train_sec=state['train_sec'] + values['sec'])
+            state.update(step=state['step'] + 1, train_sec=state['train_sec'] + values['sec'],
+                         sec_heard=state['sec_heard'] + values['heard_sec'])
             note(world, state, logger, 'grpo', values)
             is_evaluated = state['step'] % cfg.eval_interval == 0 or state['step'] == cfg.n_step
             if is_evaluated:
@@ -360,6 +360,14 @@ def main(cfg):
     return state
 
 
+def describe(cfg, data, layout):
+    """What checkpoints say of the run (checkpoint.describe_run)"""
+    n_token = layout.n_chunk(int(np.mean(data.n_frame[0][data.n_frame[1] > 0]))) * layout.period
+    return dict(data=cfg.data, stages=f'grpo.{layout.name}:{cfg.n_step}', init_from=cfg.init_from,
+                optimizer='adamw', learning_rate=cfg.learning_rate, seed=cfg.seed, torch=torch.__version__,
+                commit=git('describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'), batch_tokens=cfg.n_user * cfg.n_sample * n_token)
+
+
 def measure(world, model, val, state, logger):
     """Talks to the users of val as evaluate.py would; notes the best reward in state."""
     part = val[world.place.rank::world.place.world_size]
@@ -373,7 +381,7 @@ def measure(world, model, val, state, logger):
 def note(world, state, logger, kind, values):
     if logger:
         took = f' | kl {values["kl"]:.4f} | {values["sec"]:.1f} s' if 'sec' in values else ''
-        print(f'{kind:4} {state["step"]:>5}/{world.cfg.n_step} | {describe(values)}{took}', flush=True)
+        print(f'{kind:4} {state["step"]:>5}/{world.cfg.n_step} | {in_words(values)}{took}', flush=True)
         logger.log(kind=kind, step=state['step'], **values)
 
 

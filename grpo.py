@@ -365,7 +365,8 @@ def describe(cfg, data, layout):
     n_token = layout.n_chunk(int(np.mean(data.n_frame[0][data.n_frame[1] > 0]))) * layout.period
     return dict(data=cfg.data, stages=f'grpo.{layout.name}:{cfg.n_step}', init_from=cfg.init_from,
                 optimizer='adamw', learning_rate=cfg.learning_rate, seed=cfg.seed, torch=torch.__version__,
-                commit=git('describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'), batch_tokens=cfg.n_user * cfg.n_sample * n_token)
+                commit=git('describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'),
+                batch_tokens=cfg.n_user * cfg.n_sample * n_token)
 
 
 def measure(world, model, val, state, logger):

@@ -40,7 +40,7 @@ from vocabulary import QWEN2_PATTERN
 HERE = os.path.dirname(os.path.abspath(__file__))
 SEED = 1
 N_DIALOGUE = 4000         # to train on
-N_HELD_OUT = {'val': 40, 'test': 200}       # dialogues in the other splits
+N_HELD_OUT = {'val': 100, 'test': 200}       # dialogues in the other splits
 N_UTTERANCE = 2000        # one-sided, to train on in the alignment stage alone
 N_CLIP = 6000             # that the codec is fitted on: as many users
 N_CODES = 512

@@ -92,14 +92,14 @@ class Config:
 
 def acc_rows(label, key, theirs):
     """theirs: [(k, OmniFlatten's Acc@k, Moshi's)]"""
-    return [(f'{label}, Acc@{k}: by, at', f'{key}_acc_by_{k} {key}_acc_at_{k}', *figures)
+    return [(f'{label} by frame {k}, at frame {k} (Acc@{k})', f'{key}_acc_by_{k} {key}_acc_at_{k}', *figures)
             for k, *figures in theirs]
 
 
 # label, the figure or the figures of a line, OmniFlatten's, Moshi's
 ROWS = [
     ('turns of the user; answers due', 'n_turn n_answer_due', '', ''),
-    *acc_rows('assistant takes the turn', 'assistant',
+    *acc_rows('assistant speaks', 'assistant',
               [(1, '20.6 %', '2.9 %'), (5, '53.6 %', '18.8 %'), (10, '66.3 %', '38.5 %'),
                (25, '71.7 %', '55.1 %')]),
     ('… response, mean, median', 'response_ms response_median_ms', '193 ms', '553 ms'),
@@ -109,7 +109,7 @@ ROWS = [
     ('… pauses of the user; taken for the end', 'n_pause pause_taken_rate', '', ''),
     ('… speaks again, unprompted', 'unprompted_rate', '', ''),
     ("user interrupts, times; while it speaks", 'n_interruption n_interruption_speaking', '', ''),
-    *acc_rows('… assistant yields', 'user',
+    *acc_rows('… it is silent', 'user',
               [(1, '10.9 %', '0.0 %'), (5, '30.9 %', '6.2 %'), (10, '41.8 %', '14.8 %'),
                (25, '51.8 %', '45.7 %')]),
     ('… after, mean, median', 'yield_ms yield_median_ms', '287 ms', '753 ms'),
@@ -160,22 +160,28 @@ def table(metrics):
         values = {key: metrics.get(key) for key in keys.split()}
         if any(value is not None for value in values.values()):
             rows.append((label, ', '.join(format_value(*item) for item in values.items()), theirs, moshi))
-    for name, losses in metrics.get('loss', {}).items():
-        kinds = [kind for kind in STREAMS if kind in losses]
-        before = '' if name == list(metrics['loss'])[-1] else ', a stage before'
-        by_kind = ', '.join(f'{losses[kind]:.3f}' for kind in kinds)
-        rows.append((f'loss of {name}{before}: {", ".join(kinds)}', by_kind, '', ''))
-        whole = f'{losses["loss"]:.3f}, {losses["bits_per_sec"]:.1f}'
-        rows.append(('… all, nats a token; bits a second', whole, '', ''))
+    losses = metrics.get('loss', {})
+    for i, name in enumerate(reversed(losses)):     # the layout it decodes in was trained last
+        if i == 1:
+            rows.append(('other tasks: those of earlier stages may be forgotten', '', '', ''))
+        rows += loss_rows(name, losses[name])
     return rows
+
+
+def loss_rows(name, losses):
+    kinds = [kind for kind in STREAMS if kind in losses]
+    by_kind = ', '.join(f'{losses[kind]:.3f}' for kind in kinds)
+    return [(f'loss of {name}: {", ".join(kinds)}', by_kind, '', ''),
+            ('… all, nats a token; bits a second', f'{losses["loss"]:.3f}, {losses["bits_per_sec"]:.1f}',
+             '', '')]
 
 
 def format_table(rows):
     wide = max(len(label) for label, *_ in rows)
     lines = []
-    for label, ours, theirs, moshi in [('', 'ours', 'OmniFlatten*', 'Moshi*'), *rows]:
+    for label, ours, theirs, moshi in [('', 'measured', 'OmniFlatten*', 'Moshi*'), *rows]:
         lines.append(f'{label:{wide}}  {ours:>19}  {theirs:>15}  {moshi:>7}'.rstrip())
-    return '\n'.join([*lines, '* theirs, from the paper, on other test data'])
+    return '\n'.join([*lines, '* from the paper, on other test data'])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -401,10 +407,11 @@ def on_full_duplex_bench(cfg, conversations):
 def write_report(cfg, path, conversations, outcomes, rows):
     figures = [(label, ours, ' / '.join(filter(None, theirs))) for label, ours, *theirs in rows]
     data = cfg.dialogues or f'{cfg.data}, {cfg.split}'
-    note = (f'{data}: {len(conversations)} dialogues. Theirs: OmniFlatten / Moshi, from the paper, '
-            'on other test data.')
+    note = (f'{data}: {len(conversations)} dialogues. OmniFlatten / Moshi: from the paper, on other test '
+            f'data. A frame is {1e3 / conversations[0]["rate_hz"]:.0f} ms; frames are counted from the end '
+            'of what the user says and, where the user interrupts, from its start.')
     report.write(path, cfg.dialogues or cfg.checkpoint, conversations[:cfg.n_report],
-                 outcomes[:cfg.n_report], figures, note=note)
+                 outcomes[:cfg.n_report], figures, note=note, heads=('measured', 'OmniFlatten / Moshi'))
     print(f'look and listen: {path}')
 
 

@@ -6,6 +6,9 @@ is one file, which opens offline.
     report.write('report.html', 'out/demo on data/demo', conversations, list(map(assess, conversations)),
                  figures=[('answers within 400 ms', '97 %', '68 %')], curves={'train text': [(50, 2.7)]})
 
+Beside the figures it answers "which?": its list can be cut down to the dialogues with a wrong answer, a late
+one, a false start, and so on.
+
     |> 1.9 / 7.9 s
             0 s            1 s            2 s            3 s
     user        What is two plus three?         ░ hatched: both speak ░ ...
@@ -31,7 +34,8 @@ import numpy as np
 
 from common.files import JSON_TEXT, whole
 from flatten import ROLES
-from measures.turns import KS, MAX_K, PATIENCE_SEC, accuracy, stretches
+from measures.turns import KS, MAX_K, PATIENCE_SEC, accuracy, in_time, stretches
+from measures.words import plain
 
 NBSP = '\u00a0'
 # Speech up to 6 kHz in at most 40 kb/s: 100 dialogues of 30 s are 20 MB of base64, and digital silence costs
@@ -71,9 +75,16 @@ def loudness(wave, speaks):
     return ''.join(map(str, digits))
 
 
-def marks(outcomes, rate_hz):
+def is_wrong(turn):
+    """Did it answer, and not with the reference's words? As in evaluate.py, where no answer is wrong, too."""
+    said = ' '.join(part['text'] for part in turn['said'])
+    has_answered = turn['said'] or turn['response'] is not None
+    return bool(turn['due'] and has_answered and plain(said) != plain(turn['due']['text']))
+
+
+def marks(outcomes, rate_hz, has_text=True):
     """Yields what the page writes between the lanes: kind, first frame, last frame, label, and the start of
-    the user's turn that it belongs to."""
+    the user's turn that it belongs to. has_text: the assistant writes what it says."""
     patience = PATIENCE_SEC * rate_hz
 
     def ms(frames):
@@ -98,11 +109,14 @@ def marks(outcomes, rate_hz):
                 yield 'answer', first, last, ms(response), start
         elif f['expects']:
             yield 'no answer', end, end, '✕ no answer', start
+        if has_text and is_wrong(f):
+            at = f['said'][0]['start'] if f['said'] else end
+            yield 'wrong answer', at, at, '✕ wrong answer', start
         if f['unprompted'] is not None:
             yield 'unprompted', f['unprompted'], f['unprompted'], '▼ spoke again', start
 
 
-def dialogue(c, outcomes):
+def dialogue(c, outcomes, has_text=True):
     """A conversation as the page reads it; the sound is apart."""
     both, spans = np.ones(c['n_frame'], bool), {}
     for role in ROLES:
@@ -115,7 +129,7 @@ def dialogue(c, outcomes):
     return dict(
         id=str(c['id']), rate_hz=c['rate_hz'], n_frame=c['n_frame'], chunk_frames=c['chunk_frames'],
         turns=c['turns'], expected=c['expected'], spans=spans, both=stretches(both, c['rate_hz'], 0),
-        marks=list(marks(outcomes, c['rate_hz'])),
+        marks=list(marks(outcomes, c['rate_hz'], has_text)),
         loud={role: loudness(wave, c['speaks'][role]) for role, wave in zip(ROLES, waves)})
 
 
@@ -166,12 +180,12 @@ def plot(title, says, x_label, lines, y_ticks=None, y_text=percent, bars=False):
 
 def turn_plots(outcomes, rate_hz):
     """The response times, and Acc@K for the answers and for the user's interruptions."""
-    due = [f for f in outcomes if f['expects']]
-    times = [max(f['response'], 0) for f in due if f['response'] is not None and f['response'] < MAX_K]
+    due, patience = [f for f in outcomes if f['expects']], PATIENCE_SEC * rate_hz
+    times = [max(f['response'], 0) for f in due if in_time(f['response'], patience)]
     if times:
         says = (f'Median {1e3 * np.median(times) / rate_hz:.0f} ms. {len(due) - len(times)} of {len(due)} '
-                f'answers came later than {MAX_K / rate_hz:.1f}{NBSP}s, or not at all.')
-        points = [(1e3 * k / rate_hz, times.count(k) / len(due)) for k in range(MAX_K)]
+                f'answers came later than {PATIENCE_SEC}{NBSP}s, or not at all.')
+        points = [(1e3 * k / rate_hz, times.count(k) / len(due)) for k in range(math.floor(patience) + 1)]
         yield plot('Response time', says, "ms from the user's end to the answer's start",
                    [('answers', points, 1, False)], bars=True)
     for title, yields, colour in (('Acc@K: the assistant takes its turn', False, 1),
@@ -187,45 +201,59 @@ def turn_plots(outcomes, rate_hz):
         yield plot(title, says, x_label, lines, ticks(1))
 
 
-def loss_plot(curves):
-    """The losses over the steps, on a logarithmic scale."""
-    kinds = list(dict.fromkeys(label.split()[-1] for label in curves))
-    lines = []
+def loss_plots(curves):
+    """A plot for each stream, with its loss in training and on val over the steps; one logarithmic scale."""
+    kinds = {}      # 'text' -> [('train', [(step, log10 of the loss)])]
     for label, points in curves.items():
+        name, _, kind = label.rpartition(' ')
         points = [(step, math.log10(value)) for step, value in points if value > 0]
         if points:
-            lines.append((label, points, kinds.index(label.split()[-1]) % 4, 'val' in label.split()))
-    if not lines:
-        return ''
-    ys = [y for _, points, *_ in lines for _, y in points]
+            kinds.setdefault(kind, []).append((name or kind, points))
+    ys = [y for lines in kinds.values() for _, points in lines for _, y in points]
+    if not ys:
+        return
     low = math.floor(min(ys))
     high = max(math.ceil(max(ys)), low + 1)
     steps = (1,) if high - low > 2 else (1, 2, 5)
     y_ticks = [decade + math.log10(step) for decade in range(low, high) for step in steps] + [high]
-    ends = ', '.join(f'{label} {10 ** points[-1][1]:.3g}' for label, points, *_ in lines)
-    return plot('Loss', f'At the end: {ends}.', 'step', lines, y_ticks, lambda y: f'{10 ** y:.2g}')
+    for kind, lines in kinds.items():
+        ends = ', '.join(f'{name} {10 ** points[-1][1]:.3g}' for name, points in lines)
+        lines = [(name, points, i % 4, name == 'val') for i, (name, points) in enumerate(lines)]
+        yield plot('Loss of all streams' if kind == 'loss' else f'Loss of {kind}', f'At the end: {ends}.',
+                   'step', lines, y_ticks, lambda y: f'{10 ** y:.2g}')
 
 
-def table(figures):
-    has_theirs = any(theirs for *_, theirs in figures)
-
-    def cells(values):
-        # a unit stays with its number
-        return ''.join(f'<td>{html.escape(re.sub("(?<=[0-9]) ", NBSP, value))}</td>' for value in values)
-
-    rows = ''.join(f'<tr><th scope="row">{html.escape(label)}</th>{cells(values[:1 + has_theirs])}</tr>'
-                   for label, *values in figures)
-    head = '<th scope="col">ours</th>' + '<th scope="col">theirs</th>' * has_theirs
+def table(figures, heads):
+    """figures: [(label, a value for each of heads)]. A label without a value heads the lines below it, which
+    stand back. The last column is left out where nobody has a value."""
+    n_column = len(heads) - (not any(values[-1] for _, *values in figures))
+    head = ''.join(f'<th scope="col">{html.escape(each)}</th>' for each in ['figure', *heads[:n_column]])
+    rows = []
+    for label, *values in figures:
+        if values[0]:
+            # a unit stays with its number
+            cells = ''.join(f'<td>{html.escape(re.sub("(?<=[0-9]) ", NBSP, value))}</td>'
+                            for value in values[:n_column])
+            rows.append(f'<tr><th scope="row">{html.escape(label)}</th>{cells}</tr>')
+        else:
+            rows.append(f'</tbody><tbody><tr><th scope="rowgroup" colspan="{1 + n_column}">'
+                        f'{html.escape(label)}</th></tr>')
     if not figures:
         return ''
-    return f'<table><thead><tr><th scope="col">figure</th>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    return f'<table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
 
 
-def write(path, title, conversations, outcomes=None, figures=None, curves=None, note='', links=()):
+def template():
+    with open(os.path.splitext(__file__)[0] + '.html', encoding='utf-8') as file:
+        return file.read()
+
+
+def write(path, title, conversations, outcomes=None, figures=None, curves=None, note='', links=(),
+          heads=('measured', 'theirs')):
     """
     Writes the page.
         outcomes    turns.assess of each conversation
-        figures     [(label, ours, theirs)]
+        figures     [(label, a value for each of heads)], see table
         curves      {label: [(step, loss)]}
         links       [(label, file)], relative to the page
     """
@@ -235,8 +263,9 @@ def write(path, title, conversations, outcomes=None, figures=None, curves=None, 
     if outcomes:
         plots += turn_plots([f for of_one in outcomes for f in of_one], conversations[0]['rate_hz'])
     if curves:
-        plots.append(loss_plot(curves))
-    page = [dialogue(c, f) for c, f in zip(conversations, outcomes or [[]] * n)]
+        plots += loss_plots(curves)
+    has_text = any(part['text'] for of_one in outcomes or () for f in of_one for part in f['said'])
+    page = [dialogue(c, f, has_text) for c, f in zip(conversations, outcomes or [[]] * n)]
     heard = [(c, one) for c, one in zip(conversations, page) if c['wave'] is not None]
     sounds = []
     with ThreadPoolExecutor() as pool:      # LAME is the slow part, and lets go of the interpreter
@@ -244,9 +273,7 @@ def write(path, title, conversations, outcomes=None, figures=None, curves=None, 
         for i, (sound, sample_rate) in enumerate(encoded):
             sounds.append(f'<script type="text/plain" id="mp3-{i}">{sound}</script>')
             heard[i][1].update(mp3=f'mp3-{i}', sample_rate=sample_rate)
-    with open(os.path.splitext(__file__)[0] + '.html', encoding='utf-8') as file:
-        template = file.read()
-    summary = table(figures or []) + (f'<div class="plots">{"".join(plots)}</div>' if plots else '')
+    summary = table(figures or [], heads) + (f'<div class="plots">{"".join(plots)}</div>' if plots else '')
     dialogues = json.dumps(page, ensure_ascii=False, separators=(',', ':'))
     parts = dict(
         title=html.escape(title), note=html.escape(note),
@@ -255,4 +282,4 @@ def write(path, title, conversations, outcomes=None, figures=None, curves=None, 
         dialogues=dialogues.replace('<', '\\u003c'))    # '<' would let a text end the script that it is in
     with whole(path) as part, open(part, 'w', **JSON_TEXT) as file:
         # in one pass: a text with {{title}} in it stays one
-        file.write(re.sub(r'{{(\w+)}}', lambda match: parts[match[1]], template))
+        file.write(re.sub(r'{{(\w+)}}', lambda match: parts[match[1]], template()))

@@ -73,8 +73,18 @@ def test_the_table_leaves_out_what_was_not_measured():
     rows = table(dict(n_turn=3, n_answer_due=2, assistant_acc_by_5=0.5, assistant_acc_at_5=None,
                       response_ms=120.4, response_median_ms=None))
     assert rows == [('turns of the user; answers due', '3, 2', '', ''),
-                    ('assistant takes the turn, Acc@5: by, at', '50.0 %, -', '53.6 %', '18.8 %'),
+                    ('assistant speaks by frame 5, at frame 5 (Acc@5)', '50.0 %, -', '53.6 %', '18.8 %'),
                     ('… response, mean, median', '120 ms, -', '193 ms', '553 ms')]
+
+
+def test_forgotten_stages_stand_apart():
+    """The layout it decodes in comes first, the others below a line that has no figure."""
+    losses = dict(loss=19.5, text=19.5, bits_per_sec=200)
+    rows = table(dict(loss=dict(asr=losses, duplex3=losses)))
+    assert [row[:2] for row in rows[::2]] == [
+        ('loss of duplex3: text', '19.500'), ('other tasks: those of earlier stages may be forgotten', ''),
+        ('… all, nats a token; bits a second', '19.500, 200.0')]
+    assert len(table(dict(loss=dict(duplex3=losses)))) == 2
 
 
 @pytest.mark.slow

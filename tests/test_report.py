@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from measures import report
-from measures.turns import MAX_K, assess
+from measures.turns import MAX_K, PATIENCE_SEC, assess, summarise
 
 RATE_HZ, SAMPLE_RATE = 25.0, 16000
 NASTY = '</script><img src=x onerror="document.title=\'owned\'"> <!-- {{title}} \u2028 & "quoted" 你好'
@@ -40,7 +40,8 @@ def turn(start, end, **more):
     response = more.get('response')
     speaks = np.arange(MAX_K) >= (MAX_K if response is None else response)
     default = dict(kind='question', response=None, expects=True, false_start=None, yielded=None,
-                   unprompted=None, speaks_from_end=speaks, speaks_from_start=np.zeros(MAX_K, bool))
+                   unprompted=None, speaks_from_end=speaks, speaks_from_start=np.zeros(MAX_K, bool),
+                   due=None, said=[])
     return dict(default, start=start, end=end, **more)
 
 
@@ -127,24 +128,69 @@ def test_marks():
         ('backchannel', 200, 200, '○ backchannel')]
 
 
+def said(text, start=22):
+    return dict(role='assistant', start=start, end=start + 10, text=text)
+
+
+def test_wrong_answers_are_found():
+    """Case and full stops are no mistake, as in evaluate.py. Who says nothing gave no answer. Where the model
+    writes no text, nobody can tell."""
+    due = said('It is Rome.')
+    found = [
+        turn(10, 20, response=2, due=due, said=[said('it is rome')]),
+        turn(10, 20, response=2, due=due, said=[said('It is'), said('Rome.', 40)]),
+        turn(10, 20, response=2, due=due, said=[said('It is Oslo.')]),
+        turn(10, 20, response=2, said=[said('It is Oslo.')]),
+        turn(10, 20, due=due)]
+    kinds = [[mark[0] for mark in report.marks([each], RATE_HZ)] for each in found]
+    assert kinds == [['answer'], ['answer'], ['answer', 'wrong answer'], ['answer'], ['no answer']]
+    assert list(report.marks(found[2:3], RATE_HZ))[1] == ('wrong answer', 22, 22, '✕ wrong answer', 10)
+    assert [mark[0] for mark in report.marks(found[2:3], RATE_HZ, has_text=False)] == ['answer']
+
+
+def test_the_page_marks_wrong_answers_where_there_is_text(tmp_path):
+    c = talk(wave=None, expected=[said('Rome.', 80)])
+    for text, n in (('Oslo.', 1), ('', 0)):
+        c['turns'][1]['text'] = text
+        reader = written(tmp_path, 'A run', [c], outcomes=[assess(c)])
+        page, = json.loads(reader.scripts['dialogues'])
+        assert [mark[0] for mark in page['marks']] == ['answer'] + ['wrong answer'] * n
+
+
+def test_the_table_has_its_heads_and_sets_apart(tmp_path):
+    figures = [('answers', '97 %', '68 %'), ('other tasks', '', ''), ('loss of asr', '19.5', '')]
+    written(tmp_path, 'A run', [], figures=figures, heads=('measured', 'Moshi & Co'))
+    page = (tmp_path / 'report.html').read_text()
+    assert '<th scope="col">measured</th><th scope="col">Moshi &amp; Co</th>' in page
+    aside = page[page.index('<tbody><tr><th scope="rowgroup" colspan="3">other tasks</th></tr>'):]
+    assert 'loss of asr' in aside and '97' not in aside.split('</table>')[0]
+    written(tmp_path, 'A run', [], figures=figures[1:], heads=('measured', 'Moshi'))
+    assert 'Moshi' not in (tmp_path / 'report.html').read_text()
+
+
 def test_plots_say_their_figures(tmp_path):
     """
-    Responses after 0, 3 and 10 frames are in by the 1st, 4th and 11th; the fourth never comes. Their median
-    is 3 frames. Of two interruptions one yields after 6 frames, by the 7th. The last losses are 0.5 and 0.25.
+    Responses after 0, 3 and 10 frames are in by the 1st, 4th and 11th; the fourth comes after 38, 1.52 s,
+    which is too late, as in the table. Their median is 3 frames. Of two interruptions one yields after 6
+    frames, by the 7th. Each stream has a plot of its own; the last losses are 0.5 and 0.25.
     """
     found = [
         turn(10, 20, response=0),
         turn(30, 40, response=3, kind='interruption', yielded=6),
         turn(50, 60, response=10),
-        turn(70, 80, kind='interruption')]
+        turn(70, 80, kind='interruption', response=38)]
     reader = written(tmp_path, 'A run', [talk(wave=None)], outcomes=[found],
-                     curves={'train text': [(0, 2.0), (50, 0.5)], 'val text': [(50, 0.25)]})
+                     curves={'train text': [(0, 2.0), (50, 0.5)], 'train loss': [(0, 0.0), (1, 1.5)],
+                             'val text': [(50, 0.25)]})
     says = [attrs['aria-label'] for tag, attrs in reader.tags if tag == 'svg' and attrs.get('role') == 'img']
-    times, takes, yields, loss = [text.replace('\u00a0', ' ') for text in says]
-    assert 'Median 120 ms. 1 of 4 answers came later than 1.6 s, or not at all.' in times
+    times, takes, yields, text, loss = [each.replace('\u00a0', ' ') for each in says]
+    assert f'Median 120 ms. 1 of 4 answers came later than {PATIENCE_SEC} s, or not at all.' in times
+    pauses = [dict(each, pauses=[]) for each in found]
+    assert summarise(pauses, RATE_HZ)['no_answer_rate'] == 1 / 4
     assert '4 turns. By frame 1: 25 %, 5: 50 %, 10: 50 %, 25: 75 %.' in takes
     assert '2 turns. By frame 1: 0 %, 5: 0 %, 10: 50 %, 25: 50 %.' in yields
-    assert 'train text 0.5, val text 0.25' in loss
+    assert 'Loss of text. At the end: train 0.5, val 0.25.' in text
+    assert 'Loss of all streams. At the end: train 1.5.' in loss
     assert set(says) <= {attrs.get('aria-label') for _, attrs in reader.tags}
 
 
@@ -213,10 +259,11 @@ def hundred(tmp_path_factory):
     first = talk('first', turns=[
         (0, 'user', 1, 3, NASTY), (1, 'assistant', 2.4, 5, 'Two.'), (0, 'user', 4, 6, 'No, three?'),
         (1, 'assistant', 7, 8, 'Three.')])
-    first.update(expected=[dict(role='assistant', start=75, end=110, text='It is two.')])
+    first.update(expected=[dict(role='assistant', start=75, end=95, text='It is two.')])
     first['turns'][2]['words'] = [
         dict(text='No,', start=100, end=110), dict(text='three?', start=111, end=150)]
-    turns = [(i % 2, report.ROLES[i % 2], i + .1, i + 1, f'number {i}') for i in range(30)]
+    turns = [(i % 2, report.ROLES[i % 2], i + .1, i + 1, f'number {i}') for i in range(28)]
+    turns += [(1, 'assistant', 28.1, 29.6, 'number 28'), (0, 'user', 29.1, 30, 'number 29')]
     conversations = [first, *(talk(f'long {i}', 30, turns) for i in range(99))]
     once = report.mp3(conversations[1]['wave'], SAMPLE_RATE)
     with pytest.MonkeyPatch.context() as patch:
@@ -346,20 +393,39 @@ def test_one_plays_at_a_time_and_in_time(opened):
 @pytest.mark.slow
 def test_filter(opened):
     page = opened()
-    page.locator('#filter').select_option(label='with false start (1)')
-    assert page.locator('details:visible').count() == 1
+    page.locator('#filter').select_option(label='with wrong answer (1)')
+    assert page.locator('details:visible h3').all_inner_texts() == ['first']
+    assert '✕ wrong answer' in page.locator('details:visible .tags + .length, .lines small').all_inner_texts()
 
 
 @pytest.mark.slow
 def test_on_a_phone_in_the_dark(opened):
     phone = opened(viewport=dict(width=390, height=844), has_touch=True, is_mobile=True)
     assert phone.evaluate('document.documentElement.scrollWidth') <= 390
+    assert phone.locator('.legend').is_visible() and not phone.locator('.hint').is_visible()
     # 120 px a second, where a dialogue is wider than the page
     phone.locator('.time').first.tap(position=dict(x=220, y=60))
     assert phone.evaluate(AUDIO + 'currentTime') == pytest.approx(220 / 120, abs=0.05)
     paper = 'getComputedStyle(document.body).backgroundColor'
     dark = opened(color_scheme='dark').evaluate(paper)
     assert dark != phone.evaluate(paper) and max(map(int, re.findall(r'\d+', dark))) < 64
+
+
+@pytest.mark.slow
+def test_nothing_is_cut_off(opened):
+    """Tags take as many lines as they need; a mark at the end of a dialogue has its label before it."""
+    for width in (1200, 700, 390):
+        page = opened(viewport=dict(width=width, height=900))
+        cut = page.evaluate('''() => [...document.querySelectorAll('.tags, .length')].slice(0, 4)
+            .filter(e => e.scrollWidth > e.clientWidth || e.scrollHeight > e.clientHeight + 1).length''')
+        assert cut == 0, f'{cut} tags are cut off at {width} px'
+        page.locator('summary').nth(1).click()
+        page.wait_for_function('players.size === 2')
+        assert '○ backchannel, silent after 480 ms' in page.locator('.mark.back').all_inner_texts()
+        over = page.evaluate('''() => [...document.querySelectorAll('.mark span')].filter(e =>
+            e.getBoundingClientRect().right > e.closest('.time').getBoundingClientRect().right + 1)
+            .map(e => e.textContent)''')
+        assert over == [], f'{over} run out of the lanes at {width} px'
 
 
 @pytest.mark.slow

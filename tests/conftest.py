@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from forks import Forks
 
 from data.dialogues import Dialogues
 from data.made_up import make_codec
@@ -29,19 +31,41 @@ def regen(request):
     return request.config.getoption('--regen')
 
 
+@pytest.fixture(scope='session')
+def forks():
+    forks = Forks()
+    yield forks
+    forks.close()
+
+
 @pytest.fixture
-def run():
+def run(forks):
     """run('flatten.py', '--help') -> the finished process. With fails=True it has to end with code 1 and no
-    traceback."""
-    def run(script, *arguments, fails=False, launcher=(sys.executable,), **options):
-        result = subprocess.run([*launcher, str(ROOT / script), *map(str, arguments)], capture_output=True,
-                                text=True, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS='1',
-                                                              PYTHONPATH=str(ROOT)), **options)
-        assert (result.returncode == 1) if fails else (
-            result.returncode == 0), f'{result.returncode}\n{result.stdout}\n{result.stderr}'
-        assert not fails or 'Traceback' not in result.stderr, result.stderr
-        return result
+    traceback. n_process: as many of them as torchrun would start -> the first one. launcher: what starts it
+    in place of a fork (forks.py)."""
+    def run(script, *arguments, fails=False, n_process=1, launcher=None, input=''):
+        words, env = [str(ROOT / script), *map(str, arguments)], dict(os.environ, PYTHONPATH=str(ROOT))
+        if launcher:
+            results = [subprocess.run([*launcher, *words], capture_output=True, text=True, cwd=ROOT,
+                                      env=dict(env, OMP_NUM_THREADS='1'), input=input)]
+        else:
+            places = ranks(n_process) if n_process > 1 else [{}]
+            results = forks.run(*((words, env | place, ROOT) for place in places), input=input)
+        for result in results:
+            assert (result.returncode == 1) if fails else (
+                result.returncode == 0), f'{result.returncode}\n{result.stdout}\n{result.stderr}'
+            assert not fails or 'Traceback' not in result.stderr, result.stderr
+        return results[0]
     return run
+
+
+def ranks(n, n_node=1):
+    """-> the environment of each of n processes, as torchrun gives it"""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        address = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free.getsockname()[1]))
+    return [dict(address, RANK=str(i), WORLD_SIZE=str(n), LOCAL_RANK=str(i % (n // n_node)),
+                 LOCAL_WORLD_SIZE=str(n // n_node)) for i in range(n)]
 
 
 TEXTS = [

@@ -347,7 +347,7 @@ def token_weights(*rest, real=train.token_weights):
 train.get_lr, train.token_weights = get_lr, token_weights
 train.main(config.load(train.Config, sys.argv[1:]))
 ''')
-    run(script, *arguments(replace(toy, batch_size=1)), launcher=TORCHRUN)
+    run(script, *arguments(replace(toy, batch_size=1)), n_process=2)
     moments = load_file(Path(last_state(toy.out_dir)) / 'optimizer.safetensors')
     assert {float(x) for name, x in moments.items() if name.endswith('.step')} == {9.0}
     assert [line['skipped'] for line in log(toy) if line['kind'] == 'train'] == [1, 1]
@@ -396,7 +396,7 @@ def test_other_numbers_of_processes_read_the_same(toy, tmp_path, run):
     of one process up to the order of additions."""
     whole = replace(toy, out_dir=str(tmp_path / 'whole'), batch_size=1)
     train.main(whole)
-    for name, first, then in (('up', [], TORCHRUN), ('down', TORCHRUN, [])):
+    for name, first, n in (('up', [], (1, 2)), ('down', TORCHRUN, (2, 1))):
         cfg = replace(whole, out_dir=str(tmp_path / name), resume=True)
         begun = replace(cfg, stages='duplex3:10', max_skipped=9)
         script = tmp_path / 'stops.py'
@@ -414,8 +414,7 @@ with guard.one_sentence():
                            STOPPED='1' if first else '0')       # the signal reaches the second one only
         subprocess.run([*(first or [sys.executable]), script, *arguments(begun)], env=environment, cwd=ROOT)
         assert next(iter(states(cfg.out_dir))) == 7
-        printed = run('train.py', *arguments(cfg), launcher=then or (sys.executable,)).stdout
-        n = (1, 2) if name == 'up' else (2, 1)
+        printed = run('train.py', *arguments(cfg), n_process=n[1]).stdout
         assert f'step-000007: processes {n[0]} -> {n[1]}; the run' in printed
         folders = [Path(last_state(each.out_dir)) for each in (whole, cfg)]
         ends = [json.loads((folder / 'state.json').read_text()) for folder in folders]

@@ -1,17 +1,16 @@
 """
-Two nodes without a shared disk: two agents of torchrun on this machine, each in a folder of its own, with
-out_dir=run in both. Only the node of the first process writes there.
+Two nodes without a shared disk: two folders on this machine, with out_dir=run in both; once two agents of
+torchrun, then processes that are told what agents tell them. Only the node of the first one writes there.
 """
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, ranks
 from safetensors.torch import load_file
 
 import train
@@ -27,22 +26,32 @@ def toy(small_data):
         tensorboard=False, n_listen=0)
 
 
-def two_nodes(cfgs, folders, fails=False):
+def two_nodes(forks, cfgs, folders, fails=False):
     """Runs train.py on both, the first folder's node has the first process -> what they printed."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    agents = []
-    for node, (cfg, folder) in enumerate(zip(cfgs, folders)):
+    printed = []
+    for done in forks.run(*(
+            ([ROOT / 'train.py', *settings(cfg)], dict(os.environ, PYTHONPATH=str(ROOT)) | place, folder)
+            for cfg, folder, place in zip(cfgs, folders, ranks(2, n_node=2)))):
+        printed.append(done.stdout + done.stderr)
+        assert bool(done.returncode) == fails, printed[-1]
+    return printed
+
+
+def two_agents(cfg, folders):
+    """The same by torchrun."""
+    agents, port = [], ranks(2)[0]['MASTER_PORT']
+    for node, folder in enumerate(folders):
         launcher = ['-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', f'--node_rank={node}',
                     '--master_addr=127.0.0.1', f'--master_port={port}', str(ROOT / 'train.py')]
-        settings = [f'--{name}={getattr(cfg, name)}' for name in cfg.__dataclass_fields__]
         agents.append(subprocess.Popen(
-            [sys.executable, *launcher, *settings], cwd=folder, stdout=subprocess.PIPE, text=True,
+            [sys.executable, *launcher, *settings(cfg)], cwd=folder, stdout=subprocess.PIPE, text=True,
             stderr=subprocess.STDOUT, env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT))))
     printed = [agent.communicate()[0] for agent in agents]
-    assert fails or not any(agent.returncode for agent in agents), '\n\n'.join(printed)
-    return printed
+    assert not any(agent.returncode for agent in agents), '\n\n'.join(printed)
+
+
+def settings(cfg):
+    return [f'--{name}={getattr(cfg, name)}' for name in cfg.__dataclass_fields__]
 
 
 def weights(folder, step):
@@ -54,21 +63,21 @@ def equal(a, b):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_wherever_its_first_process_is(toy, tmp_path):
+def test_a_run_goes_on_wherever_its_first_process_is(toy, tmp_path, forks):
     """10 steps, then 5 more: resumed on the same two nodes, and with the nodes exchanged, so that the first
     process finds no run on its disk. Both end where 15 steps at once end, bit for bit."""
     folders = {name: tmp_path / name for name in ('whole', 'idle', 'a', 'b', 'c', 'd', 'empty')}
     for folder in folders.values():
         folder.mkdir()
-    two_nodes([toy] * 2, [folders['whole'], folders['idle']])
+    two_agents(toy, [folders['whole'], folders['idle']])
     assert not (folders['idle'] / 'run').exists()
-    two_nodes([replace(toy, stages='duplex3:10')] * 2, [folders['a'], folders['b']])
+    two_nodes(forks, [replace(toy, stages='duplex3:10')] * 2, [folders['a'], folders['b']])
     shutil.copytree(folders['a'] / 'run', folders['c'] / 'run')
     resumed = replace(toy, resume=True)
-    two_nodes([resumed] * 2, [folders['a'], folders['b']])
+    two_nodes(forks, [resumed] * 2, [folders['a'], folders['b']])
     (folders['d'] / 'run').mkdir()
     (folders['d'] / 'run/notes.txt').write_text('precious')
-    two_nodes([resumed] * 2, [folders['d'], folders['c']])
+    two_nodes(forks, [resumed] * 2, [folders['d'], folders['c']])
     assert (folders['d'] / 'run.1/notes.txt').read_text() == 'precious'     # moved aside, not replaced
     expected = weights(folders['whole'], 15)
     assert equal(weights(folders['a'], 15), expected) and equal(weights(folders['d'], 15), expected)
@@ -80,19 +89,20 @@ def test_a_run_goes_on_wherever_its_first_process_is(toy, tmp_path):
 
 
 @pytest.mark.slow
-def test_nodes_that_differ_are_told(toy, tmp_path):
+def test_nodes_that_differ_are_told(toy, tmp_path, forks):
     for name in 'ab':
         (tmp_path / name).mkdir()
-    printed = '\n'.join(two_nodes([toy, replace(toy, seed=7)], [tmp_path / 'a', tmp_path / 'b'], fails=True))
+    cfgs, folders = [toy, replace(toy, seed=7)], [tmp_path / 'a', tmp_path / 'b']
+    printed = '\n'.join(two_nodes(forks, cfgs, folders, fails=True))
     assert 'seed: 1337 on process 0' in printed and '7 on process 1' in printed
     assert 'all nodes need the same settings and files' in printed and not (tmp_path / 'a/run').exists()
 
 
 @pytest.mark.slow
-def test_two_runs_under_one_name_are_not_mixed(toy, tmp_path):
+def test_two_runs_under_one_name_are_not_mixed(toy, tmp_path, forks):
     for name in 'ab':
         (tmp_path / name).mkdir()
         train.main(replace(toy, out_dir=str(tmp_path / name / 'run'), stages='duplex3:5', batch_size=2))
     resumed = replace(toy, resume=True)
-    printed = '\n'.join(two_nodes([resumed] * 2, [tmp_path / 'a', tmp_path / 'b'], fails=True))
+    printed = '\n'.join(two_nodes(forks, [resumed] * 2, [tmp_path / 'a', tmp_path / 'b'], fails=True))
     assert 'out_dir=run holds one run where process 0 runs and another where process 1 does' in printed

@@ -59,7 +59,7 @@ def test_shards_equal_copies(toy, tmp_path, run, tied):
     copies = replace(toy, out_dir=str(tmp_path / 'copies'))
     shards = replace(toy, out_dir=str(tmp_path / 'shards'), shard=True)
     for cfg in (copies, shards):
-        run('train.py', *arguments(cfg), launcher=TORCHRUN)
+        run('train.py', *arguments(cfg), n_process=2)
     for (kind, step, ours), theirs in zip(losses(shards), losses(copies), strict=True):
         assert (kind, step) == theirs[:2] and ours == pytest.approx(theirs[2], rel=1e-5)
     assert_close(tensors(shards), tensors(copies), 1e-4)
@@ -71,7 +71,7 @@ def test_shards_equal_copies(toy, tmp_path, run, tied):
     longer = dict(stages='duplex3:14', resume=True)
     one = replace(shards, shard=False, batch_size=2, **longer)
     train.main(one)
-    run('train.py', *arguments(replace(copies, shard=True, **longer)), launcher=TORCHRUN)
+    run('train.py', *arguments(replace(copies, shard=True, **longer)), n_process=2)
     assert_close(tensors(one), tensors(copies), 1e-4)
 
 
@@ -91,10 +91,10 @@ def test_shards_are_heard_and_computed_again(toy, small_run, tmp_path, run):
     """Compiled, with --checkpoint_blocks, in bf16. The first process gathers the model and listens."""
     cfg = replace(toy, data=str(small_run[0]), shard=True, n_listen=1, checkpoint_blocks=True, compile=True,
                   dtype='bfloat16')
-    printed = run('train.py', *arguments(cfg), launcher=TORCHRUN).stdout
+    printed = run('train.py', *arguments(cfg), n_process=2).stdout
     assert 'note' not in printed and len(list((Path(cfg.out_dir) / 'listen').glob('*.jsonl'))) == 2
     copies = replace(cfg, shard=False, compile=False, out_dir=str(tmp_path / 'copies'))
-    run('train.py', *arguments(copies), launcher=TORCHRUN)
+    run('train.py', *arguments(copies), n_process=2)
     for ours, theirs in zip(losses(cfg), losses(copies), strict=True):
         assert ours[2] == pytest.approx(theirs[2], rel=1e-2)
 
@@ -142,7 +142,7 @@ dist.destroy_process_group()
 def test_buckets_sum_to_the_same_and_leave_while_backward_runs(tmp_path, run):
     script = tmp_path / 'buckets.py'
     script.write_text(BUCKETS)
-    run(script, launcher=TORCHRUN)
+    run(script, n_process=2)
 
 
 def test_blocks_that_are_computed_again_learn_the_same(toy, tmp_path):

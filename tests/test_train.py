@@ -199,7 +199,7 @@ def test_ranks_and_micro_steps_give_the_gradient_of_one_big_batch(toy, tmp_path,
     four = replace(one, batch_size=1, out_dir=str(tmp_path / 'four'))
     train.main(one)
     train.main(two)
-    run('train.py', *arguments(four), launcher=TORCHRUN)
+    run('train.py', *arguments(four), n_process=2)
     moments = [
         load_file(Path(last_state(cfg.out_dir)) / 'optimizer.safetensors') for cfg in (one, two, four)]
     for other in moments[1:]:

@@ -28,7 +28,8 @@ talk: install
 
 test: install
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m 'not alone' -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -m alone
 
 clean:
 	rm -rf .venv out

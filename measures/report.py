@@ -77,9 +77,8 @@ def loudness(wave, speaks):
 
 def is_wrong(turn):
     """Did it answer, and not with the reference's words? As in evaluate.py, where no answer is wrong, too."""
-    said = ' '.join(part['text'] for part in turn['said'])
     has_answered = turn['said'] or turn['response'] is not None
-    return bool(turn['due'] and has_answered and plain(said) != plain(turn['due']['text']))
+    return bool(has_answered and not all(is_right(*pair) for pair in written([[turn]])))
 
 
 def marks(outcomes, rate_hz, has_text=True):

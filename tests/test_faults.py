@@ -273,7 +273,7 @@ def starved(tmp_path, mount):
 def test_a_disk_that_takes_no_more(toy, tmp_path, run, fault):
     """A tmpfs that has room for the first state, or that becomes read-only: one sentence, and that state is
     whole. With room again the run ends as it would have."""
-    whole = replace(toy, out_dir=str(tmp_path / 'whole'), stages='duplex3:600', eval_interval=200, n_embd=128)
+    whole = replace(toy, out_dir=str(tmp_path / 'whole'), stages='duplex3:300', eval_interval=100, n_embd=128)
     train.main(whole)
     n_byte = sum(path.stat().st_size for path in Path(last_state(whole.out_dir)).rglob('*'))
     disk = starved(tmp_path, f'size={int(1.6 * n_byte) if fault == "full" else 10 * n_byte}')
@@ -428,8 +428,8 @@ with guard.one_sentence():
 @pytest.mark.slow
 def test_lost_processes_are_named_and_the_job_goes_on(toy, tmp_path):
     """The first of two processes is killed before step 8, the second stands still before step 9. The other
-    one names it: at once, and a roll call after timeout_sec; torchrun ends the stopped one after its
-    30 s. It starts both again each time, and they end bit for bit where two undisturbed ones end."""
+    one names it: at once, and a roll call after timeout_sec; torchrun ends the stopped one after a wait of
+    30 s, here 10. It starts both again each time, and they end bit for bit where two undisturbed ones end."""
     script = tmp_path / 'lost.py'
     script.write_text(f'''
 import os, signal, sys, config, guard, train
@@ -445,20 +445,23 @@ guard.ROLL_CALL_SEC = 8      # 20, for machines with more to do
 with guard.one_sentence():
     train.main(config.load(train.Config, sys.argv[1:]))
 ''')
+    torchrun = (sys.executable, '-c', 'from torch.distributed.elastic.multiprocessing.api import PContext\n'
+                'PContext.close.__defaults__ = None, 10\n'
+                'from torch.distributed.run import main; main()', *TORCHRUN[3:], '--max_restarts=5')
     environment = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT))
     whole, lost = (replace(toy, batch_size=1, timeout_sec=12.0, out_dir=str(tmp_path / name))
                    for name in ('whole', 'lost'))
     took_sec = []
     for cfg in (whole, lost):
         start = time.monotonic()
-        result = subprocess.run([*TORCHRUN, '--max_restarts=5', script, *arguments(cfg)], env=environment,
-                                cwd=ROOT, capture_output=True, text=True)
+        result = subprocess.run([*torchrun, script, *arguments(cfg)], env=environment, cwd=ROOT,
+                                capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         took_sec.append(time.monotonic() - start)
     for rank, why in enumerate(('by peer', '(Timed out|timeout caused)')):
         assert re.search(f'^process {1 - rank}: .*{why}.*; no sign of life from process {rank}$',
                          result.stderr, re.M), result.stderr
-    assert took_sec[1] < 12 + 2 * 8 + 30 + 6 * took_sec[0]      # timeout, roll calls, torchrun; three starts
+    assert took_sec[1] < 12 + 2 * 8 + 10 + 6 * took_sec[0]       # timeout, roll calls, torchrun; three starts
     assert equal_runs(whole, lost)
 
 

@@ -286,6 +286,7 @@ def test_compiled_users_leave(loaded):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_compiled_copies_no_cache(loaded, users):
     """A chunk does not take longer for a cache that could be longer: nothing copies what it does not read."""
     chunk_sec = []

@@ -611,6 +611,7 @@ def test_drift():
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_replay_measures_at_the_ear(tmp_path):
     """
     The user ends at 1 s; that chunk ends at 1.2 s, so the answer is heard at 1.2 s + its 5 frames, which is
@@ -739,6 +740,7 @@ ECHO = '''
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_in_a_browser(tmp_path):
     """
     The page is opened, asked, answers, is interrupted, and the conversation is saved; the times in the saved
@@ -861,6 +863,7 @@ class Firefox:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_in_firefox():
     """The page is opened, asked, answers, is interrupted, and the conversation is saved."""
     if not FIREFOX or not shutil.which('pulseaudio'):

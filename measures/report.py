@@ -34,8 +34,8 @@ import numpy as np
 
 from common.files import JSON_TEXT, whole
 from flatten import ROLES
+from measures.replies import is_right, written
 from measures.turns import KS, MAX_K, PATIENCE_SEC, accuracy, in_time, stretches
-from measures.words import plain
 
 NBSP = '\u00a0'
 # Speech up to 6 kHz in at most 40 kb/s: 100 dialogues of 30 s are 20 MB of base64, and digital silence costs

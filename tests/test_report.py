@@ -185,8 +185,8 @@ def test_plots_say_their_figures(tmp_path):
     says = [attrs['aria-label'] for tag, attrs in reader.tags if tag == 'svg' and attrs.get('role') == 'img']
     times, takes, yields, text, loss = [each.replace('\u00a0', ' ') for each in says]
     assert f'Median 120 ms. 1 of 4 answers came later than {PATIENCE_SEC} s, or not at all.' in times
-    pauses = [dict(each, pauses=[]) for each in found]
-    assert summarise(pauses, RATE_HZ)['no_answer_rate'] == 1 / 4
+    full = [dict(each, pauses=[], was_speaking=each['kind'] == 'interruption') for each in found]
+    assert summarise(full, RATE_HZ)['no_answer_rate'] == 1 / 4
     assert '4 turns. By frame 1: 25 %, 5: 50 %, 10: 50 %, 25: 75 %.' in takes
     assert '2 turns. By frame 1: 0 %, 5: 0 %, 10: 50 %, 25: 50 %.' in yields
     assert 'Loss of text. At the end: train 0.5, val 0.25.' in text

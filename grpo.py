@@ -177,10 +177,15 @@ def judge(world, ids, dialogues, n_sample):
         n_frame = len(reference['user'])
         ids_of_row = ids_of_row[:world.layout.n_chunk(n_frame) * world.layout.period]
         said = to_dialogue(ids_of_row, world.layout, world.vocab, codec.silence_codes[0].tolist(), n_frame)
-        user, expected = ([turn for turn in reference['turns'] if turn['role'] == role] for role in ROLES)
-        outcomes.append(assess(conversation(reference['id'], codec.rate_hz, user, said, codec.silence_codes,
-                                            world.layout.speech_chunk, expected)))
+        outcomes.append(assess_one(world, reference, said))
     return outcomes
+
+
+def assess_one(world, reference, said):
+    """said: the dialogue that somebody had with the reference's user"""
+    user, expected = ([turn for turn in reference['turns'] if turn['role'] == role] for role in ROLES)
+    return assess(conversation(reference['id'], world.codec.rate_hz, user, said, world.codec.silence_codes,
+                               world.layout.speech_chunk, expected))
 
 
 def advantages(world, outcomes, n_sample, n_chunk):
@@ -288,12 +293,19 @@ def in_words(values):
 # ------------------------------------------------------------------------------------------------------------
 # a run
 
-def pick_users(dialogues, layout, n_frame):
-    """-> numbers of the dialogues of two channels with a turn of the user, in the first n_frame frames"""
-    both = [i for i, (n_user, n_assistant) in enumerate(zip(*dialogues.n_frame))
-            if n_user == n_assistant >= layout.speech_chunk]
-    return [i for i in both if any(turn['role'] == 'user' and turn['start'] < n_frame
-                                   for turn in dialogues[i]['turns'])]
+def pick_users(world, dialogues, n_frame, decisive=False):
+    """-> numbers of the dialogues of two channels with a turn of the user in the first n_frame frames.
+    decisive: only those with an interruption, a backchannel or a pause, of which there is most to be learned;
+    all of them, where there are no such"""
+    found, harder = [], []
+    for i, (n_user, n_assistant) in enumerate(zip(*dialogues.n_frame)):
+        if n_user != n_assistant or n_user < world.layout.speech_chunk:
+            continue
+        reference = cut(dialogues[i], n_frame)
+        turns = assess_one(world, reference, reference)
+        found += [i] * bool(turns)
+        harder += [i] * any(turn['kind'] != 'question' or turn['pauses'] for turn in turns)
+    return harder or found if decisive else found
 
 
 def main(cfg):
@@ -308,7 +320,7 @@ def main(cfg):
     layout, reference = first.layout, first.model.requires_grad_(False)
     world = World(cfg, place, first.vocab, layout, first.codec, first.info, fill_places(layout))
     n_frame = reference.config.block_size // layout.period * layout.speech_chunk    # what it has learned from
-    numbers, val_numbers = (pick_users(each, layout, n_frame) for each in (data, val_data))
+    numbers, val_numbers = pick_users(world, data, n_frame, True), pick_users(world, val_data, n_frame)
     if not numbers or not val_numbers:
         raise ValueError(f'{cfg.data} has no dialogue of two channels in {"val" if numbers else "train"}')
     val = [cut(val_data[i], n_frame) for i in val_numbers[:cfg.n_val or None]]

@@ -7,8 +7,8 @@ Lets a trained model learn from its own conversations to take turns well: group-
 
     8 users of train ─► 8 conversations with each, drawn from the model
         user        ░░ What is ░░  ░░ two plus three? ░░                ░░ yeah ░░
-        first                     ▓ Two …                                               -1.0  -0.4
-        second                                            ▓▓ Two plus three is five. ▓▓   1.9   1.0
+        first                     ▓ Two …                                                      -1.0
+        second                                            ▓▓ Two plus three is five. ▓▓           2.0
       ─► a reward for each turn of the user ─► less its mean over the 8 ─► one step: what the model chose from
          that turn on gets likelier where this is above 0, and rarer where it is below
 
@@ -43,11 +43,11 @@ from flatten import ROLES
 from measures.listen import cut
 from measures.logger import Logger
 from measures.replies import is_right, written
-from measures.turns import PATIENCE_SEC, assess, conversation, mean, summarise
+from measures.turns import assess, conversation, mean, summarise
 from model import attend_dense
 from parallel import Copies
 
-PROMPT_SEC = 0.4        # an answer, or a silence, within this time earns all of its reward
+PROMPT_SEC, LATE_SEC = 0.2, 0.8     # answers and silences earn all by the first, nothing from the second on
 
 
 @dataclass(frozen=True)
@@ -94,31 +94,29 @@ class Config:
 # conversations and what they earn
 
 def prompt(n_frame, rate_hz):
-    """1 for what happens within PROMPT_SEC, less and less until PATIENCE_SEC; 0 for None: it never does"""
+    """1 for what happens within PROMPT_SEC, less and less until LATE_SEC; 0 for None: it never does"""
     if n_frame is None:
         return 0.0
-    late = (n_frame / rate_hz - PROMPT_SEC) / (PATIENCE_SEC - PROMPT_SEC)
+    late = (n_frame / rate_hz - PROMPT_SEC) / (LATE_SEC - PROMPT_SEC)
     return 1 - min(max(late, 0.0), 1.0)
 
 
 def reward(turn, rate_hz):
     """
-    What a turn of the user earned the model. turn: see measures/turns.py, assess
+    What a turn of the user earned the model -> (for when it spoke, for what it wrote). turn: see
+    measures/turns.py, assess
 
-        an answer is due    +1 for one at once, +1 if it is the right one
+        an answer is due    +1 for one at once; +1 if it is the right one
         an interruption     +1 for falling silent at once
         "yeah", "okay"      -1 for falling silent
         any                 -1 for beginning to speak inside the turn, or talking on; -1 for speaking again
                             after the answer
     """
-    earned = 0.0
-    if turn['expects']:
-        earned += prompt(turn['response'], rate_hz)
-    earned += sum(is_right(*pair) for pair in written([[turn]]))
+    when = prompt(turn['response'], rate_hz) if turn['expects'] else 0.0
     if turn['kind'] == 'interruption':
-        earned += prompt(turn['yielded'], rate_hz)
-    faults = turn['stopped'], turn['false_start'] is not None, turn['unprompted'] is not None
-    return earned - sum(faults)
+        when += prompt(turn['yielded'], rate_hz)
+    when -= sum((turn['stopped'], turn['false_start'] is not None, turn['unprompted'] is not None))
+    return when, float(sum(is_right(*pair) for pair in written([[turn]])))
 
 
 class World(NamedTuple):
@@ -138,9 +136,9 @@ class World(NamedTuple):
 
 def fill_places(layout):
     """{head of Duplex: [place in a chunk]} of the tokens that the model chooses. Raises ValueError for a
-    layout without chunks, or with states or late codes."""
-    if not layout.period or layout.has_state or layout.n_late:
-        raise ValueError(f'layout {layout.name}: grpo.py is for chunks without states and delays, as duplex3')
+    layout without chunks, or whose silence is no token, or with states or late codes."""
+    if not layout.period or layout.has_state or layout.n_late or any(slot.way for slot in layout.chunk):
+        raise ValueError(f'layout {layout.name}: grpo.py is for chunks with a token for silence, as duplex3')
     chosen, at = {}, 0
     for slot, size in zip(layout.chunk, layout.sizes):
         for i in range(size):
@@ -190,16 +188,17 @@ def assess_one(world, reference, said):
 
 def advantages(world, outcomes, n_sample, n_chunk):
     """
-    -> float32 (n_conversation, n_chunk): what the tokens of a chunk are worth, which is what the turn earned
-    that began last, less the mean of its group. Before the first turn it is the first turn's.
+    -> float32 (n_conversation, n_chunk, 2): what a chunk's choices are worth, of when it spoke and of what it
+    wrote: what the turn earned that began last, less the mean of its group. Before the first turn it is the
+    first turn's.
     """
-    worth = np.zeros((len(outcomes), n_chunk), np.float32)
+    worth = np.zeros((len(outcomes), n_chunk, 2), np.float32)
     for first in range(0, len(outcomes), n_sample):
         group = outcomes[first:first + n_sample]
         for turns in zip(*group, strict=True):      # the same turn of the user in each conversation
             earned = np.array([reward(turn, world.codec.rate_hz) for turn in turns])
             is_first, start = turns[0] is group[0][0], turns[0]['start'] // world.layout.speech_chunk
-            worth[first:first + n_sample, 0 if is_first else start:] = (earned - earned.mean())[:, None]
+            worth[first:first + n_sample, 0 if is_first else start:] = (earned - earned.mean(0))[:, None]
     return torch.from_numpy(worth)
 
 
@@ -224,17 +223,28 @@ def log_probs(world, model, ids, heads):
 
 def loss_sums(world, model, reference, ids, worth, n_chunk, heads):
     """
-    ids (B, T), worth (B, T / K), n_chunk (B): how many chunks of each row count -> the sum over the chosen
+    ids (B, T), worth (B, T / K, 2), n_chunk (B): how many chunks of each row count -> the sum over the chosen
     tokens of  -worth * log p  and of the divergence from the reference model, and how many tokens there are.
+
+    When it spoke depends on whether a token is silence, and on nothing else of it. So there p is that of
+    silence, or of its contrary: which of 512 codes was drawn would only add noise. What it wrote depends on
+    each token of its text.
     """
     with torch.no_grad():
         before = [each for _, each, _ in log_probs(world, reference, ids, heads)]
     policy = divergence = n_token = 0.0
-    for (at, logs, chosen), logs_before in zip(log_probs(world, model, ids, heads), before):
+    each = zip(world.chosen, log_probs(world, model, ids, heads), before)
+    for key, (at, logs, chosen), logs_before in each:
         chunk = at // world.layout.period
         counts = (chunk < n_chunk[:, None]).float()     # (B, N)
-        log_p = logs.gather(2, chosen[..., None])[..., 0]
-        policy = policy - (counts * worth[:, chunk] * log_p).sum()
+        name = '<|silent_text|>' if key == 'text' else '<|silent_speech|>'
+        silence = world.vocab.control[name] - heads[key].start
+        log_silent = logs[..., silence]
+        log_p = torch.where(chosen == silence, log_silent, torch.log1p(-log_silent.exp().clamp(max=1 - 1e-6)))
+        gain = worth[:, chunk, 0] * log_p
+        if key == 'text':
+            gain = gain + worth[:, chunk, 1] * logs.gather(2, chosen[..., None])[..., 0]
+        policy = policy - (counts * gain).sum()
         divergence = divergence + (counts * (logs.exp() * (logs - logs_before)).sum(2)).sum()
         n_token += float(counts.sum())
     return policy, divergence, n_token
@@ -276,7 +286,7 @@ def figures(world, outcomes):
     """outcomes of conversations -> {'reward': mean of a turn, 'answer_accuracy': …, and FIGURES}"""
     turns, rate_hz = sum(outcomes, []), world.codec.rate_hz
     found = summarise(turns, rate_hz)
-    return dict(reward=mean(reward(turn, rate_hz) for turn in turns),
+    return dict(reward=mean(sum(reward(turn, rate_hz)) for turn in turns),
                 answer_accuracy=mean(is_right(*pair) for pair in written(outcomes)),
                 **{key: found[key] for key in FIGURES})
 

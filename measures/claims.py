@@ -2,7 +2,7 @@
 What each idea of the paper buys, tested on the demo: lines of training that differ in one thing, each with
 several seeds, the same number of tokens and as many parameters. runs/claims.sh trains them.
 
-    python -m measures.claims --list --steps=600            each line's name and settings, for runs/claims.sh
+    python -m measures.claims --list --steps=400            each line's name and settings, for runs/claims.sh
     python -m measures.claims out/claims --result=bench/results/claims.json
 
 The second prints a table (mean ± standard deviation over the seeds) and what becomes of each claim:
@@ -205,7 +205,7 @@ def main():
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', nargs='?', help='where runs/claims.sh left its runs')
     parser.add_argument('--list', action='store_true', help='print the lines instead: name, folder, settings')
-    parser.add_argument('--steps', type=int, default=600, help='of training, for --list')
+    parser.add_argument('--steps', type=int, default=400, help='of training, for --list')
     parser.add_argument('--result', help='a JSON file for the figures of every run')
     parser.add_argument('--figure', help='a PNG to draw')
     args = parser.parse_args()

@@ -4,8 +4,8 @@ What a run measured on val over its steps, and which step is best by each: the l
     python train.py config/demo.py --batch_size=4 --select=answers --eval_interval=100 --out_dir=out/select
     python -m measures.curves out/select --svg=docs/select.svg
 
-    | step | loss on val | answers right | turns dealt with well | response, mean |
-    |  800 | **0.019**   |       97.5 %  |            **93.8 %** |         126 ms |
+    | step | training | loss on val | answers right | turns dealt with well | response, mean |
+    |  800 |    130 s | **0.019**   |       97.5 %  |            **93.8 %** |         126 ms |
 
 Of the last stage only: losses of others do not compare. The figures are those that train.py writes to
 log.jsonl where --eval_dialogues is above 0 (measures/best.py).
@@ -64,11 +64,12 @@ def table(rows):
     """-> Markdown, the best of each column in bold"""
     keys = known(rows)
     best = {key: best_step(rows, key) for key in keys}
-    lines = ['| step | ' + ' | '.join(CURVES[key][0] for key in keys) + ' |', '|---:' * (len(keys) + 1) + '|']
+    lines = ['| step | training | ' + ' | '.join(CURVES[key][0] for key in keys) + ' |',
+             '|---:' * (len(keys) + 2) + '|']
     for row in rows:
         cells = [CURVES[key][2](row[key]) if isinstance(row.get(key), float) else '-' for key in keys]
         cells = [f'**{cell}**' if row['step'] == best[key] else cell for key, cell in zip(keys, cells)]
-        lines.append(f'| {row["step"]} | ' + ' | '.join(cells) + ' |')
+        lines.append(f'| {row["step"]} | {row["train_sec"]:.0f} s | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
 

@@ -169,7 +169,8 @@ def log_evaluation(run, stage, metrics):
     if is_best:
         state.update(best=metrics[name], best_by=name, best_loss=metrics['loss'], best_step=state['step'])
     if run.logger:
-        run.logger.log(kind='val', step=state['step'], stage=stage.name, **metrics)
+        run.logger.log(kind='val', step=state['step'], stage=stage.name, train_sec=state['train_sec'],
+                       **metrics)
 
 
 def utilisation(run, batch, n_learned, tokens_per_sec):

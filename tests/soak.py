@@ -172,7 +172,7 @@ def compare(undisturbed, out_dir, count):
             count.blame('lost', f'{name} of {newest} differ')
     if len({(Path(folder) / 'model.safetensors').read_bytes() for folder in (undisturbed, out_dir)}) > 1:
         count.blame('lost', 'the published weights differ')
-    timed = 'tokens_per_sec', 'loader_wait'
+    timed = 'tokens_per_sec', 'loader_wait', 'train_sec'
     logs = [[{key: value for key, value in json.loads(line).items() if key not in timed}
              for line in open(Path(folder) / 'log.jsonl')] for folder in (undisturbed, out_dir)]
     if logs[0] != logs[1]:

@@ -30,7 +30,7 @@ def toy(small_run, tmp_path):
 
 def log(cfg, kind='val'):
     rows = [json.loads(line) for line in open(Path(cfg.out_dir) / 'log.jsonl')]
-    return [{key: x for key, x in row.items() if key not in ('tokens_per_sec', 'loader_wait')}
+    return [{key: x for key, x in row.items() if key not in ('tokens_per_sec', 'loader_wait', 'train_sec')}
             for row in rows if kind in ('', row['kind'])]
 
 
@@ -214,16 +214,17 @@ def test_curves_are_printed_and_drawn(tmp_path, capsys, monkeypatch):
     """The loss is least at 300, the answers are most at 200 and 400, and 400 has the lesser loss: each in
     bold, each with a mark. Of an earlier stage nothing is shown."""
     rows = [dict(kind='val', stage='asr', step=50, loss=0.001)]
-    rows += [dict(kind='val', stage='duplex3', step=step, loss=loss, answer_accuracy=share, response_ms=None)
+    rows += [dict(kind='val', stage='duplex3', step=step, loss=loss, answer_accuracy=share, response_ms=None,
+                  train_sec=step / 8)
              for step, loss, share in (
                  (100, 0.5, 0.1), (200, 0.1, 0.94), (300, 0.02, 0.9), (400, 0.03, 0.94))]
     (tmp_path / 'log.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     monkeypatch.setattr('sys.argv', ['curves', str(tmp_path), f'--svg={tmp_path}/a.svg'])
     curves.main()
     lines = capsys.readouterr().out.split('\n')
-    assert lines[0] == '| step | loss on val | answers right |'
-    assert lines[2:6] == ['| 100 | 0.5000 | 10.0 % |', '| 200 | 0.1000 | 94.0 % |',
-                          '| 300 | **0.0200** | 90.0 % |', '| 400 | 0.0300 | **94.0 %** |']
+    assert lines[0] == '| step | training | loss on val | answers right |'
+    assert lines[2:6] == ['| 100 | 12 s | 0.5000 | 10.0 % |', '| 200 | 25 s | 0.1000 | 94.0 % |',
+                          '| 300 | 38 s | **0.0200** | 90.0 % |', '| 400 | 50 s | 0.0300 | **94.0 %** |']
     from xml.etree import ElementTree
     drawn = ElementTree.parse(tmp_path / 'a.svg').getroot()
     assert len(drawn.findall('.//{*}circle')) == 2

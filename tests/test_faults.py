@@ -52,8 +52,8 @@ def equal_runs(*cfgs):
 
 def log(cfg):
     lines = [json.loads(line) for line in open(Path(cfg.out_dir) / 'log.jsonl')]
-    return [{key: value for key, value in line.items() if key not in ('tokens_per_sec', 'loader_wait')}
-            for line in lines]
+    timed = 'tokens_per_sec', 'loader_wait', 'train_sec'
+    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
 
 
 def flip(path, at=None):

@@ -29,21 +29,21 @@ def users(world, n):
     return [data[i] for i in range(n)]
 
 
-# 40 frames a drawing's line of '#' and '.': 25 frames a second, so 10 frames are 0.4 s, 37 frames 1.5 s
+# 25 frames a second: all is earned within 5 frames, nothing from 20 on
 QUESTION = '#' * 20 + '.' * 60
 ANSWER = '.' * 25 + '#' * 30 + '.' * 25
 
 
 @pytest.mark.parametrize('assistant, earned', [
     (ANSWER, 1.0 + 1),                                      # after 5 frames, and right: the texts are all ''
-    ('.' * 45 + '#' * 20 + '.' * 15, 1 - 15 / 27.5 + 1),    # after 25: 15 of the 27.5 frames too late
+    ('.' * 32 + '#' * 25 + '.' * 23, 1 - 7 / 15 + 1),       # after 12: 7 of the 15 frames too late
     ('.' * 80, 0.0 + 1),                                    # silence; as a text, '' is right in a drawing
     ('.' * 10 + '#' * 4 + '.' * 11 + '#' * 30 + '.' * 25, 1.0 + 1 - 1),     # a false start
     (ANSWER[:65] + '#' * 10 + '.' * 5, 1.0 + 1 - 1),        # speaks again
 ])
 def test_what_a_question_earns(assistant, earned):
     turn, = assess(converse(QUESTION, assistant, ANSWER))
-    assert reward(turn, 25.0) == pytest.approx(earned)
+    assert sum(reward(turn, 25.0)) == pytest.approx(earned)
 
 
 def test_what_interruptions_and_backchannels_earn():
@@ -51,14 +51,14 @@ def test_what_interruptions_and_backchannels_earn():
     asked = '#' * 10 + '.' * 20
     stops, goes_on = '.' * 12 + '#' * 20 + '.' * 58, '.' * 12 + '#' * 70 + '.' * 8
     cut, mhm = asked + '#' * 30 + '.' * 30, asked + '#' * 8 + '.' * 52
-    late = '.' * 12 + '#' * 38 + '.' * 40       # silent 20 frames after it began: 10 of 27.5 too late
-    earned = [reward(assess(converse(*drawn))[1], 25.0) for drawn in (
+    late = '.' * 12 + '#' * 26 + '.' * 52       # silent 8 frames after it began: 3 of 15 too late
+    earned = [reward(assess(converse(*drawn))[1], 25.0)[0] for drawn in (
         (cut, stops, stops), (cut, late, stops), (mhm, goes_on, goes_on), (mhm, stops, goes_on))]
-    assert earned == pytest.approx([1.0, 1 - 10 / 27.5, 0.0, -1.0])
+    assert earned == pytest.approx([1.0, 1 - 3 / 15, 0.0, -1.0])
 
 
 def test_prompt():
-    assert [prompt(n, 25.0) for n in (None, -3, 0, 10, 37.5, 80)] == [0, 1, 1, 1, 0, 0]
+    assert [prompt(n, 25.0) for n in (None, -3, 0, 5, 20, 80)] == [0, 1, 1, 1, 0, 0]
 
 
 def test_the_policy_is_that_of_decoding(world):
@@ -91,28 +91,38 @@ def test_advantages_are_of_a_turn_within_its_group(world):
     world, _ = world
     asked, answer = '#' * 10 + '.' * 20, '.' * 12 + '#' * 20
     user, reference = asked + '#' * 30 + '.' * 30, answer + '.' * 58
-    late = '.' * 12 + '#' * 38 + '.' * 40
+    late = '.' * 12 + '#' * 26 + '.' * 52
     outcomes = [assess(converse(user, said, reference)) for said in (reference, late, reference, reference)]
     worth = advantages(world, outcomes, 2, 9)
-    half = 10 / 27.5 / 2        # what the late one earns less, halved by the mean
+    half = 3 / 15 / 2           # what the late one earns less, halved by the mean
+    assert worth[..., 1].abs().max() == 0       # nobody wrote anything
+    worth = worth[..., 0]
     assert worth[:, :3].abs().max() == 0        # both answered the question alike
     assert worth[0, 3:].tolist() == pytest.approx([half] * 6)
     assert worth[1, 3:].tolist() == pytest.approx([-half] * 6)
     assert worth[2:].abs().max() == 0           # nothing to choose between in the other group
 
 
-def test_a_step_makes_the_better_conversation_likelier(world):
-    """One step of plain SGD: what earned more becomes likelier, what earned less rarer. Kept near the first
-    model, it moves less."""
+@pytest.mark.parametrize('parts', [(1.0, 0.0), (0.0, 1.0)])
+def test_a_step_makes_the_better_conversation_likelier(world, parts):
+    """One step of plain SGD, for when it spoke or for what it wrote: what earned more becomes likelier, what
+    earned less rarer."""
     world, model = world
     ids, duplex = talk(world, model, users(world, 1), 2, 1.0, seed=5)
     ids, n_chunk = ids.clone(), torch.tensor([ids.shape[1] // world.layout.period] * 2)
-    worth = torch.tensor([[1.0], [-1.0]]).expand(2, int(n_chunk[0]))
+    worth = torch.tensor([1.0, -1.0]).view(2, 1, 1) * torch.tensor(parts) * torch.ones(int(n_chunk[0]), 1)
 
     def log_p(model):
         with torch.no_grad():
-            return sum(logs.gather(2, chosen[..., None]).sum((1, 2))
-                       for _, logs, chosen in log_probs(world, model, ids, duplex.heads))
+            both = log_probs(world, model, ids, duplex.heads)
+            if parts[1]:        # of its text
+                return next(logs.gather(2, chosen[..., None]).sum((1, 2)) for _, logs, chosen in both)
+            total = 0           # whether it was silent
+            for key, (_, logs, chosen) in zip(world.chosen, both):
+                silence = world.vocab.control[f'<|silent_{key}|>'] - duplex.heads[key].start
+                p = logs[..., silence].exp()
+                total = total + torch.where(chosen == silence, p, 1 - p).log().sum(1)
+            return total
     moved = load_checkpoint(world.cfg.init_from).model.requires_grad_(True)
     policy, apart, n_token = loss_sums(world, moved, model, ids, worth, n_chunk, duplex.heads)
     assert float(apart.detach()) == pytest.approx(0, abs=1e-3) and n_token == 2 * 12 * int(n_chunk[0])

@@ -55,13 +55,13 @@ class Config:
     init_from: str = 'out/demo'         # a checkpoint in chunks: duplex3 or duplex2
     data: str = 'data/demo'             # its train split has the users, its val split those it is measured by
     out_dir: str = 'out/turns'
-    n_step: int = 60
+    n_step: int = 40
     n_user: int = 8                     # users a step, over all devices
     n_sample: int = 8                   # conversations with each: a group
     batch_size: int = 16                # conversations a micro-step on each device
     temperature: float = 1.0            # of the conversations, text and speech
-    kl_weight: float = 0.05
-    learning_rate: float = 1e-4         # AdamW's, after warmup_steps the same to the end
+    kl_weight: float = 0.1
+    learning_rate: float = 2e-4         # AdamW's, after warmup_steps the same to the end
     warmup_steps: int = 5
     grad_clip: float = 1.0              # 0.0: no clipping
 

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 CHECKPOINT=${CHECKPOINT:-out/demo}
 DATA=${DATA:-data/demo}
 OUT=${OUT:-out/turns}
-STEPS=${STEPS:-60}
+STEPS=${STEPS:-40}
 SEEDS=${SEEDS:-1 2 3}
 RESULT=${RESULT-bench/results/turns.json}
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -27,7 +27,7 @@ for seed in $SEEDS; do
     # the model for each token), looks at what the first model would do (another), and learns (three): 5 passes of 64 conversations of
     # 506 tokens. A step of train.py is 3 passes of 2,048 tokens. 5 * 64 * 506 / (3 * 2048) = 26
     run="$OUT/plain training/$seed"
-    $PYTHON train.py config/demo.py --init_from="$CHECKPOINT" --data="$DATA" --out_dir="$run" --optimizer=adamw --learning_rate=1e-4 \
+    $PYTHON train.py config/demo.py --init_from="$CHECKPOINT" --data="$DATA" --out_dir="$run" --optimizer=adamw --learning_rate=2e-4 \
         --batch_size=4 --stages="duplex3:$((STEPS * 26))" --n_listen=0 --seed="$seed" --resume=true
     measure "plain training/$seed" "$run"
 done

@@ -8,7 +8,8 @@ from conftest import ROOT
 
 SCRIPT = '''
 import os, sys
-print(sys.argv, __name__, __file__, sys.path[0], os.getcwd(), os.environ['GIVEN'], sys.stdin.read(), flush=True)
+print(sys.argv, __name__, __file__, sys.path[0], os.getcwd())
+print(os.environ['GIVEN'], sys.stdin.read(), flush=True)
 print('said', file=sys.stderr)
 END
 '''

@@ -409,9 +409,10 @@ def write_report(cfg, path, conversations, outcomes, rows):
     data = cfg.dialogues or f'{cfg.data}, {cfg.split}'
     note = (f'{data}: {len(conversations)} dialogues. OmniFlatten / Moshi: from the paper, on other test '
             f'data. A frame is {1e3 / conversations[0]["rate_hz"]:.0f} ms; frames are counted from the end '
-            'of what the user says and, where the user interrupts, from its start.')
+            'of what the user says and, where the user interrupts, from its start.'
+            + f' The first {cfg.n_report} dialogues stand below.' * (len(conversations) > cfg.n_report))
     report.write(path, cfg.dialogues or cfg.checkpoint, conversations[:cfg.n_report],
-                 outcomes[:cfg.n_report], figures, note=note, heads=('measured', 'OmniFlatten / Moshi'))
+                 outcomes, figures, note=note, heads=('measured', 'OmniFlatten / Moshi'))
     print(f'look and listen: {path}')
 
 

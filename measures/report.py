@@ -251,13 +251,13 @@ def write(path, title, conversations, outcomes=None, figures=None, curves=None, 
           heads=('measured', 'theirs')):
     """
     Writes the page.
-        outcomes    turns.assess of each conversation
+        outcomes    turns.assess of each conversation; of more behind them, which only the plots count
         figures     [(label, a value for each of heads)], see table
         curves      {label: [(step, loss)]}
         links       [(label, file)], relative to the page
     """
     n = len(conversations)
-    assert outcomes is None or len(outcomes) == n, f'{len(outcomes)} outcomes, {n} conversations'
+    assert outcomes is None or len(outcomes) >= n, f'{len(outcomes)} outcomes, {n} conversations'
     plots = []
     if outcomes:
         plots += turn_plots([f for of_one in outcomes for f in of_one], conversations[0]['rate_hz'])

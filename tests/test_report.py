@@ -179,7 +179,8 @@ def test_plots_say_their_figures(tmp_path):
         turn(30, 40, response=3, kind='interruption', yielded=6),
         turn(50, 60, response=10),
         turn(70, 80, kind='interruption', response=38)]
-    reader = written(tmp_path, 'A run', [talk(wave=None)], outcomes=[found],
+    # the second half is of a conversation that is not shown
+    reader = written(tmp_path, 'A run', [talk(wave=None)], outcomes=[found[:2], found[2:]],
                      curves={'train text': [(0, 2.0), (50, 0.5)], 'train loss': [(0, 0.0), (1, 1.5)],
                              'val text': [(50, 0.25)]})
     says = [attrs['aria-label'] for tag, attrs in reader.tags if tag == 'svg' and attrs.get('role') == 'img']

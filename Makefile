@@ -28,7 +28,7 @@ talk: install
 
 test: install
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q -m 'not alone' -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not alone' -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -q -m alone
 
 clean:

@@ -337,7 +337,7 @@ def test_killed_and_resumed(tmp_path, how, monkeypatch, capsys):
             time.sleep(0.01)
         time.sleep(0.05)
         process.send_signal(how)
-        output = process.communicate(timeout=1)[0]
+        output = process.communicate(timeout=10)[0]
         cache = (tmp_path / 'out_cache.jsonl').read_bytes()
         assert cache.count(b'\n') == 3 and cache.endswith(b'\n')
         monkeypatch.setattr(sys, 'argv', ['judge.py', *arguments])

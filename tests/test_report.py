@@ -260,7 +260,8 @@ def hundred(tmp_path_factory):
     first = talk('first', turns=[
         (0, 'user', 1, 3, NASTY), (1, 'assistant', 2.4, 5, 'Two.'), (0, 'user', 4, 6, 'No, three?'),
         (1, 'assistant', 7, 8, 'Three.')])
-    first.update(expected=[dict(role='assistant', start=75, end=95, text='It is two.')])
+    first.update(expected=[dict(role='assistant', start=75, end=95, text='It is two.'),
+                           dict(role='assistant', start=96, end=105, text='I th')])     # interrupted
     first['turns'][2]['words'] = [
         dict(text='No,', start=100, end=110), dict(text='three?', start=111, end=150)]
     turns = [(i % 2, report.ROLES[i % 2], i + .1, i + 1, f'number {i}') for i in range(28)]
@@ -320,12 +321,12 @@ def test_it_opens_at_once(opened, hundred):
     assert page.title() == 'A hundred'
     assert page.locator('details').count() == 100 and page.locator('img').count() == 0
     first = page.locator('details').first
-    assert first.locator('.turn').count() == 5 and first.locator('.both').count() == 2
+    assert first.locator('.turn').count() == 6 and first.locator('.both').count() == 2
     assert first.locator('.word').all_inner_texts() == ['No,', 'three?']
     marks = ' '.join(first.locator('.mark').all_inner_texts())
     assert '▼ false start' in marks and 'interrupts, yields after 1,000 ms' in marks and '1,000 ms' in marks
     lines = first.locator('.lines li').all_inner_texts()
-    assert len(lines) == 5 and NASTY.split('\u2028')[0].strip() in lines[0].replace('\n', ' ')
+    assert len(lines) == 6 and NASTY.split('\u2028')[0].strip() in lines[0].replace('\n', ' ')
 
 
 @pytest.mark.slow

@@ -128,8 +128,8 @@ def check_codec(folder, codec, dialogues):
     if codec != theirs:
         raise ValueError(f'{dialogues.folder} was made with codec {theirs["name"]} {theirs["fingerprint"]}, '
                          f'{folder} was trained with codec {codec["name"]} {codec["fingerprint"]}: prepare '
-                         "the data with the checkpoint's codec, take the checkpoint that goes with it, or train "
-                         'anew, into another folder or without --resume')
+                         "the data with the checkpoint's codec, take the checkpoint that goes with it, or "
+                         'train anew, into another folder or without --resume')
 
 
 MOMENTS = {'AdamW': ('exp_avg', 'exp_avg_sq'), 'Muon': ('momentum_buffer',)}     # what each keeps

@@ -48,7 +48,7 @@ def hear(checkpoint, references, batches, on_chunk=lambda: None, **settings):
 def written(outcomes):
     """outcomes: of each conversation what turns.assess returns -> [(the reference's answer, ours)], texts, of
     all turns whose answer the user lets the reference finish"""
-    return [(turn['due']['text'], ' '.join(part['text'] for part in turn['said']))
+    return [(turn['due']['text'], ' '.join(part['text'] for part in turn['said']).strip())
             for turns in outcomes for turn in turns if turn['due']]
 
 

@@ -67,6 +67,9 @@ def test_codes_against_the_reference():
     assert found == dict(n_answer=2, code_error_rate=0.25, code_error_rate_of_another_answer=1.0,
                          spoken_accuracy=1.0)
     assert compare(ANSWERS[0], ANSWERS[1])['spoken_accuracy'] == 0.5        # nothing is said the second time
+    # the last answer in two parts, none of which is written
+    parts = [dict(ANSWERS[2], end=50, text=''), dict(ANSWERS[2], start=52, text='')]
+    assert 'answer_accuracy' not in compare(*[dict(t, text='') for t in ANSWERS[:2]], *parts)
 
 
 def test_the_table_leaves_out_what_was_not_measured():

@@ -159,8 +159,8 @@ def tables(runs):
         cells = []
         for key in keys:
             found, form = mean_and_deviation(each, key), FIGURES[key].form
-            spread = form.format(found[1]).rstrip('% ms') if found else ''
-            cells.append(f'{form.format(found[0])} ± {spread}' if found else '')
+            spread = f' ± {form.format(found[1]).rstrip("% ms")}' if found and found[2] > 1 else ''
+            cells.append(form.format(found[0]) + spread if found else '')
         rows.append([name, *cells, str(len(each))])
     claims = [['claim', 'here', 'the paper'], ['---'] * 3]
     for claim in CLAIMS:

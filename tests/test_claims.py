@@ -17,10 +17,10 @@ def runs_of(**values):
 
 
 @pytest.mark.parametrize('base, other, said', [
-    ((0.9, 0.92, 0.94), (0.5, 0.6, 0.4), 'holds here: 92% against 50%'),
-    ((0.5, 0.6, 0.4), (0.9, 0.92, 0.94), 'does not hold: 50% against 92%'),
-    ((0.9, 0.8, 0.7), (0.8, 0.7, 0.75), 'cannot be told: 80% against 75%'),     # 0.05; two errors are 0.129
-    ((0.9, 0.8, 0.7), (0.6, 0.7, 0.65), 'holds here: 80% against 65%'),         # 0.15; two errors are 0.129
+    ((0.9, 0.92, 0.94), (0.5, 0.6, 0.4), 'holds here: 92.0% against 50.0%'),
+    ((0.5, 0.6, 0.4), (0.9, 0.92, 0.94), 'does not hold: 50.0% against 92.0%'),
+    ((0.9, 0.8, 0.7), (0.8, 0.7, 0.75), 'cannot be told: 80.0% against 75.0%'),     # 0.05; two errors are 0.129
+    ((0.9, 0.8, 0.7), (0.6, 0.7, 0.65), 'holds here: 80.0% against 65.0%'),         # 0.15; two errors are 0.129
     ((0.9, 0.8, 0.7), (0.8,), None),                                            # one seed says nothing
 ])
 def test_verdict(base, other, said):
@@ -65,9 +65,9 @@ def test_runs_become_a_table(tmp_path, capsys, monkeypatch):
     assert tables(runs).splitlines() == [
         '| line | spoken answer right | response | bits a second | seeds |',
         '| --- | --: | --: | --: | --: |',
-        '| base | 95% ± 7 | 120 ms ± 0 | 5.2 ± 0.0 | 2 |',
-        '| no alignment | 20% | 120 ms | 5.2 | 1 |',
-        '| before | 50% | 120 ms | 5.2 | 1 |']
+        '| base | 95.0% ± 7.1 | 120 ms ± 0 | 5.2 ± 0.0 | 2 |',
+        '| no alignment | 20.0% | 120 ms | 5.2 | 1 |',
+        '| before | 50.0% | 120 ms | 5.2 | 1 |']
     pytest.importorskip('matplotlib')
     monkeypatch.setattr('sys.argv', ['claims', str(tmp_path), f'--figure={tmp_path / "a.png"}',
                                      f'--result={tmp_path / "a.json"}'])

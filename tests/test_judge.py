@@ -331,8 +331,10 @@ def test_killed_and_resumed(tmp_path, how, monkeypatch, capsys):
         arguments = [f'--url={url}', '--model=m', '--n_parallel=2', f'--out={tmp_path}/out',
                      *write_transcripts(tmp_path, 6)]
         monkeypatch.setenv('OPENAI_API_KEY', KEY)
-        process = subprocess.Popen([sys.executable, '-m', 'measures.judge', *arguments], cwd=ROOT,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, '-m', 'measures.judge', *arguments], cwd=ROOT, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,       # a shell's background job, and what it starts, ignores Ctrl-C
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         while len(requests) < 5:
             time.sleep(0.01)
         time.sleep(0.05)

@@ -38,7 +38,7 @@ from flatten import ROLES
 from measures import foreign, full_duplex_bench, judge, report, turnbench, words
 from measures.losses import by_stream, loss_sums
 from measures.replies import hear, is_right, replies, side_by_side, stops, written
-from measures.turns import PATIENCE_SEC, assess, conversation, mean, summarise, who_speaks
+from measures.turns import PATIENCE_SEC, assess, conversation, mean, summarise, who_speaks, with_user_of
 from measures.words import plain
 
 
@@ -108,7 +108,7 @@ ROWS = [
     ('… false starts, in a turn of the user', 'false_start_rate', '', ''),
     ('… pauses of the user; taken for the end', 'n_pause pause_taken_rate', '', ''),
     ('… speaks again, unprompted', 'unprompted_rate', '', ''),
-    ("user interrupts, times; while it speaks", 'n_interruption n_interruption_speaking', '', ''),
+    ('user interrupts, times; while it speaks', 'n_interruption n_interruption_speaking', '', ''),
     *acc_rows('… it is silent', 'user',
               [(1, '10.9 %', '0.0 %'), (5, '30.9 %', '6.2 %'), (10, '41.8 %', '14.8 %'),
                (25, '51.8 %', '45.7 %')]),
@@ -262,11 +262,9 @@ def measure_checkpoint(cfg):
         return metrics, [], []
     conversations = []
     for i, (reference, dialogue) in enumerate(zip(references, decoded)):
-        user, expected = ([turn for turn in reference['turns'] if turn['role'] == role] for role in ROLES)
         is_rendered = has_sound and (i < cfg.n_report or cfg.whisper or cfg.export)
         wave = render(dialogue, codec) if is_rendered else None
-        conversations.append(conversation(reference['id'], codec.rate_hz, user, dialogue, codec.silence_codes,
-                                          checkpoint.layout.speech_chunk, expected, wave, codec.sample_rate))
+        conversations.append(with_user_of(reference, dialogue, codec, checkpoint.layout.speech_chunk, wave))
     if cfg.turnbench:
         write_turnbench(cfg, checkpoint, references, decoded, dtype)
     outcomes = [assess(talk) for talk in conversations]

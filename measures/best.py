@@ -17,7 +17,7 @@ from codec import load_codec
 from decode import Sampling
 from flatten import ROLES
 from measures.replies import hear, is_right, replies, side_by_side, written
-from measures.turns import assess, conversation, summarise
+from measures.turns import assess, summarise, with_user_of
 from respond import said_text
 
 FIGURES = dict(loss='loss', answers='answer_accuracy', turns='well_taken_rate')
@@ -109,11 +109,8 @@ class Examiner:
             found = replies(checkpoint, self.dialogues, **settings)
             return dict(answer_accuracy=found.get('answer_accuracy', 0.0))      # it may have written nothing
         decoded = hear(checkpoint, self.dialogues, side_by_side(self.dialogues, BATCH_SIZE), **settings)
-        outcomes = []
-        for reference, dialogue in zip(self.dialogues, decoded):
-            user, expected = ([turn for turn in reference['turns'] if turn['role'] == role] for role in ROLES)
-            outcomes.append(assess(conversation(reference['id'], codec.rate_hz, user, dialogue,
-                                                codec.silence_codes, layout.speech_chunk, expected)))
+        outcomes = [assess(with_user_of(reference, dialogue, codec, layout.speech_chunk))
+                    for reference, dialogue in zip(self.dialogues, decoded)]
         found = summarise([turn for turns in outcomes for turn in turns], codec.rate_hz)
         if said_text(layout):
             right = [is_right(*texts) for texts in written(outcomes)]

@@ -24,10 +24,11 @@ from common.device import pick_device, pick_dtype
 from common.files import JSON_TEXT, read_json, whole
 from config import Parser
 from data.dialogues import Dialogues
-from decode import Sampling, converse, render
+from decode import Sampling, render
 from flatten import ROLES, START
+from measures import replies
 from measures.report import is_wrong, marks, mp3, percent, table, template
-from measures.turns import assess, conversation, stretches
+from measures.turns import assess, stretches, with_user_of
 
 STYLE = """
 .plain td:nth-child(n) { font-weight: 400; color: var(--ink); }
@@ -82,24 +83,19 @@ def hear(folder, data, references, device, user_waves):
     """-> of the checkpoint in folder a conversation (measures/turns.py) with each reference's user.
     user_waves: {id: wave}, those decoded so far."""
     checkpoint = load_checkpoint(folder, device)
-    model, vocab, codec, info = checkpoint
+    codec, layout = checkpoint.codec, checkpoint.layout
     check_codec(folder, codec.describe(), data)
-    layout = checkpoint.layout
     if layout.order != 'chunks' or not layout.period or not layout.has_speech_of('assistant'):
         raise ValueError(f'{folder} decodes in {layout.name}, in which the assistant does not speak chunk by '
                          'chunk: it has no conversation to be heard')
-    decoded, _ = converse(
-        model, vocab, layout, [each['user'] for each in references], codec.silence_codes[0].tolist(),
-        prompts=[each.get('prompt', '') for each in references], dtype=pick_dtype('auto', device),
-        sampling=Sampling(0.0, 0.0, text_weight=info.text_weight))
+    decoded = replies.hear(checkpoint, references, [range(len(references))], dtype=pick_dtype('auto', device),
+                           sampling=Sampling(text_weight=checkpoint.info.text_weight))
     heard = []
     for reference, dialogue in zip(references, decoded):
         if reference['id'] not in user_waves:
             user_waves[reference['id']] = codec.decode(np.asarray(reference['user']))
         wave = render(dialogue, codec, user_waves[reference['id']])
-        user, expected = ([turn for turn in reference['turns'] if turn['role'] == role] for role in ROLES)
-        heard.append(conversation(reference['id'], codec.rate_hz, user, dialogue, codec.silence_codes,
-                                  layout.speech_chunk, expected, wave, codec.sample_rate))
+        heard.append(with_user_of(reference, dialogue, codec, layout.speech_chunk, wave))
     return heard
 
 

@@ -74,10 +74,7 @@ class Listener:
         conversations = []
         for reference, dialogue in zip(self.dialogues, decoded):
             wave = self.render(reference, dialogue, codec)
-            user, expected = ([turn for turn in reference['turns'] if turn['role'] == role] for role in ROLES)
-            conversation = turns.conversation(
-                reference['id'], self.rate_hz, user, dialogue, codec.silence_codes, layout.speech_chunk,
-                expected, wave, codec.sample_rate)
+            conversation = turns.with_user_of(reference, dialogue, codec, layout.speech_chunk, wave)
             path = os.path.join(folder, f'step-{step:06d}-' + file_name(reference['id']))
             write_transcript(path + '.jsonl', conversation, self.rate_hz)
             if wave is not None:

@@ -65,6 +65,13 @@ def conversation(id, rate_hz, user, decoded, silence_codes, chunk_frames=0, expe
                 wave=wave, sample_rate=sample_rate, chunk_frames=chunk_frames)
 
 
+def with_user_of(reference, decoded, codec, chunk_frames, wave=None):
+    """-> the conversation that a model had with the user of a reference, which is a dialogue of the data"""
+    user, expected = ([turn for turn in reference['turns'] if turn['role'] == role] for role in ROLES)
+    return conversation(reference['id'], codec.rate_hz, user, decoded, codec.silence_codes, chunk_frames,
+                        expected, wave, codec.sample_rate)
+
+
 def stretches(speaks, rate_hz, join_sec=JOIN_SEC):
     """bool [n_frame] -> [(start, end)] of the speech; gaps shorter than join_sec don't end a stretch."""
     joined = []

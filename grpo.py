@@ -39,15 +39,14 @@ from common.files import whole
 from common.origin import git
 from data.dialogues import Dialogues
 from decode import Duplex, Sampling, to_dialogue
-from flatten import ROLES
 from measures.listen import cut
 from measures.logger import Logger
 from measures.replies import is_right, written
-from measures.turns import assess, conversation, mean, summarise
+from measures.turns import assess, mean, summarise, with_user_of
 from model import attend_dense
 from parallel import Copies
 
-PROMPT_SEC, LATE_SEC = 0.2, 0.8     # answers and silences earn all by the first, nothing from the second on
+SOON_SEC, LATE_SEC = 0.2, 0.8     # answers and silences earn all by the first, nothing from the second on
 
 
 @dataclass(frozen=True)
@@ -93,11 +92,11 @@ class Config:
 # ------------------------------------------------------------------------------------------------------------
 # conversations and what they earn
 
-def prompt(n_frame, rate_hz):
-    """1 for what happens within PROMPT_SEC, less and less until LATE_SEC; 0 for None: it never does"""
+def earliness(n_frame, rate_hz):
+    """1 for what happens within SOON_SEC, less and less until LATE_SEC; 0 for None: it never does"""
     if n_frame is None:
         return 0.0
-    late = (n_frame / rate_hz - PROMPT_SEC) / (LATE_SEC - PROMPT_SEC)
+    late = (n_frame / rate_hz - SOON_SEC) / (LATE_SEC - SOON_SEC)
     return 1 - min(max(late, 0.0), 1.0)
 
 
@@ -112,9 +111,9 @@ def reward(turn, rate_hz):
         any                 -1 for beginning to speak inside the turn, or talking on; -1 for speaking again
                             after the answer
     """
-    when = prompt(turn['response'], rate_hz) if turn['expects'] else 0.0
+    when = earliness(turn['response'], rate_hz) if turn['expects'] else 0.0
     if turn['kind'] == 'interruption':
-        when += prompt(turn['yielded'], rate_hz)
+        when += earliness(turn['yielded'], rate_hz)
     when -= sum((turn['stopped'], turn['false_start'] is not None, turn['unprompted'] is not None))
     return when, float(sum(is_right(*pair) for pair in written([[turn]])))
 
@@ -167,7 +166,7 @@ def talk(world, model, dialogues, n_sample, temperature, seed=0):
     return torch.cat(duplex.ids, 1), duplex
 
 
-def judge(world, ids, dialogues, n_sample):
+def assess_all(world, ids, dialogues, n_sample):
     """ids of conversations -> [outcomes of measures/turns.py: one for each turn of the user] of each"""
     codec, outcomes = world.codec, []
     for row, ids_of_row in enumerate(ids.cpu().numpy()):
@@ -181,9 +180,7 @@ def judge(world, ids, dialogues, n_sample):
 
 def assess_one(world, reference, said):
     """said: the dialogue that somebody had with the reference's user"""
-    user, expected = ([turn for turn in reference['turns'] if turn['role'] == role] for role in ROLES)
-    return assess(conversation(reference['id'], world.codec.rate_hz, user, said, world.codec.silence_codes,
-                               world.layout.speech_chunk, expected))
+    return assess(with_user_of(reference, said, world.codec, world.layout.speech_chunk))
 
 
 def advantages(world, outcomes, n_sample, n_chunk):
@@ -255,7 +252,7 @@ def take_step(world, model, reference, gradients, optimizer, dialogues, seed):
     cfg, place, start = world.cfg, world.place, time.time()
     ids, duplex = talk(world, model, dialogues, cfg.n_sample, cfg.temperature, seed)
     ids = ids.clone()           # of inference mode: nothing that is learned from may be
-    outcomes = judge(world, ids, dialogues, cfg.n_sample)
+    outcomes = assess_all(world, ids, dialogues, cfg.n_sample)
     talk_sec = time.time() - start
     n_chunk = torch.tensor([world.layout.n_chunk(len(each['user'])) for each in dialogues])
     n_chunk = n_chunk.repeat_interleave(cfg.n_sample).to(place.device)
@@ -312,6 +309,9 @@ def pick_users(world, dialogues, n_frame, decisive=False):
         if n_user != n_assistant or n_user < world.layout.speech_chunk:
             continue
         reference = cut(dialogues[i], n_frame)
+        if reference.get('prompt'):
+            raise ValueError(f'{dialogues.folder}/{dialogues.split}.arrow: record {i} has a prompt: grpo.py '
+                             'talks without prompts, so it needs data without them')
         turns = assess_one(world, reference, reference)
         found += [i] * bool(turns)
         harder += [i] * any(turn['kind'] != 'question' or turn['pauses'] for turn in turns)
@@ -342,6 +342,8 @@ def main(cfg):
                  sec_heard=0.0)
     if resume_from:
         state |= checkpoint.load_state(resume_from, model, optimizer)
+    if state['best_by'] != 'reward':
+        raise ValueError(f'{cfg.out_dir} holds a run of train.py: choose another --out_dir')
     state['facts'] = describe(cfg, data, layout)
     open_out_dir(cfg, place, resume_from, state)
     logger, saver = Logger(cfg, state['step']) if place.is_main else None, checkpoint.Saver()
@@ -394,7 +396,7 @@ def describe(cfg, data, layout):
 def measure(world, model, val, state, logger):
     """Talks to the users of val as evaluate.py would; notes the best reward in state."""
     part = val[world.place.rank::world.place.world_size]
-    outcomes = judge(world, talk(world, model, part, 1, 0.0)[0], part, 1) if part else []
+    outcomes = assess_all(world, talk(world, model, part, 1, 0.0)[0], part, 1) if part else []
     values = figures(world, sum(world.place.gather(outcomes), []))
     if state['step'] and (state['best'] is None or values['reward'] > state['best']):
         state.update(best=values['reward'], best_step=state['step'])

@@ -10,7 +10,7 @@ from common.device import Place
 from data.dialogues import Dialogues
 from decode import Duplex
 from flatten import get_layout
-from grpo import World, advantages, fill_places, log_probs, loss_sums, prompt, reward, talk
+from grpo import World, advantages, earliness, fill_places, log_probs, loss_sums, reward, talk
 from measures.turns import assess
 from tests.test_turns import converse
 
@@ -57,8 +57,8 @@ def test_what_interruptions_and_backchannels_earn():
     assert earned == pytest.approx([1.0, 1 - 3 / 15, 0.0, -1.0])
 
 
-def test_prompt():
-    assert [prompt(n, 25.0) for n in (None, -3, 0, 5, 20, 80)] == [0, 1, 1, 1, 0, 0]
+def test_earliness():
+    assert [earliness(n, 25.0) for n in (None, -3, 0, 5, 20, 80)] == [0, 1, 1, 1, 0, 0]
 
 
 def test_the_policy_is_that_of_decoding(world):
@@ -160,7 +160,17 @@ def test_bad_settings_are_told(small_run):
         given = dict(init_from=str(folder), data=str(data), out_dir=str(folder), tensorboard=False) | settings
         with pytest.raises(ValueError, match=words):
             grpo.main(grpo.Config(**given))
-    assert load_checkpoint(str(folder))
+        assert load_checkpoint(str(folder))
+    with pytest.raises(ValueError, match='holds a run of train.py'):
+        grpo.main(grpo.Config(**dict(given, n_sample=2, temperature=1.0, data=str(data), resume=True)))
+
+
+def test_prompts_are_refused(world, monkeypatch):
+    """The conversations would be without them."""
+    data, record = Dialogues(world[0].cfg.data, 'train'), dict(users(world[0], 1)[0], prompt='Go on.')
+    monkeypatch.setattr(Dialogues, '__getitem__', lambda self, i: record)
+    with pytest.raises(ValueError, match='record 0 has a prompt'):
+        grpo.pick_users(world[0], data, 100)
 
 
 def test_layouts_without_chunks_are_refused():

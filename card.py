@@ -39,8 +39,7 @@ In a clone of nanoduplex, after `pip install -e '.[audio]'`:
 {sample}
 
 transformers opens the folder, too, with the same logits and ids (`AutoModelForCausalLM`, `AutoTokenizer`),
-but knows nothing of the layout: it
-cannot converse.
+but knows nothing of the layout: it cannot converse.
 
 ## What it was trained on
 

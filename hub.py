@@ -180,7 +180,7 @@ def write_parquet(folder, name, table, n_row):
 
 
 def copy_rest(source, target):
-    """What belongs to the records: the codec, the tokenizer, the settings they were prepared with."""
+    """What belongs to the records: the codec and the tokenizer."""
     for name in ('codec', 'tokenizer'):
         if os.path.isdir(os.path.join(source, name)):
             shutil.copytree(os.path.join(source, name), os.path.join(target, name))

@@ -1,6 +1,6 @@
 """
-The demo's speech codec: 25 integers a second, fitted in a minute on a CPU to voices that data/demo/prepare.py
-draws. A big tokeniser (CosyVoice's: s3.py) is made the same way, of more.
+The demo's speech codec: 25 integers a second, fitted in a minute and a half on a CPU to voices
+that data/demo/prepare.py draws. A big tokeniser (CosyVoice's: s3.py) is made the same way, of more.
 """
 import functools
 import hashlib

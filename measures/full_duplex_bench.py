@@ -261,7 +261,7 @@ def read_people(folder):
 
 
 def table(found):
-    """What measure returned -> lines, ours beside the published; '' if there are no samples"""
+    """What measure returned -> lines, what was measured beside the published; '' if there are no samples"""
     rows = []
     for figures in found:
         name, n = figures['task'], figures['n']
@@ -273,7 +273,7 @@ def table(found):
                              *map(as_text, PUBLISHED.get((name, key), [None] * len(SYSTEMS)))])
     if not rows:
         return ''
-    head = 'Full-Duplex-Bench, by its definitions', 'n', 'ours', *(f'{system}*' for system in SYSTEMS)
+    head = 'Full-Duplex-Bench, by its definitions', 'n', 'measured', *(f'{system}*' for system in SYSTEMS)
     rows = [head, *rows]
     wide = [max(map(len, column)) for column in zip(*rows)]
     lines = ['  '.join([row[0].ljust(wide[0]), *map(str.rjust, row[1:], wide[1:])]) for row in rows]

@@ -92,7 +92,8 @@ def marks(outcomes, rate_hz, has_text=True):
     for f in outcomes:
         start, end, response, yielded = f['start'], f['end'], f['response'], f['yielded']
         if f['kind'] == 'interruption':
-            outcome = 'never yields' if yielded is None else f'yields after {ms(yielded)}'
+            outcome = f'yields after {ms(yielded)}' if yielded is not None else \
+                'never yields' if f['was_speaking'] else 'finds it silent'
             yield 'interruption', start, start + (yielded or 0), f'interrupts, {outcome}', start
         if f['kind'] == 'backchannel':
             is_stopped = yielded is not None and yielded <= patience

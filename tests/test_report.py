@@ -40,8 +40,8 @@ def turn(start, end, **more):
     response = more.get('response')
     speaks = np.arange(MAX_K) >= (MAX_K if response is None else response)
     default = dict(kind='question', response=None, expects=True, false_start=None, yielded=None,
-                   unprompted=None, speaks_from_end=speaks, speaks_from_start=np.zeros(MAX_K, bool),
-                   due=None, said=[])
+                   unprompted=None, was_speaking=True, due=None, said=[], speaks_from_end=speaks,
+                   speaks_from_start=np.zeros(MAX_K, bool))
     return dict(default, start=start, end=end, **more)
 
 

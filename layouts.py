@@ -49,6 +49,10 @@ LAYOUTS = {
     'duplex3_user': ('chunks', 'user.speech 10, assistant.text 2, assistant.speech 10'),
     'duplex3_real': ('chunks', '~user.speech 10, assistant.text 2, assistant.speech@real 10'),
 
+    # what was said, without a sound: a model of text to start from, or so that speech does not displace it
+    'text':        ('turns',  {'user':      '<|user|> text <|eot|>',
+                               'assistant': '<|assistant|> text <|eot|>'}),
+
     # the neighbours; what each leaves out or adds stands in docs/layouts.md
     'blsp':        ('pair',   '~"###[Human]:" ~prompt ~user.speech ~"\n\n\n###[Assistant]:" assistant.text '
                               '<|endoftext|>'),

@@ -46,12 +46,13 @@ def over_processes(place, sums, sec):
 
 def by_stream(sums, sec):
     """stream_sums -> {'loss': nats a token, 'text': …, 'speech': …, 'silence': … (the same for each stream
-    that has tokens), 'bits_per_sec': the sum of all in bits, a second of conversation}"""
+    that has tokens), 'bits_per_sec': the sum of all in bits, a second of conversation; nan of text alone}"""
     nats, counts = sums.tolist()
     if not any(counts):     # each step was skipped
         return dict(loss=math.nan, bits_per_sec=math.nan)
     values = {name: nats[i] / counts[i] for i, name in enumerate(STREAMS) if counts[i]}
-    return dict(loss=sum(nats) / sum(counts), **values, bits_per_sec=sum(nats) / math.log(2) / sec)
+    bits_per_sec = sum(nats) / math.log(2) / sec if sec else math.nan
+    return dict(loss=sum(nats) / sum(counts), **values, bits_per_sec=bits_per_sec)
 
 
 def format_losses(values):

@@ -150,7 +150,7 @@ def test_which_layouts_have_which_figures():
              for name in LAYOUTS}
     both, answers = ['answers', 'turns'], ['answers']
     assert kinds == dict(
-        asr=[], tts=[], half_duplex=answers, duplex3=both, duplex3_user=both,
+        asr=[], tts=[], text=answers, half_duplex=answers, duplex3=both, duplex3_user=both,
         duplex3_real=both, duplex2=['turns'], blsp=answers, salm=[],
         usdm_pretrain=[], usdm_sft=answers, glm4voice=answers, mini_omni=answers, mini_omni2_irq=[],
         outetts=[], outetts3=[], syncllm=['turns'], moshi=both, nemo_duplex=both)

@@ -59,6 +59,14 @@ def test_it_learns(toy):
         'val_text', 'val_speech', 'val_silence', 'val_bits_per_sec', 'train_sec', 'best_val_loss'}
 
 
+def test_text_alone_is_learned(toy):
+    """Nothing of it has a duration: bits a second are unknown, all else is as ever."""
+    metrics = train.main(replace(toy, stages='text:20, duplex3+text:5', log_interval=5))
+    rows = [json.loads(line) for line in (Path(toy.out_dir) / 'log.jsonl').read_text().splitlines()]
+    losses = [row['loss'] for row in rows if row['kind'] == 'train' and row['stage'] == 'text']
+    assert losses[-1] < losses[0] and rows[0]['bits_per_sec'] is None and metrics['val_bits_per_sec'] > 0
+
+
 def test_a_layout_of_ones_own_is_trained_and_decoded(toy, monkeypatch):
     """One line in the table, as docs/format.md has it: what streams equals what is computed whole."""
     monkeypatch.setitem(LAYOUTS, 'speech_first',

@@ -22,7 +22,7 @@ tokens that a slot allows. out_dir is what train.py writes, too; --resume=true g
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 from uuid import uuid4
 
@@ -344,7 +344,10 @@ def main(cfg):
         state |= checkpoint.load_state(resume_from, model, optimizer)
     if state['best_by'] != 'reward':
         raise ValueError(f'{cfg.out_dir} holds a run of train.py: choose another --out_dir')
-    state['facts'] = describe(cfg, data, layout)
+    facts = describe(cfg, data, val_data, layout)
+    if resume_from and (changed := guard.compare(state['facts'], facts, {}, resume_from)) and place.is_main:
+        print(changed)
+    state['facts'] = facts
     open_out_dir(cfg, place, resume_from, state)
     logger, saver = Logger(cfg, state['step']) if place.is_main else None, checkpoint.Saver()
     with guard.Guard(place, cfg.save_interval_sec, cfg.timeout_sec, saver) as watch:
@@ -384,13 +387,14 @@ def main(cfg):
     return state
 
 
-def describe(cfg, data, layout):
-    """What checkpoints say of the run (checkpoint.describe_run)"""
+def describe(cfg, data, val_data, layout):
+    """What the run depends on (guard.compare), and checkpoints say of it (checkpoint.describe_run)"""
     n_token = layout.n_chunk(int(np.mean(data.n_frame[0][data.n_frame[1] > 0]))) * layout.period
-    return dict(data=cfg.data, stages=f'grpo.{layout.name}:{cfg.n_step}', init_from=cfg.init_from,
-                optimizer='adamw', learning_rate=cfg.learning_rate, seed=cfg.seed, torch=torch.__version__,
-                commit=git('describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'),
-                batch_tokens=cfg.n_user * cfg.n_sample * n_token)
+    facts = asdict(cfg) | {f'{cfg.data}, {each.split}: dialogues': len(each) for each in (data, val_data)}
+    del facts['n_step']     # the learning rate has no end: a longer run begins with the shorter one
+    return facts | dict(stages=f'grpo.{layout.name}', optimizer='adamw', torch=torch.__version__,
+                        commit=git('describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'),
+                        batch_tokens=cfg.n_user * cfg.n_sample * n_token)
 
 
 def measure(world, model, val, state, logger):

@@ -138,7 +138,7 @@ def test_a_step_makes_the_better_conversation_likelier(world, parts):
     assert short[2] == n_token - 2 * 12 * 2
 
 
-def test_resumed_equals_uninterrupted(small_run, tmp_path):
+def test_resumed_equals_uninterrupted(small_run, tmp_path, capsys):
     data, folder = small_run
     cfg = grpo.Config(init_from=str(folder), data=str(data), out_dir=str(tmp_path / 'a'), n_step=3, n_user=2,
                       n_sample=2, eval_interval=1, tensorboard=False)
@@ -151,6 +151,9 @@ def test_resumed_equals_uninterrupted(small_run, tmp_path):
     start = load_checkpoint(str(folder)).model.state_dict()
     assert any(not torch.equal(weights[0][name], start[name]) for name in start)
     load_checkpoint(str(tmp_path / 'a'))        # the best one is published, and is a checkpoint as any other
+    assert 'note: changed' not in capsys.readouterr().out       # a longer run is no other
+    grpo.main(replace(cfg, out_dir=str(tmp_path / 'b'), resume=True, kl_weight=0.5, n_step=4))
+    assert 'kl_weight 0.1 -> 0.5; the run may not end' in capsys.readouterr().out
 
 
 def test_bad_settings_are_told(small_run):

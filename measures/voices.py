@@ -87,16 +87,17 @@ def echo(wave, rng, decay_sec=0.3):
     return np.convolve(wave, response)
 
 
-def record(wave, rng, is_room):
-    """-> a user's wave with noise before, under and behind the question; second at which the question ends"""
-    wave = np.pad(wave * LEVEL / np.sqrt(np.mean(wave ** 2)), (round(LEAD_SEC * SAMPLE_RATE), 0))
+def record(wave, rng, is_room, level=LEVEL):
+    """-> a user's wave with noise before, under and behind the question; second at which the question ends.
+    level: the root mean square of the speech"""
+    wave = np.pad(wave * level / np.sqrt(np.mean(wave ** 2)), (round(LEAD_SEC * SAMPLE_RATE), 0))
     end_sec = len(wave) / SAMPLE_RATE
     wave = np.pad(wave, (0, round(REPLY_SEC * SAMPLE_RATE)))
     if is_room:
         wave = echo(wave, rng)[:len(wave)]
     noise = noises()[rng.integers(len(noises()))]
     at = rng.integers(len(noise) - len(wave))
-    wave = add_noise(wave, noise[at:at + len(wave)], 20 if is_room else 35, LEVEL ** 2)
+    wave = add_noise(wave, noise[at:at + len(wave)], 20 if is_room else 35, level ** 2)
     return wave.astype(np.float32), end_sec
 
 
@@ -127,6 +128,8 @@ def main():
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--checkpoint', default='out/demo', help='of duplex3 or duplex2')
     parser.add_argument('--data', default='data/demo', help='whose test split has the questions and answers')
+    parser.add_argument('--level_db', type=float, default=0.0,
+                        help='how much louder the voices are than 22 dB below full scale: -20 is soft')
     parser.add_argument('--result', help='a JSON file for the figures')
     args = parser.parse_args()
     device = pick_device('auto')
@@ -138,22 +141,23 @@ def main():
     answers, espeak = asked(dialogues), Espeak(forgets=True)
     voices = {'espeak-ng, unheard': lambda text: espeak.say(
         text, TEST_VOICES[list(answers).index(text) % len(TEST_VOICES)])[0], **find_voices()}
-    rows = {}
+    rows, level = {}, LEVEL * 10 ** (args.level_db / 20)
     for voice, say in tqdm(voices.items(), desc='voices', leave=False, disable=None):
         waves = [say(text) for text in answers]
         for where in ('clean', 'room'):
             rng = np.random.default_rng(1)
-            recorded, ends_sec = zip(*(record(wave, rng, where == 'room') for wave in waves))
+            recorded, ends_sec = zip(*(record(wave, rng, where == 'room', level) for wave in waves))
             rows.setdefault(voice, {})[where] = ask(checkpoint, recorded, ends_sec, answers.values(),
                                                     pick_dtype('auto', device))
     people = [row for voice, row in rows.items() if not voice.startswith('espeak')]
     if people:
         rows['people, all'] = {where: {key: np.mean([row[where][key] for row in people])
                                        for key in people[0][where]} for where in people[0]}
-    print(f'{len(answers)} questions, each asked once by every voice')
+    print(f'{len(answers)} questions, each asked once by every voice, at {args.level_db:+g} dB')
     print(table(rows))
     if args.result:
-        write_json(args.result, dict(origin=describe_run(), n_question=len(answers), voices=rows))
+        write_json(args.result, dict(origin=describe_run(), n_question=len(answers), level_db=args.level_db,
+                                     voices=rows))
 
 
 if __name__ == '__main__':

@@ -26,7 +26,7 @@ Python has queued more. So here no pass on a GPU asks for a value.
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from inspect import signature
 from pathlib import Path
@@ -508,35 +508,6 @@ class Qwen2(nn.Module):
 
     def n_param(self):
         return sum(p.numel() for p in self.parameters()) # a tied head counts once
-
-    @torch.no_grad()
-    def grow(self, vocab_size, new, n_text, how='spread', scale=0.5, words=None, seed=0):
-        """
-        Makes the vocabulary vocab_size long and gives the rows `new` a start, in the embedding and in an
-        untied head; all other rows stay. The paper does not say how. In transformers' resize_token_embeddings
-        all codes start the same, as it draws with 1e-9 of the old covariance. Here, by `how`:
-            spread  mean of the n_text old rows, plus scale times their standard deviation, drawn for each
-            words   mean of the rows words[i] (ids of text that describes i); spread for i not in words
-            normal  N(0, 0.02)
-            zeros
-        """
-        if how not in ('spread', 'words', 'normal', 'zeros'):
-            raise ValueError(f"new rows can start from 'spread', 'words', 'normal' or 'zeros', not {how!r}")
-        untouched = set(range(len(self.model.embed_tokens.weight), vocab_size)) - set(new)
-        assert not untouched, f'rows {sorted(untouched)[:5]} .. would have no start'
-        generator, new = torch.Generator().manual_seed(seed), torch.tensor(new)
-        for layer in [self.model.embed_tokens] + [self.lm_head] * (self.lm_head is not None):
-            old = layer.weight
-            rows = old.new_zeros(vocab_size, old.size(1)) # (V, C)
-            rows[:len(old)] = old
-            mean, std = 0.0, 0.02 if how == 'normal' else 0.0
-            if how in ('spread', 'words'):
-                mean, std = old[:n_text].mean(0), scale * old[:n_text].std(0)
-            rows[new] = mean + std * torch.randn(len(new), old.size(1), generator=generator)
-            for i, ids in (words.items() if how == 'words' else ()):
-                rows[i] = old[ids].mean(0)
-            layer.weight = nn.Parameter(rows)
-        self.config = replace(self.config, vocab_size=vocab_size)
 
     def flops_per_token(self, learned_share=1.0, mean_keys=0.0):
         """

@@ -29,6 +29,7 @@ import torch.distributed as dist
 import checkpoint
 import config
 import guard
+from codec import load_codec
 from common.device import Place, join
 from common.files import remove, whole
 from common.memory import check_memory, find_batch_size, peak_bytes
@@ -42,7 +43,8 @@ from measures.logger import Logger, log_evaluation, log_training, print_stage, p
 from measures.losses import Meter, by_stream, loss_sums, over_processes, token_weights
 from model import ModelConfig, Qwen2
 from parallel import Copies, Shards
-from vocabulary import CONTROL, Vocabulary
+from rows import grow
+from vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,11 @@ class Config:
     learn_user_text: bool = True        # half_duplex: is the user's text a target; the paper does not say
 
     # model: init_from is a checkpoint, whose sizes are taken; None starts from random weights. A Hugging Face
-    # Qwen2 gets new rows for control tokens and speech codes, which start as new_rows says (Qwen2.grow)
+    # Qwen2 gets new rows for control tokens and speech codes, which start as new_rows says (rows.py); with
+    # codec, the codes' rows of random weights start so, too
     init_from: str | None = None
-    new_rows: str = 'spread'            # spread, words, normal or zeros
-    new_rows_scale: float = 0.5         # of spread, in standard deviations of the old rows
+    new_rows: str = 'spread'            # spread, words, codec, normal or zeros
+    new_rows_scale: float = 0.5         # of the first three, in standard deviations of the text's rows
     n_layer: int = 4
     n_head: int = 6
     n_kv_head: int = 2
@@ -321,10 +324,15 @@ def build_model(cfg, place, dialogues, resume_from):
     control = dict.fromkeys(name for layout in layouts for name in layout.control)
     vocab = Vocabulary.load(folder or os.path.join(dialogues.folder, 'tokenizer'), dialogues.codec['n_codes'],
                             control)
+    vectors = load_codec(dialogues.folder).vectors() if cfg.new_rows == 'codec' else None
     names = 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner'
     if not folder:
         sizes = {name: getattr(cfg, name) for name in names}
-        return cfg, Qwen2(ModelConfig(vocab.size, cfg.block_size, **sizes)).to(device), vocab
+        model = Qwen2(ModelConfig(vocab.size, cfg.block_size, **sizes))
+        if cfg.new_rows == 'codec':
+            codes = range(vocab.code_start, vocab.code_start + vocab.n_codes)
+            grow(model, vocab, codes, 'codec', cfg.new_rows_scale, vectors, cfg.seed)
+        return cfg, model.to(device), vocab
     model, notes = Qwen2.from_pretrained(folder), []
     if cfg.block_size > model.config.block_size:
         notes.append(f'note: block_size={cfg.block_size}, {folder} has seen contexts of at most '
@@ -336,10 +344,7 @@ def build_model(cfg, place, dialogues, resume_from):
         new = list(dict.fromkeys([*vocab.untrained, *range(model.config.vocab_size, vocab.size)]))
         notes.append(f'{folder}: {len(new)} ids are new of {vocab.size}, '
                      f'their rows start from {cfg.new_rows}')
-        descriptions = {i: vocab.encode(CONTROL.get(name) or name.strip('<|>').replace('_', ' '))
-                        for name, i in vocab.control.items()}
-        words = {i: ids for i, ids in descriptions.items() if i in vocab.untrained}
-        model.grow(vocab.size, new, vocab.n_text, cfg.new_rows, cfg.new_rows_scale, words, cfg.seed)
+        grow(model, vocab, new, cfg.new_rows, cfg.new_rows_scale, vectors, cfg.seed)
     for note in notes if place.is_main else ():
         print(note)
     model.config = replace(model.config, block_size=cfg.block_size)     # the context that it will know

@@ -19,6 +19,7 @@ A codec is anything with these, and a line in CODECS:
     encode_many(waves)      a frame each begun one; the same for a list, in batches
     decode(codes)           what encode returns -> float32 [n_frame * sample_rate / rate_hz]
     stream(), speak()       the same of audio, of codes, that come bit by bit (streaming.py)
+    vectors()               float32 tensor [n_codes, d], near each other where codes are alike
     save(folder), load(folder)
 """
 import importlib

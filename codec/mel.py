@@ -155,6 +155,9 @@ class MelCodec:
         keys = ('name', 'rate_hz', 'n_codes', 'sample_rate', 'fingerprint')
         return {key: getattr(self, key) for key in keys}
 
+    def vectors(self):
+        return self.arrays['centre']
+
     def place(self, mel, state=None):
         """(n_clip, n_frame, PATCH + CONTEXT, n_mel) -> the network's narrow layer and the patch's loudness,
         (n_clip, n_frame, n_dim + 1); state of the GRU"""

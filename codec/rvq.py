@@ -97,6 +97,10 @@ class RvqCodec:
         levels = dict(levels=list(self.levels)) if self.codes_per_frame > 1 else {}
         return {key: getattr(self, key) for key in keys} | levels
 
+    def vectors(self):
+        raise ValueError(f'codec {self.name}: which codes are alike is not known across its codebooks, as '
+                         'new_rows=codec needs; take new_rows=spread')
+
     def load_model(self):
         if self.model is None:
             if sha256_of(weights_in(self.checkpoint)) != self.sha256:

@@ -229,6 +229,13 @@ class S3Codec:
         keys = ('name', 'rate_hz', 'n_codes', 'sample_rate', 'fingerprint')
         return {key: getattr(self, key) for key in keys}
 
+    def vectors(self):
+        if self.variant.startswith('v1'):
+            self.load_model()
+            return self.model.quantizer.codebook.float().cpu()
+        # v2 and v3 round eight numbers to -1, 0, 1 each, the first the last digit of the code
+        return torch.arange(self.n_codes)[:, None] // 3 ** torch.arange(8) % 3 - 1.0
+
     def encode(self, wave):
         """float32 (n_sample,) at 16 kHz -> uint16 (ceil(n_sample / 640),), or 320 at 50 Hz"""
         return self.encode_many([wave])[0]

@@ -445,31 +445,6 @@ def test_start_from_nothing():
     assert losses.mean().item() == pytest.approx(5.55, rel=0.05)
 
 
-@pytest.mark.parametrize('tie', [True, False])
-@pytest.mark.parametrize('how', ['spread', 'words', 'normal', 'zeros'])
-def test_grown_rows(how, tie):
-    """Ids 250 to 255 were spare, 256 to 4351 are new. Old rows stay, and so do the logits of old ids."""
-    model = tiny(tie_embeddings=tie)
-    before, idx = {name: x.clone() for name, x in model.state_dict().items()}, tokens(2, 20, vocab_size=250)
-    logits = model(idx).detach()
-    model.grow(4352, list(range(250, 4352)), n_text=240, how=how, scale=0.5, words={250: [3, 5]})
-    assert model.config.vocab_size == 4352 and (model.lm_head is None) == tie
-    torch.testing.assert_close(model(idx)[..., :250], logits[..., :250])
-    for name in ['model.embed_tokens.weight'] + ['lm_head.weight'] * (not tie):
-        rows, old = model.state_dict()[name], before[name]
-        assert torch.equal(rows[:250], old[:250])
-        new, text = rows[256:], old[:240]
-        mean, std = {'normal': (0, 0.02), 'zeros': (0, 0)}.get(how, (text.mean(0), 0.5 * text.std(0)))
-        # 4,096 draws: their mean is good to 1/64 of a standard deviation, of which we allow 5; their
-        # deviation is good to 1/90
-        assert ((new.mean(0) - mean).abs() <= 5 / 64 * torch.as_tensor(std)).all()
-        torch.testing.assert_close(new.std(0), torch.as_tensor(std).expand(64).float(), rtol=0.06, atol=0)
-        if how == 'words':
-            torch.testing.assert_close(rows[250], (old[3] + old[5]) / 2)
-    with pytest.raises(ValueError, match='not .*middle'):
-        model.grow(4480, list(range(4352, 4480)), 240, how='middle')
-
-
 # ------------------------------------------------------------------------------------------------------------
 # the loss
 

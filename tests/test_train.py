@@ -20,6 +20,8 @@ import checkpoint
 import config
 import train
 from checkpoint import last_state
+from codec import load_codec
+from common.device import Place
 from data.dialogues import Dialogues, save_dialogues
 from decode import Duplex, converse
 from flatten import LAYOUTS, get_layout
@@ -488,6 +490,21 @@ def test_it_is_heard_at_each_kth_evaluation_and_at_the_last(spoken):
     train.main(replace(spoken, eval_interval=2, listen_interval=2, n_listen=1))
     steps = [name.split('-')[1] for name in heard(spoken) if name.endswith('wav')]
     assert steps == ['000004', '000008', '000010']
+
+
+def test_random_weights_start_from_the_codec(spoken, toy):
+    """Rows of codes are as like one another as the codec's own vectors: of the 32 directions here, distances
+    come back to 1 / sqrt(2 * 32) = 13 %."""
+    cfg = replace(spoken, new_rows='codec', new_rows_scale=3.0)
+    place = Place(torch.device('cpu'), torch.float32)
+    _, model, vocab = train.build_model(cfg, place, Dialogues(cfg.data, 'train'), None)
+    codes = model.model.embed_tokens.weight[vocab.code_start:vocab.code_start + vocab.n_codes].detach()
+    near, far = (torch.pdist(x) for x in (codes, load_codec(cfg.data).vectors()))
+    assert torch.corrcoef(torch.stack([near, far]))[0, 1] > 0.8
+    others = model.model.embed_tokens.weight[:vocab.n_text].detach()
+    assert codes.std().item() == pytest.approx(3 * others.std().item(), rel=0.3)
+    with pytest.raises(ValueError, match='no codec in'):
+        train.main(replace(toy, new_rows='codec'))
 
 
 @pytest.mark.parametrize('why', ['no vocoder', 'no soundfile'])

@@ -19,6 +19,7 @@ N_FFT, WINDOW, HOP, N_MEL = 512, 400, 160, 40   # 25 ms windows every 10 ms
 PATCH, CONTEXT = 4, 8       # in 10 ms frames: what a code stands for, and what is heard of what comes next
 FLOOR = 1e-5                # as a power, 50 dB below the level: what is quieter is silence
 SIDE = (WINDOW - HOP) // 2  # samples: centres each window on its 10 ms
+HANN = torch.hann_window(WINDOW).numpy()
 # what espeak-ng's voices keep up for 120 ms, as a power summed over the bands: the median, some -18 dBFS
 TYPICAL = 640.0
 # logarithms of the level before anybody has spoken, 10 dB below espeak-ng's voices, and of the lowest one
@@ -363,7 +364,7 @@ class MelSpeaker:
     lookahead_sec = SIDE / MelCodec.sample_rate
 
     def __init__(self, codec):
-        self.spectra, self.window = codec.spectra, torch.hann_window(WINDOW).numpy()
+        self.spectra, self.silence_codes = codec.spectra, {*codec.silence_codes.tolist()}
         self.rng = np.random.default_rng(0)
         self.target = np.empty((0, N_FFT // 2 + 1), np.float32)     # amplitudes, a row a hop
         self.phase = self.target.astype(np.complex64)               # of length 1
@@ -380,13 +381,13 @@ class MelSpeaker:
     def frames(self, hops=slice(None)):
         """Windows of the hops that have their phases"""
         wave = np.fft.irfft(self.target[:len(self.phase)][hops] * self.phase[hops], N_FFT)[:, :WINDOW]
-        return (wave * self.window).astype(np.float32)
+        return (wave * HANN).astype(np.float32)
 
     def phases(self, first, more=()):
         """What the phases are from hop `first` on in the sum of all windows, with more samples behind it"""
-        wave = add_up(self.frames()) / add_up([self.window ** 2] * len(self.phase)).clip(0.01)
-        wave = np.lib.stride_tricks.sliding_window_view(np.concatenate([wave, more]), WINDOW)[::HOP][first:]
-        phase = np.fft.rfft(wave * self.window, N_FFT)
+        wave = np.concatenate([add_up(self.frames()) / weights(len(self.phase)).clip(0.01), more])
+        starts = np.arange(first, (len(wave) - WINDOW) // HOP + 1)[:, None] * HOP
+        phase = np.fft.rfft(wave[starts + np.arange(WINDOW)] * HANN, N_FFT)
         return (phase / np.abs(phase).clip(1e-12)).astype(np.complex64)
 
     def say(self, code):
@@ -396,11 +397,12 @@ class MelSpeaker:
         for hop in range(n_past, n_past + PATCH):   # faint noise goes on for silence: its phases are random
             more = 1e-6 * self.rng.standard_normal(HOP)
             self.phase = np.concatenate([self.phase, self.phases(hop, more)])
-        for _ in range(self.n_iter):    # keep the amplitudes, let the phases follow from the wave
+        # keep the amplitudes, let the phases follow from the wave; nobody hears the phases of silence
+        for _ in range(0 if code in self.silence_codes else self.n_iter):
             self.phase[n_past:] = self.phases(n_past)
         n = PATCH * HOP
         self.wave = np.pad(self.wave, (0, n)) + add_up(self.frames(slice(n_past, None)))
-        self.weight = np.pad(self.weight, (0, n)) + add_up([self.window ** 2] * PATCH)
+        self.weight = np.pad(self.weight, (0, n)) + weights(PATCH)
         out = loud_enough(self.wave[:n], self.weight[:n])[self.skip:]
         self.wave, self.weight, self.skip = self.wave[n:], self.weight[n:], 0
         self.target, self.phase = self.target[-self.past:], self.phase[-self.past:]
@@ -413,6 +415,12 @@ def add_up(frames):
     for i, frame in enumerate(frames):
         wave[i * HOP:i * HOP + WINDOW] += frame
     return wave
+
+
+@functools.cache
+def weights(n):
+    """What n windows add up to, by which their sum is divided"""
+    return add_up([HANN ** 2] * n)
 
 
 def loud_enough(wave, weight):

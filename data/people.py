@@ -136,9 +136,9 @@ VOICELESS = 'SIL P T K F TH S SH CH HH'.split()
 class People:
     """
     Voices drawn from the acoustic model. It has each of its 42 phonemes as 128 Gaussians over 13 cepstra of
-    25 mel bands, and weights for the beginning, middle and end of the phoneme. A person is a direction in the
-    space of cepstra: of each phoneme they say what lies in that direction. The settings of the cepstra are
-    those of the model's feat.params.
+    25 mel bands, and weights for the beginning, middle and end of the phoneme between this and that other
+    one. A person is a direction in the space of cepstra: of each phoneme they say what lies in that
+    direction. The settings of the cepstra are those of the model's feat.params.
     """
 
     def __init__(self):
@@ -147,8 +147,10 @@ class People:
         self.mean = read_gaussians(os.path.join(folder, 'means'))
         self.std = np.sqrt(read_gaussians(os.path.join(folder, 'variances')).clip(1e-4))
         self.weight = read_weights(os.path.join(folder, 'sendump'))
-        self.number = {name: i for i, name in enumerate(read_phonemes(os.path.join(folder, 'mdef')))}
-        center = np.einsum('ptg,pgc->pc', np.exp(self.weight), self.mean) / 3
+        names, self.keys, self.thirds = read_phonemes(os.path.join(folder, 'mdef'))
+        self.number = {name: i for i, name in enumerate(names)}
+        alone = self.weight[:3 * len(names)].reshape(len(names), 3, -1)     # whatever stands beside
+        center = np.einsum('ptg,pgc->pc', np.exp(alone), self.mean) / 3
         self.direction = (self.mean - center[:, None]) / self.mean.std(1)[:, None]
         edges_mel = np.linspace(*(2595 * np.log10(1 + hz / 700) for hz in (130, 6800)), 27)
         self.band_hz = 700 * (10 ** (edges_mel[1:-1] / 2595) - 1)
@@ -160,20 +162,33 @@ class People:
     def person(self, rng):
         return rng.standard_normal(13)
 
+    def between(self, left, phone, right):
+        """-> rows of weight, (3,): beginning, middle and end of a phoneme between two others, at the first
+        place in a word where that is known; else whatever stands beside"""
+        keys = context_key(left, phone, right, np.arange(4))
+        at = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
+        known = at[self.keys[at] == keys]
+        return self.thirds[known[0]] if len(known) else 3 * phone + np.arange(3)
+
     def say(self, phonemes, n_hop, person, rng):
         """phonemes: [(espeak-ng's name, first hop)] -> power (n_hop, n_bin)"""
         cepstra, voiced, speaks = np.zeros((n_hop, 13)), np.zeros(n_hop), np.zeros((n_hop, 1))
-        starts = [start for _, start in phonemes[1:]] + [n_hop]
-        for (name, start), end in zip(phonemes, starts):
-            phones = CMU[name]
-            thirds = np.linspace(start, end, 3 * len(phones) + 1).round().astype(int)
-            for i, (a, b) in enumerate(zip(thirds, thirds[1:])):
-                phone = self.number[phones[i // 3]]
-                likely = self.weight[phone, i % 3] + 3 / np.sqrt(13) * self.direction[phone] @ person
+        starts, phones = [start for _, start in phonemes] + [n_hop], []
+        for (name, _), start, end in zip(phonemes, starts, starts[1:]):
+            edges = np.linspace(start, end, len(CMU[name]) + 1)
+            phones += zip(CMU[name], edges, edges[1:])
+        numbers = [self.number[name] for name, *_ in phones]
+        silence = self.number['SIL']
+        around = zip([silence, *numbers], numbers, [*numbers[1:], silence])
+        for (name, start, end), (left, phone, right) in zip(phones, around):
+            edges = np.linspace(start, end, 4).round().astype(int)
+            for row, a, b in zip(self.between(left, phone, right), edges, edges[1:]):
+                likely = self.weight[row] + 3 / np.sqrt(13) * self.direction[phone] @ person
                 which = np.argmax(likely + rng.gumbel(size=len(likely)))
                 off = 0.3 * self.std[phone, which] * rng.standard_normal(13)
                 cepstra[a:b] = self.mean[phone, which] + off
-                voiced[a:b], speaks[a:b] = phones[i // 3] not in VOICELESS, phones[i // 3] != 'SIL'
+            a, b = round(start), round(end)
+            voiced[a:b], speaks[a:b] = name not in VOICELESS, name != 'SIL'
         cepstra = smooth(cepstra, 7)        # a mouth takes some 50 ms from one sound to the next
         log_power = np.stack([np.interp(HZ, self.band_hz, bands) for bands in cepstra @ self.bands])
         pitch_hz = between(rng, 85, 260) * np.exp(0.12 * wander(rng, n_hop, 30))[:, None]
@@ -202,8 +217,8 @@ def read_gaussians(path):
     return values.reshape(n_phoneme, 3, n_gaussian, 13)[:, 0].copy()
 
 
-def read_weights(path, n_gaussian=128, n_phoneme=42):
-    """Of the mixtures without context, which come first: (n_phoneme, 3 thirds, n_gaussian), logarithms"""
+def read_weights(path, n_gaussian=128):
+    """Logarithms (n_mixture, n_gaussian)"""
     with open(path, 'rb') as f:
         data = f.read()
     n_mixture = len(data) // (3 * n_gaussian)       # the header is shorter than one row
@@ -214,14 +229,31 @@ def read_weights(path, n_gaussian=128, n_phoneme=42):
     n, n_mixture = struct.unpack_from('<2i', data, at)
     assert n == n_gaussian, f'{path} is not what is read here'
     first = len(data) - 3 * n * n_mixture
-    levels = np.frombuffer(data, np.uint8, n * n_mixture, first).reshape(n, n_mixture)[:, :3 * n_phoneme]
+    levels = np.frombuffer(data, np.uint8, n * n_mixture, first).reshape(n, n_mixture)
     # in units of 2 ** 10 times sphinx's logarithm of base 1.0001
-    return (-1024 * np.log(1.0001) * levels.astype(np.float32)).T.reshape(n_phoneme, 3, n_gaussian)
+    return np.ascontiguousarray(-1024 * np.log(1.0001) * levels.T.astype(np.float32))
+
+
+def context_key(left, phoneme, right, place):
+    """place in the word: 0 within, 1 at its beginning, 2 at its end, 3 the word itself"""
+    return ((phoneme * 42 + left) * 42 + right) * 4 + place
 
 
 def read_phonemes(path):
-    """The names that the binary mdef lists, in order"""
+    """The binary mdef -> names of the 42 phonemes; context_key of each phoneme between two others, sorted;
+    the rows of weights of its thirds, (n_context, 3)"""
     with open(path, 'rb') as f:
         data = f.read()
-    begin = data.index(b'+NSN+\0')
-    return data[begin:data.index(b'\0\0', begin)].decode().split('\0')
+    assert data[:4] == b'BMDF', f'{path} is not what is read here'
+    at = 12 + struct.unpack_from('<i', data, 8)[0]          # behind a description of the format
+    n_phoneme, n_phone, n_third, _, _, _, n_sequence, _, n_node, _ = struct.unpack_from('<10i', data, at)
+    names = data[at + 40:].split(b'\0', n_phoneme)[:n_phoneme]
+    at += 40 + sum(len(name) + 1 for name in names)
+    at += -at % 4 + 8 * n_node
+    phones = np.frombuffer(data, [('sequence', '<i4'), ('matrix', '<i4'), ('context', 'u1', 4)], n_phone, at)
+    thirds = np.frombuffer(data, '<u2', n_sequence * n_third, at + 12 * n_phone + 4).reshape(-1, n_third)
+    phones = phones[n_phoneme:]         # the first have no context
+    place, phoneme, left, right = phones['context'].astype(np.int64).T
+    keys = context_key(left, phoneme, right, place)
+    order = np.argsort(keys)
+    return [name.decode() for name in names], keys[order], thirds[phones['sequence'][order]]

@@ -29,8 +29,12 @@ from config import Parser
 
 ALIGNED = 'asr.user+tts.assistant:{a}'
 DUPLEX = 'duplex3:{d}'          # what is left of the steps after the alignment
-# name -> settings of train.py beside those of config/demo.py. {s}: all steps, {a}: a fifth of them, {d}: four
-# fifths, {h}: half of these, {r}: three fifths
+ADAMW = '--optimizer=adamw'     # Muon is for random weights only
+# of every line, beside config/demo.py: the demo as it was when they were chosen
+BASE = ('--n_layer=4 --n_head=3 --n_kv_head=1 --n_embd=192 --n_inner=512 --new_rows=spread '
+        '--new_rows_scale=0.5')
+# name -> the line's own settings. {s}: all steps, {a}: a fifth of them, {d}: four fifths, {h}: half of these,
+# {r}: three fifths, {text}: a model that has read the dialogues, and has no rows for anything else
 LINES = {
     'base':             f'--stages={ALIGNED},{DUPLEX}',
     'no alignment':     '--stages=duplex3:{s}',
@@ -45,6 +49,14 @@ LINES = {
     'silence as codes': f'--stages={ALIGNED},duplex3_real:{{d}}',
     '2 wide layers':    f'--stages={ALIGNED},{DUPLEX} --n_layer=2 --n_embd=256 --n_head=4 --n_inner=808',
     '8 narrow layers':  f'--stages={ALIGNED},{DUPLEX} --n_layer=8 --n_embd=128 --n_head=2 --n_inner=384',
+    'rows by the codec': f'--stages={ALIGNED},{DUPLEX} --new_rows=codec --new_rows_scale=3',
+    'by AdamW':         f'--stages={ALIGNED},{DUPLEX} {ADAMW}',
+    'from text, spread': f'--stages={ALIGNED},{DUPLEX} {ADAMW} --init_from={{text}}',
+    'from text, words': f'--stages={ALIGNED},{DUPLEX} {ADAMW} --init_from={{text}} --new_rows=words',
+    'from text, codec': f'--stages={ALIGNED},{DUPLEX} {ADAMW} --init_from={{text}} --new_rows=codec '
+                        '--new_rows_scale=3',
+    'from text, normal': f'--stages={ALIGNED},{DUPLEX} {ADAMW} --init_from={{text}} --new_rows=normal',
+    'from text, zeros': f'--stages={ALIGNED},{DUPLEX} {ADAMW} --init_from={{text}} --new_rows=zeros',
 }
 
 
@@ -98,14 +110,27 @@ CLAIMS = [
     Claim('At equal compute 4 layers beat 2 wide ones.', 'base', '2 wide layers', 'spoken_accuracy',
           'not compared'),
     Claim('… and 8 narrow ones beat 4.', '8 narrow layers', 'base', 'spoken_accuracy', 'not compared'),
+    Claim('Codes that are alike should start alike.', 'rows by the codec', 'base', 'spoken_accuracy',
+          'does not say'),
+    Claim('Muon learns more in as many steps than AdamW.', 'base', 'by AdamW', 'spoken_accuracy',
+          'AdamW'),
+    Claim('A model of text learns more than random weights.', 'from text, spread', 'by AdamW',
+          'spoken_accuracy', 'starts from Qwen2-0.5B'),
+    Claim('… where the codes meet a model of text.', 'from text, codec', 'from text, spread',
+          'spoken_accuracy', 'does not say'),
+    Claim('New rows are better spread as the old ones are than drawn from N(0, 0.02).', 'from text, spread',
+          'from text, normal', 'spoken_accuracy', 'does not say'),
+    Claim('… than zeros.', 'from text, spread', 'from text, zeros', 'spoken_accuracy', 'does not say'),
+    Claim('Control tokens should start from words that describe them.', 'from text, words',
+          'from text, spread', 'spoken_accuracy', 'does not say'),
 ]
 
 
 def settings(steps):
-    """{name: arguments of train.py} of all lines, for so many steps"""
+    """{name: arguments of train.py} of all lines, for so many steps. TEXT stands for {text}."""
     a = steps // 5
-    numbers = dict(s=steps, a=a, d=steps - a, r=steps - 2 * a, h=(steps - a) // 2)
-    return {name: line.format(**numbers) for name, line in LINES.items()}
+    known = dict(s=steps, a=a, d=steps - a, r=steps - 2 * a, h=(steps - a) // 2, text='TEXT')
+    return {name: f'{BASE} {line.format(**known)}' for name, line in LINES.items()}
 
 
 def read_runs(folder):

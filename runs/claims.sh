@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Claims of the paper and of ours, tested on the demo: each line of measures/claims.py trained with several seeds and measured.
-#   runs/claims.sh                          about an hour on two CPU cores with bf16 units; needs the demo's data
+#   runs/claims.sh                          an hour and a quarter on two CPU cores with bf16 units; needs the demo's data
 #   SEEDS='1 2 3 4 5' runs/claims.sh        more seeds: runs that are there are kept
 #   LINES='base no_alignment' runs/claims.sh        only these lines
 set -euo pipefail
@@ -19,6 +19,28 @@ export DATA OUT PYTHON
 [ -z "$FIGURE" ] || $PYTHON -c 'import matplotlib' 2> /dev/null || { echo 'the figure needs matplotlib: pip install matplotlib, or FIGURE= for none'; exit 1; }
 [ -f "$DATA/train.arrow" ] || $PYTHON data/demo/prepare.py --out="$DATA"
 
+read_text() {   # seed: a model of the dialogues' text, whose folder has rows for text alone, as Qwen2's has
+    text=$OUT/of_text/$1
+    [ -f "$text/model.safetensors" ] && return
+    echo "$text: a model of the dialogues' text, from which lines start"
+    $PYTHON train.py config/demo.py --data="$DATA" $base --stages=text:300 --optimizer=adamw --seed="$1" --eval_interval=10000 --n_listen=0 \
+        --out_dir="$text.run" --resume=true > "$text.log" 2>&1 || { tail -3 "$text.log"; exit 1; }
+    rm -rf "$text"
+    $PYTHON - "$text.run" "$DATA/tokenizer" "$text" << 'END'
+import shutil, sys
+from dataclasses import replace
+import torch
+from model import Qwen2
+from vocabulary import Vocabulary
+run, tokenizer, text = sys.argv[1:]
+model, n_text = Qwen2.from_pretrained(run), Vocabulary.load(run).n_text
+model.model.embed_tokens.weight = torch.nn.Parameter(model.model.embed_tokens.weight[:n_text].clone())
+model.config = replace(model.config, vocab_size=n_text)
+shutil.copytree(tokenizer, text)
+model.save_pretrained(text)
+END
+}
+
 run_one() {     # name seed settings…
     run=$OUT/$1/$2
     [ -f "$run/evaluation/metrics.json" ] && return       # measured by an earlier try
@@ -31,12 +53,19 @@ run_one() {     # name seed settings…
 }
 export -f run_one
 
+lines=$($PYTHON -m measures.claims --list --steps="$STEPS")
+base=$(sed -n 's/^base \(.*\) --stages=.*/\1/p' <<< "$lines")
+mkdir -p "$OUT/of_text"
 for seed in $SEEDS; do
-    $PYTHON -m measures.claims --list --steps="$STEPS" | while read -r name settings; do
+    [[ -n "$LINES" && "$LINES" != *from_text* ]] || read_text "$seed"
+done
+
+for seed in $SEEDS; do
+    while read -r name settings; do
         [ -n "$LINES" ] && [[ " $LINES " != *" $name "* ]] && continue
         mkdir -p "$OUT/$name"
-        echo "$name $seed $settings"
-    done
+        echo "$name $seed ${settings//TEXT/$OUT/of_text/$seed}"
+    done <<< "$lines"
 done | OMP_NUM_THREADS=1 xargs -P "$JOBS" -I{} bash -c 'run_one {}'
 echo
 $PYTHON -m measures.claims "$OUT" ${RESULT:+--result="$RESULT"} ${FIGURE:+--figure="$FIGURE"}

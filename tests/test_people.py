@@ -17,9 +17,22 @@ def people():
 
 def test_the_acoustic_model_is_read(people):
     """Each mixture's weights add up to one, in 8 bits, and every phoneme that is asked for is there."""
-    assert people.mean.shape == people.std.shape == (42, 128, 13) and people.weight.shape == (42, 3, 128)
-    assert np.abs(np.exp(people.weight).sum(2) - 1).max() < 0.1
+    assert people.mean.shape == people.std.shape == (42, 128, 13) and people.weight.shape == (5126, 128)
+    assert np.abs(np.exp(people.weight).sum(1) - 1).max() < 0.1
     assert {phone for phones in CMU.values() for phone in phones} <= people.number.keys()
+
+
+def test_what_stands_beside_a_phoneme_is_heard_in_it(people):
+    """An /uw/ after /r/ (Peru) begins otherwise than after /t/ (two), and ends as one; noise of a throat is
+    known beside nothing."""
+    r, t, uw, silence, noise = (people.number[name] for name in ('R', 'T', 'UW', 'SIL', '+NSN+'))
+    assert np.all(np.diff(people.keys) > 0) and people.thirds.shape == (len(people.keys), 3)
+    assert people.thirds.min() >= 3 * 42 and people.thirds.max() == len(people.weight) - 1
+    rows = [people.between(before, uw, silence) for before in (r, t)]
+    mouth = [np.exp(people.weight[each]) @ people.mean[uw] for each in rows]        # (3, 13) each
+    begins, _, ends = np.linalg.norm(mouth[0] - mouth[1], axis=1)
+    assert begins > 3 * ends, (begins, ends)
+    assert people.between(noise, uw, silence).tolist() == [3 * uw, 3 * uw + 1, 3 * uw + 2]
 
 
 def test_a_person_speaks(people):

@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import queue
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import soxr
@@ -211,14 +212,15 @@ def make_clip(espeak, people, rng, i):
     return power, labels_of(len(power), words, phonemes, before + n_hop)
 
 
-def render_answers(espeak, codec):
-    """answer -> its codes and words, in the assistant's voice"""
-    answers = {}
-    for text in sorted(set(ANSWERS.values())):
-        wave, words, _ = espeak.say(text, ASSISTANT, ASSISTANT_RATE)
-        n_frame = -(-len(wave) // FRAME)
-        answers[text] = codec.encode(np.pad(wave, (10 * FRAME, 10 * FRAME)))[10:10 + n_frame], words
-    return answers
+def render_answers():
+    """answer -> its wave and words, in the assistant's voice"""
+    espeak = Espeak(forgets=True)
+    return {text: espeak.say(text, ASSISTANT, ASSISTANT_RATE)[:2] for text in sorted(set(ANSWERS.values()))}
+
+
+def codes_of(wave, codec):
+    """uint16 (ceil(n_sample / FRAME),), with silence before and behind it"""
+    return codec.encode(np.pad(wave, (10 * FRAME, 10 * FRAME)))[10:10 - (-len(wave) // FRAME)]
 
 
 def say_backchannel(voice, answer, rng):
@@ -234,24 +236,30 @@ def say_backchannel(voice, answer, rng):
                                words=word_list(words, start, unit, end))
 
 
-def make_dialogue(voice, answers, silence, rng):
-    """One user, who asks as many questions as fit, usually two, and says "yeah" into three in ten answers.
-    Some dialogues are quiet: one question somewhere in a long silence, in which nobody may speak."""
+def make_dialogue(voice, answers, rng):
+    """
+    One user, who asks as many questions as fit, usually two, and says "yeah" into three in ten answers.
+    Some dialogues are quiet: one question somewhere in a long silence, in which nobody may speak.
+
+    The user is power (n_frame * PATCH, n_bin). What the assistant says, as [answer, first and end frame], and
+    n_frame are what its codes are laid from when there is a codec: see lay.
+    """
     unit = voice.unit
     is_quiet = rng.random() < 0.07
     start_sec = rng.uniform(0.1, 3.5) if is_quiet else max(0.1, rng.normal(0.35, 0.1))
     speech, turns = [], []
     start = int(start_sec * 25 * unit)                  # of the next question, in units
     barge_in = 1 if rng.random() < 0.35 else None       # number of the answer that the user interrupts
-    assistant = np.full(MAX_FRAME, silence, dtype=np.uint16)
+    assistant = []
     n_frame = n_question = 0
     while True:
         question = pick_question(rng)
         said, words, _ = hesitate(*voice.say(question), unit, rng)
         answer = ANSWERS[question]
-        codes, answer_words = answers[answer]
+        wave, answer_words = answers[answer]
+        n_answer = -(-len(wave) // FRAME)
         first, end = start // unit, -(-(start + len(said)) // unit)
-        answer_start, answer_end = end + REACTION, end + REACTION + len(codes)
+        answer_start, answer_end = end + REACTION, end + REACTION + n_answer
         if answer_end + 5 > MAX_FRAME or (is_quiet and turns):
             break
         n_question += 1
@@ -261,17 +269,16 @@ def make_dialogue(voice, answers, silence, rng):
             cut_off['words'] = [word | {'end': min(word['end'], stop)}
                                 for word in cut_off['words'] if word['start'] < stop]
             cut_off['text'] = ' '.join(word['text'] for word in cut_off['words'])
-            cut_off['end'] = stop
-            assistant[stop:] = silence
+            cut_off['end'] = assistant[-1][2] = stop
         speech.append((start, said))
         turns.append(dict(role='user', start=first, end=end, text=question,
                           words=word_list(words, start, unit, end)))
         turns.append(dict(role='assistant', start=answer_start, end=answer_end, text=answer,
                           words=word_list(answer_words, answer_start * FRAME, FRAME, answer_end)))
-        assistant[answer_start:answer_end] = codes
+        assistant.append([answer, answer_start, answer_end])
         n_frame = answer_end
         if n_question == barge_in:
-            start = int((answer_start + rng.uniform(0.3, 0.8) * len(codes)) * unit)
+            start = int((answer_start + rng.uniform(0.3, 0.8) * n_answer) * unit)
             continue
         start = answer_end * unit + int(max(0.1, rng.normal(0.5, 0.15)) * 25 * unit)
         if rng.random() < 0.3 and (both := say_backchannel(voice, turns[-1], rng)):
@@ -282,7 +289,7 @@ def make_dialogue(voice, answers, silence, rng):
     for at, said in speech:
         sound[at:at + len(said)] += said
     user = voice.record(sound, [said for _, said in speech])
-    return dict(user=user, assistant=assistant[:n_frame], turns=turns)
+    return dict(user=user, assistant=assistant, n_frame=n_frame, turns=turns)
 
 
 def make_utterance(voice, rng):
@@ -293,7 +300,7 @@ def make_utterance(voice, rng):
     sound = np.zeros(((end + 5) * unit, *said.shape[1:]), dtype=np.float32)
     sound[before:before + len(said)] = said
     turn = dict(role='user', start=first, end=end, text=text, words=word_list(words, before, unit, end))
-    return dict(user=voice.record(sound, [said]), assistant=np.zeros(0, dtype=np.uint16), turns=[turn])
+    return dict(user=voice.record(sound, [said]), assistant=[], n_frame=0, turns=[turn])
 
 
 def make_clips(number, n_clip, results):
@@ -305,27 +312,34 @@ def make_clips(number, n_clip, results):
         results.put((i, (power @ filters, labels)))
 
 
-def make_records(number, folder, n_dialogue, n_utterance, results):
+def make_records(number, answers, n_dialogue, n_utterance, results):
     """One process: every N_WORKER-th record of every split, in a fixed order."""
     torch.set_num_threads(1)
-    espeak, people, codec = Espeak(), People(), MelCodec.load(os.path.join(folder, 'codec'))
-    answers = render_answers(espeak, codec)
-    silence = codec.encode(np.zeros(FRAME))[0]
+    espeak, people, filters = Espeak(), People(), mel_filters(SAMPLE_RATE).numpy()
     for split, voices in ('test', TEST_VOICES), ('val', VAL_VOICES), ('train', TRAIN_VOICES):
         n_record = n_dialogue[split] + (n_utterance if split == 'train' else 0)
-        mine = range(number, n_record, N_WORKER)
-        for some in (mine[at:at + 32] for at in range(0, len(mine), 32)):
-            made = []
-            for i in some:
-                rng, name = np.random.default_rng([SEED, *split.encode(), i]), voices[i % len(voices)]
-                voice = UnheardVoice(espeak, name, rng) if split != 'train' \
-                    else TrainingVoice(espeak, people, name, rng)
-                record = make_dialogue(voice, answers, silence, rng) if i < n_dialogue[split] \
-                    else make_utterance(voice, rng)
-                made.append({'id': f'{split}-{i:05d}-{name}', **record})
-            powers = [torch.from_numpy(record['user']) @ codec.filters for record in made]
-            for i, record, user in zip(some, made, codec.encode_power(powers)):
-                results.put(((split, i), record | {'user': user}))
+        for i in range(number, n_record, N_WORKER):
+            rng, name = np.random.default_rng([SEED, *split.encode(), i]), voices[i % len(voices)]
+            voice = UnheardVoice(espeak, name, rng) if split != 'train' \
+                else TrainingVoice(espeak, people, name, rng)
+            record = make_dialogue(voice, answers, rng) if i < n_dialogue[split] \
+                else make_utterance(voice, rng)
+            power = record['user'] @ filters
+            results.put(((split, i), record | {'id': f'{split}-{i:05d}-{name}', 'user': power}))
+
+
+def lay(records, codec, answers):
+    """Both channels of rendered records as codes. answers: {answer: its codes}"""
+    silence = codec.encode(np.zeros(FRAME))[0]
+    for at in tqdm(range(0, len(records), 32), desc='codes of the dialogues', unit_scale=32, unit='record',
+                   mininterval=1):
+        some = records[at:at + 32]
+        users = codec.encode_power([torch.from_numpy(record['user']) for record in some])
+        for record, record['user'] in zip(some, users):
+            channel = np.full(record.pop('n_frame'), silence, dtype=np.uint16)
+            for answer, start, end in record['assistant']:
+                channel[start:end] = answers[answer][:end - start]
+            record['assistant'] = channel
 
 
 def in_processes(make, arguments, n_result, desc, unit):
@@ -365,11 +379,11 @@ def train_bpe(folder):
     return bpe.get_vocab_size()
 
 
-def round_trip(espeak, codec):
+def round_trip(answers, codec):
     """What becomes of the answers on their way through the codec."""
     same, contour, longer = [], [], []
-    for text in sorted(set(ANSWERS.values())):
-        wave = np.pad(espeak.say(text, ASSISTANT, ASSISTANT_RATE)[0], SAMPLE_RATE // 5)
+    for wave, _ in answers.values():
+        wave = np.pad(wave, SAMPLE_RATE // 5)
         codes = codec.encode(wave)
         heard = codec.decode(codes)
         wave = np.pad(wave, (0, len(codes) * FRAME - len(wave)))
@@ -400,19 +414,21 @@ def prepare(out, n_train_dialogue, n_utterance, n_clip):
     clips = in_processes(make_clips, (n_clip,), n_clip, 'codec clips', 'clip')
     powers, labels = zip(*(clips[i] for i in range(n_clip)))
     is_mine = np.arange(n_clip) < len(SENTENCES)
-    codec = MelCodec.fit(list(map(torch.from_numpy, powers)), labels, is_mine, n_codes=N_CODES)
+    answers, n_thread = render_answers(), torch.get_num_threads()
+    n_dialogue = {'train': n_train_dialogue, **N_HELD_OUT}
+    with ThreadPoolExecutor(1) as beside:       # processes render the dialogues while the codec is fitted
+        rendered = beside.submit(in_processes, make_records, (answers, n_dialogue, n_utterance),
+                                 sum(n_dialogue.values()) + n_utterance, 'dialogues', 'record')
+        torch.set_num_threads(1)        # a GRU's steps are small: more threads wait for each other
+        codec = MelCodec.fit(list(map(torch.from_numpy, powers)), labels, is_mine, n_codes=N_CODES)
+        rendered = rendered.result()
+    torch.set_num_threads(n_thread)
     codec.save(os.path.join(out, 'codec'))
     n_bpe = train_bpe(os.path.join(out, 'tokenizer'))
-
-    n_dialogue = {'train': n_train_dialogue, **N_HELD_OUT}
-    records = in_processes(make_records, (out, n_dialogue, n_utterance),
-                           sum(n_dialogue.values()) + n_utterance, 'dialogues', 'record')
-    espeak, found = Espeak(), {split: {} for split in n_dialogue}
-    for (split, i), record in records.items():
-        found[split][i] = record
-    statistics = {'recipe': recipe, 'n_bpe': n_bpe, **round_trip(espeak, codec)}
-    for split, records in found.items():
-        records = [records[i] for i in sorted(records)]
+    lay([*rendered.values()], codec, {text: codes_of(wave, codec) for text, (wave, _) in answers.items()})
+    statistics = {'recipe': recipe, 'n_bpe': n_bpe, **round_trip(answers, codec)}
+    for split in n_dialogue:
+        records = [rendered[key] for key in sorted(rendered) if key[0] == split]
         save_dialogues(os.path.join(out, f'{split}.arrow'), records, codec.describe())
         statistics[split] = dict(
             n_dialogue=n_dialogue[split], n_record=len(records),

@@ -30,6 +30,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from functools import partial
+from runpy import run_path
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 # Qwen2-0.5B, with V = 156,032 in the benchmarks: 151,936 rows, and 4,096 codes
 QWEN2 = dict(n_layer=24, n_head=14, n_kv_head=2, n_embd=896, n_inner=4864)
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_inner=128)
-DEMO = dict(n_layer=4, n_head=3, n_kv_head=1, n_embd=192, n_inner=512)          # config/demo.py
+DEMO = {name: run_path(os.path.join(ROOT, 'config/demo.py'))[name] for name in TINY}
 # an error of these kinds, as from a peer's changed interface, becomes a line of the table; others still run
 FAILURES = (RuntimeError, OSError, ImportError, ValueError, TypeError, AttributeError, LookupError,
             AssertionError, subprocess.SubprocessError)
@@ -414,6 +415,7 @@ def demo(bench):
         frames = np.random.default_rng(0).integers(140, 231, bench.pick(32, 600))
         write_data(folder, make_vocabulary(512, 512), frames, turn_frames=40)
         arguments = ['config/demo.py', *our_arguments(folder, 'duplex3', T, n_row, 1, DEMO, device='cpu')]
+        arguments.append('--new_rows=spread')      # made-up data have no codec by which they could start
         # name: (code, arguments, checkout). Trainer's optimizer, not the demo's Muon
         runs = dict(ours=(OURS, [*arguments, '--optimizer=adamw'], ROOT))
         if bench.has('HF Trainer', 'transformers', 'accelerate'):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Claims of the paper and of ours, tested on the demo: each line of measures/claims.py trained with several seeds and measured.
-#   runs/claims.sh                          an hour and a quarter on two CPU cores with bf16 units; needs the demo's data
+#   runs/claims.sh                          an hour and a half on two CPU cores with bf16 units; needs the demo's data
 #   SEEDS='1 2 3 4 5' runs/claims.sh        more seeds: runs that are there are kept
 #   LINES='base no_alignment' runs/claims.sh        only these lines
 set -euo pipefail

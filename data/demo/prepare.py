@@ -34,7 +34,7 @@ from codec.mel import HOP, PATCH, TYPICAL, MelCodec, mel_filters, spectrum
 from common.audio import write_audio
 from common.files import read_json, write_json
 from data.dialogues import save_dialogues
-from data.people import CMU, People, Speaker, heard, noise, stretch
+from data.people import CMU, People, Speaker, blend, heard, noise, stretch
 from data.tts import SAMPLE_RATE, TEST_VOICES, VAL_VOICES, Espeak, add_noise, noises, train_voices
 from vocabulary import QWEN2_PATTERN
 
@@ -45,7 +45,7 @@ N_HELD_OUT = {'val': 100, 'test': 200}       # dialogues in the other splits
 N_UTTERANCE = 2000        # one-sided, to train on in the alignment stage alone
 N_CLIP = 6000             # that the codec is fitted on: as many users
 N_CODES = 512
-REACTION = 3              # frames of silence after which the assistant knows that the user has ended: 120 ms
+REACTION = 2              # frames of silence after which the assistant knows that the user has ended: 80 ms
 # fixed, whatever the machine: what espeak-ng says (its noises aside) is the same only if a fresh process says
 # the same texts in the same order
 N_WORKER = 2
@@ -98,8 +98,9 @@ WORDS = [''] + sorted({word.strip('.,?').lower() for text in SENTENCES for word 
 
 class TrainingVoice:
     """
-    A user to learn from: one of espeak-ng's voices, or the same words and times by a person from an acoustic
-    model; either as another speaker would say it (data/people.py). Its sound is a spectrum, a row each 10 ms.
+    A user to learn from: one of espeak-ng's voices, the same words and times by a person from an acoustic
+    model, or somebody between the two; each as another speaker would say it (data/people.py). The sound is a
+    spectrum, a row each 10 ms.
     """
     unit = PATCH        # rows in a frame
 
@@ -107,6 +108,7 @@ class TrainingVoice:
         self.espeak, self.people, self.voice, self.rng = espeak, people, voice, rng
         self.style = Espeak.style(rng) | {'accent': ACCENTS[rng.integers(len(ACCENTS))]}
         self.person = people.person(rng) if rng.random() < 0.5 else None
+        self.share = rng.uniform(0, 0.8) if self.person is not None and rng.random() < 0.6 else 0
         self.speaker = Speaker(rng, (0.75, 1.3) if self.person is None else (0.85, 1.18))
 
     def say(self, text):
@@ -115,10 +117,10 @@ class TrainingVoice:
         pace, voice = self.rng.spawn(2)
         wave, words, phonemes = self.espeak.say(text, self.voice, **self.style)
         words, phonemes = ([(name, start // HOP) for name, start in part] for part in (words, phonemes))
-        if self.person is None:
-            power = spectrum(wave).numpy()
-        else:
+        power = own = spectrum(wave).numpy()
+        if self.person is not None:
             power = self.people.say(phonemes, -(-len(wave) // HOP), self.person, voice)
+            power = blend(power, own, self.share) if self.share else power
         power, marks = stretch(power, [start for _, start in words + phonemes], pace)
         names = [name for name, _ in words + phonemes]
         marked = list(zip(names, marks.tolist()))

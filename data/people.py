@@ -199,16 +199,6 @@ class People:
         return (np.exp(log_power) / self.emphasis * source * np.maximum(speaks, 1e-4)).astype(np.float32)
 
 
-def blend(power, other, share):
-    """Somebody between two who say the same at the same times, powers (n_hop, n_bin): share of the way from
-    one to the other, in logarithms, as loud as the first"""
-    n = min(len(power), len(other))
-    loud, other_loud = (np.sort(x[:n].sum(1))[-(n // 3 + 1):].mean() for x in (power, other))
-    floor = 1e-6 * loud / len(HZ)
-    one, other = np.log(power[:n] + floor), np.log(other[:n] * (loud / other_loud) + floor)
-    return np.exp((1 - share) * one + share * other).astype(np.float32)
-
-
 def smooth(rows, n):
     """a weighted mean over n rows, n odd"""
     weight = np.hanning(n + 2)[1:-1]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from codec.mel import TYPICAL
-from data.people import BUMPS, CMU, HZ, People, Speaker, blend, heard, room, stretch
+from data.people import BUMPS, CMU, HZ, People, Speaker, heard, room, stretch
 from measures import voices
 
 
@@ -64,18 +64,6 @@ def test_marks_move_with_the_sound():
         assert marks[0] == 0 and marks[-1] == len(slower) and (np.diff(marks) > 0).all()
         for mark in marks[1:4]:
             assert slower[max(0, mark - 2):mark + 4].max() > 0.3, (seed, mark)
-
-
-def test_somebody_between_two():
-    """From one to the other, whose level does not count; half way each bin is between both."""
-    rng = np.random.default_rng(0)
-    one, other = rng.uniform(0.5, 2, (2, 60, 257)).astype(np.float32)
-    for share, expected in ((0, one), (1, other)):
-        found = blend(one, 100 * other[:57], share)
-        gain = found / expected[:57]
-        assert found.shape == (57, 257) and found.dtype == np.float32 and np.ptp(gain) < 1e-3 * gain.mean()
-        assert gain.mean() == pytest.approx(1, abs=0.05)        # as loud as the first
-    assert np.all(np.diff(np.stack([blend(one, other, share) for share in (0, 0.5, 1)]), axis=0).prod(0) >= 0)
 
 
 def test_another_mouth():

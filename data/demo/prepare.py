@@ -22,7 +22,6 @@ import multiprocessing
 import os
 import queue
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import soxr
@@ -34,7 +33,7 @@ from codec.mel import HOP, PATCH, TYPICAL, MelCodec, mel_filters, spectrum
 from common.audio import write_audio
 from common.files import read_json, write_json
 from data.dialogues import save_dialogues
-from data.people import CMU, People, Speaker, blend, heard, noise, stretch
+from data.people import CMU, People, Speaker, heard, noise, stretch
 from data.tts import SAMPLE_RATE, TEST_VOICES, VAL_VOICES, Espeak, add_noise, noises, train_voices
 from vocabulary import QWEN2_PATTERN
 
@@ -49,6 +48,7 @@ REACTION = 2              # frames of silence after which the assistant knows th
 # fixed, whatever the machine: what espeak-ng says (its noises aside) is the same only if a fresh process says
 # the same texts in the same order
 N_WORKER = 2
+SPAWN = multiprocessing.get_context('spawn')
 FRAME = 640               # samples
 MAX_FRAME = 230           # 9.2 s: 23 chunks, 506 tokens of duplex3
 
@@ -98,9 +98,8 @@ WORDS = [''] + sorted({word.strip('.,?').lower() for text in SENTENCES for word 
 
 class TrainingVoice:
     """
-    A user to learn from: one of espeak-ng's voices, the same words and times by a person from an acoustic
-    model, or somebody between the two; each as another speaker would say it (data/people.py). The sound is a
-    spectrum, a row each 10 ms.
+    A user to learn from: one of espeak-ng's voices, or the same words and times by a person from an acoustic
+    model; either as another speaker would say it (data/people.py). Its sound is a spectrum, a row each 10 ms.
     """
     unit = PATCH        # rows in a frame
 
@@ -108,7 +107,6 @@ class TrainingVoice:
         self.espeak, self.people, self.voice, self.rng = espeak, people, voice, rng
         self.style = Espeak.style(rng) | {'accent': ACCENTS[rng.integers(len(ACCENTS))]}
         self.person = people.person(rng) if rng.random() < 0.5 else None
-        self.share = rng.uniform(0, 0.8) if self.person is not None and rng.random() < 0.6 else 0
         self.speaker = Speaker(rng, (0.75, 1.3) if self.person is None else (0.85, 1.18))
 
     def say(self, text):
@@ -117,10 +115,10 @@ class TrainingVoice:
         pace, voice = self.rng.spawn(2)
         wave, words, phonemes = self.espeak.say(text, self.voice, **self.style)
         words, phonemes = ([(name, start // HOP) for name, start in part] for part in (words, phonemes))
-        power = own = spectrum(wave).numpy()
-        if self.person is not None:
+        if self.person is None:
+            power = spectrum(wave).numpy()
+        else:
             power = self.people.say(phonemes, -(-len(wave) // HOP), self.person, voice)
-            power = blend(power, own, self.share) if self.share else power
         power, marks = stretch(power, [start for _, start in words + phonemes], pace)
         names = [name for name, _ in words + phonemes]
         marked = list(zip(names, marks.tolist()))
@@ -314,10 +312,11 @@ def make_clips(number, n_clip, results):
         results.put((i, (power @ filters, labels)))
 
 
-def make_records(number, answers, n_dialogue, n_utterance, results):
-    """One process: every N_WORKER-th record of every split, in a fixed order."""
+def make_records(number, folder, fitted, answers, n_dialogue, n_utterance, results):
+    """One process: every N_WORKER-th record of every split, in a fixed order. They are rendered while the
+    codec is fitted, and become codes afterwards."""
     torch.set_num_threads(1)
-    espeak, people, filters = Espeak(), People(), mel_filters(SAMPLE_RATE).numpy()
+    espeak, people, filters, made = Espeak(), People(), mel_filters(SAMPLE_RATE).numpy(), {}
     for split, voices in ('test', TEST_VOICES), ('val', VAL_VOICES), ('train', TRAIN_VOICES):
         n_record = n_dialogue[split] + (n_utterance if split == 'train' else 0)
         for i in range(number, n_record, N_WORKER):
@@ -327,31 +326,39 @@ def make_records(number, answers, n_dialogue, n_utterance, results):
             record = make_dialogue(voice, answers, rng) if i < n_dialogue[split] \
                 else make_utterance(voice, rng)
             power = record['user'] @ filters
-            results.put(((split, i), record | {'id': f'{split}-{i:05d}-{name}', 'user': power}))
+            made[split, i] = record | {'id': f'{split}-{i:05d}-{name}', 'user': power}
+    fitted.wait()
+    codec = MelCodec.load(os.path.join(folder, 'codec'))
+    said, keys = {text: codes_of(wave, codec) for text, (wave, _) in answers.items()}, list(made)
+    for some in (keys[at:at + 32] for at in range(0, len(keys), 32)):
+        users = codec.encode_power([torch.from_numpy(made[key]['user']) for key in some])
+        for key, user in zip(some, users):
+            results.put((key, lay(made.pop(key), user, said, codec)))
 
 
-def lay(records, codec, answers):
-    """Both channels of rendered records as codes. answers: {answer: its codes}"""
-    silence = codec.encode(np.zeros(FRAME))[0]
-    for at in tqdm(range(0, len(records), 32), desc='codes of the dialogues', unit_scale=32, unit='record',
-                   mininterval=1):
-        some = records[at:at + 32]
-        users = codec.encode_power([torch.from_numpy(record['user']) for record in some])
-        for record, record['user'] in zip(some, users):
-            channel = np.full(record.pop('n_frame'), silence, dtype=np.uint16)
-            for answer, start, end in record['assistant']:
-                channel[start:end] = answers[answer][:end - start]
-            record['assistant'] = channel
+def lay(record, user, said, codec):
+    """Both channels of a rendered record as codes. said: {answer: its codes}"""
+    assistant = np.full(record['n_frame'], codec.encode(np.zeros(FRAME))[0], dtype=np.uint16)
+    for answer, start, end in record['assistant']:
+        assistant[start:end] = said[answer][:end - start]
+    return dict(id=record['id'], user=user, assistant=assistant, turns=record['turns'])
 
 
-def in_processes(make, arguments, n_result, desc, unit):
-    """make(number, *arguments, results) in N_WORKER processes -> {key: result}"""
-    context = multiprocessing.get_context('spawn')
-    results = context.Queue()
-    workers = [context.Process(target=make, args=(i, *arguments, results), daemon=True)
+def start(make, *arguments):
+    """make(number, *arguments, results) in N_WORKER processes -> queue of results, processes"""
+    # numpy's matrix products would take a thread a core in each process, which wait for each other by
+    # spinning: a clip would take 14 ms instead of 6
+    os.environ['OPENBLAS_NUM_THREADS'] = '1'
+    results = SPAWN.Queue()
+    workers = [SPAWN.Process(target=make, args=(i, *arguments, results), daemon=True)
                for i in range(N_WORKER)]
     for worker in workers:
         worker.start()
+    return results, workers
+
+
+def gather(results, workers, n_result, desc, unit):
+    """What they have put there -> {key: result}"""
     found = {}
     for _ in tqdm(range(n_result), desc=desc, unit=unit, mininterval=1):
         while True:
@@ -413,30 +420,26 @@ def prepare(out, n_train_dialogue, n_utterance, n_clip):
     os.makedirs(out, exist_ok=True)
     if os.path.exists(marker):
         os.remove(marker)
-    clips = in_processes(make_clips, (n_clip,), n_clip, 'codec clips', 'clip')
+    clips = gather(*start(make_clips, n_clip), n_clip, 'codec clips', 'clip')
     powers, labels = zip(*(clips[i] for i in range(n_clip)))
     is_mine = np.arange(n_clip) < len(SENTENCES)
-    answers, n_thread = render_answers(), torch.get_num_threads()
-    n_dialogue = {'train': n_train_dialogue, **N_HELD_OUT}
-    with ThreadPoolExecutor(1) as beside:       # processes render the dialogues while the codec is fitted
-        rendered = beside.submit(in_processes, make_records, (answers, n_dialogue, n_utterance),
-                                 sum(n_dialogue.values()) + n_utterance, 'dialogues', 'record')
-        torch.set_num_threads(1)        # a GRU's steps are small: more threads wait for each other
-        codec = MelCodec.fit(list(map(torch.from_numpy, powers)), labels, is_mine, n_codes=N_CODES)
-        rendered = rendered.result()
-    torch.set_num_threads(n_thread)
+    answers, n_dialogue, fitted = render_answers(), {'train': n_train_dialogue, **N_HELD_OUT}, SPAWN.Event()
+    rendering = start(make_records, out, fitted, answers, n_dialogue, n_utterance)
+    torch.set_num_threads(1)        # a GRU's steps are small: two threads are hardly faster than one
+    codec = MelCodec.fit(list(map(torch.from_numpy, powers)), labels, is_mine, n_codes=N_CODES)
     codec.save(os.path.join(out, 'codec'))
+    fitted.set()
+    records = gather(*rendering, sum(n_dialogue.values()) + n_utterance, 'dialogues', 'record')
     n_bpe = train_bpe(os.path.join(out, 'tokenizer'))
-    lay([*rendered.values()], codec, {text: codes_of(wave, codec) for text, (wave, _) in answers.items()})
     statistics = {'recipe': recipe, 'n_bpe': n_bpe, **round_trip(answers, codec)}
     for split in n_dialogue:
-        records = [rendered[key] for key in sorted(rendered) if key[0] == split]
-        save_dialogues(os.path.join(out, f'{split}.arrow'), records, codec.describe())
+        found = [records[key] for key in sorted(records) if key[0] == split]
+        save_dialogues(os.path.join(out, f'{split}.arrow'), found, codec.describe())
         statistics[split] = dict(
-            n_dialogue=n_dialogue[split], n_record=len(records),
-            n_voice=len({record['id'].split('-')[2] for record in records}),
-            hours=round(sum(len(record['user']) for record in records) * FRAME / SAMPLE_RATE / 3600, 2),
-            n_question=sum(turn['role'] == 'user' for record in records for turn in record['turns']))
+            n_dialogue=n_dialogue[split], n_record=len(found),
+            n_voice=len({record['id'].split('-')[2] for record in found}),
+            hours=round(sum(len(record['user']) for record in found) * FRAME / SAMPLE_RATE / 3600, 2),
+            n_question=sum(turn['role'] == 'user' for record in found for turn in record['turns']))
     for key, value in statistics.items():
         print(f'{key:20} {value if not isinstance(value, float) else round(value, 4)}')
     write_json(marker, statistics)

@@ -211,7 +211,7 @@ class MelCodec:
         return power.sqrt().numpy()
 
     @classmethod
-    def fit(cls, powers, labels, voice, n_codes=512, n_dim=24, width=192, n_epoch=10, seed=0):
+    def fit(cls, powers, labels, voice, n_codes=512, n_dim=24, width=192, n_epoch=9, seed=0):
         """
         powers: clips of many voices, (n_frame * PATCH, n_mel). labels: what is said in each of their 40 ms,
         as integers (n_frame, n_label): the phoneme, 0 is silence; and what else should be told, such as the
@@ -293,6 +293,8 @@ def learn(mels, labels, network, n_epoch, batch=48):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=n_step)
     by_length = torch.tensor([len(mel) for mel in mels]).argsort()
     autocast = Place(torch.device('cpu'), pick_dtype('auto', torch.device('cpu'))).autocast
+    n_thread = torch.get_num_threads()
+    torch.set_num_threads(1)        # a GRU's steps are small: two threads are hardly faster than one
     for _ in tqdm(range(n_step), desc='fitting the codec', unit='step', mininterval=1):
         # clips of about the same length, so that little of a batch is filling
         at = int(torch.randint(len(mels), ()))
@@ -310,6 +312,7 @@ def learn(mels, labels, network, n_epoch, batch=48):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         schedule.step()
+    torch.set_num_threads(n_thread)
     return network.eval().requires_grad_(False)
 
 

@@ -303,20 +303,14 @@ def make_utterance(voice, rng):
     return dict(user=voice.record(sound, [said]), assistant=[], n_frame=0, turns=[turn])
 
 
-def make_clips(number, n_clip, results):
-    """One process: every N_WORKER-th clip for the codec, in a fixed order."""
+def make_all(number, folder, fitted, n_clip, n_dialogue, n_utterance, answers, results):
+    """One process: every N_WORKER-th clip for the codec, and every N_WORKER-th record of every split, in a
+    fixed order. Records are rendered while the codec is fitted, and become codes afterwards."""
     torch.set_num_threads(1)
-    espeak, people, filters = Espeak(), People(), mel_filters(SAMPLE_RATE).numpy()
+    espeak, people, filters, made = Espeak(), People(), mel_filters(SAMPLE_RATE).numpy(), {}
     for i in range(number, n_clip, N_WORKER):
         power, labels = make_clip(espeak, people, np.random.default_rng([SEED, *b'clip', i]), i)
         results.put((i, (power @ filters, labels)))
-
-
-def make_records(number, folder, fitted, answers, n_dialogue, n_utterance, results):
-    """One process: every N_WORKER-th record of every split, in a fixed order. They are rendered while the
-    codec is fitted, and become codes afterwards."""
-    torch.set_num_threads(1)
-    espeak, people, filters, made = Espeak(), People(), mel_filters(SAMPLE_RATE).numpy(), {}
     for split, voices in ('test', TEST_VOICES), ('val', VAL_VOICES), ('train', TRAIN_VOICES):
         n_record = n_dialogue[split] + (n_utterance if split == 'train' else 0)
         for i in range(number, n_record, N_WORKER):
@@ -344,13 +338,13 @@ def lay(record, user, said, codec):
     return dict(id=record['id'], user=user, assistant=assistant, turns=record['turns'])
 
 
-def start(make, *arguments):
-    """make(number, *arguments, results) in N_WORKER processes -> queue of results, processes"""
+def start(*arguments):
+    """make_all(number, *arguments, results) in N_WORKER processes -> queue of results, processes"""
     # numpy's matrix products would take a thread a core in each process, which wait for each other by
     # spinning: a clip would take 14 ms instead of 6
     os.environ['OPENBLAS_NUM_THREADS'] = '1'
     results = SPAWN.Queue()
-    workers = [SPAWN.Process(target=make, args=(i, *arguments, results), daemon=True)
+    workers = [SPAWN.Process(target=make_all, args=(i, *arguments, results), daemon=True)
                for i in range(N_WORKER)]
     for worker in workers:
         worker.start()
@@ -420,16 +414,15 @@ def prepare(out, n_train_dialogue, n_utterance, n_clip):
     os.makedirs(out, exist_ok=True)
     if os.path.exists(marker):
         os.remove(marker)
-    clips = gather(*start(make_clips, n_clip), n_clip, 'codec clips', 'clip')
+    answers, n_dialogue, fitted = render_answers(), {'train': n_train_dialogue, **N_HELD_OUT}, SPAWN.Event()
+    working = start(out, fitted, n_clip, n_dialogue, n_utterance, answers)
+    clips = gather(*working, n_clip, 'codec clips', 'clip')
     powers, labels = zip(*(clips[i] for i in range(n_clip)))
     is_mine = np.arange(n_clip) < len(SENTENCES)
-    answers, n_dialogue, fitted = render_answers(), {'train': n_train_dialogue, **N_HELD_OUT}, SPAWN.Event()
-    rendering = start(make_records, out, fitted, answers, n_dialogue, n_utterance)
-    torch.set_num_threads(1)        # a GRU's steps are small: two threads are hardly faster than one
     codec = MelCodec.fit(list(map(torch.from_numpy, powers)), labels, is_mine, n_codes=N_CODES)
     codec.save(os.path.join(out, 'codec'))
     fitted.set()
-    records = gather(*rendering, sum(n_dialogue.values()) + n_utterance, 'dialogues', 'record')
+    records = gather(*working, sum(n_dialogue.values()) + n_utterance, 'dialogues', 'record')
     n_bpe = train_bpe(os.path.join(out, 'tokenizer'))
     statistics = {'recipe': recipe, 'n_bpe': n_bpe, **round_trip(answers, codec)}
     for split in n_dialogue:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What learning from its own conversations does to the demo's turns (grpo.py), against plain training for as long: the table of docs/claims.md.
-#   runs/turns.sh                           half an hour on two CPU cores with bf16 units; needs out/demo from make demo
+#   runs/turns.sh                           a quarter of an hour on two CPU cores with bf16 units; needs out/demo from make demo
 #   SEEDS=1 STEPS=3 RESULT= runs/turns.sh   does it run?
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -41,7 +41,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SEED = 1
 N_DIALOGUE = 4000         # to train on
 N_HELD_OUT = {'val': 100, 'test': 200}       # dialogues in the other splits
-N_UTTERANCE = 2000        # one-sided, to train on in the alignment stage alone
+N_UTTERANCE = 2000        # one-sided, for stages of alignment alone; the demo itself has none
 N_CLIP = 6000             # that the codec is fitted on: as many users
 N_CODES = 512
 REACTION = 2              # frames of silence after which the assistant knows that the user has ended: 80 ms
@@ -324,15 +324,16 @@ def make_all(number, folder, fitted, n_clip, n_dialogue, n_utterance, answers, r
     fitted.wait()
     codec = MelCodec.load(os.path.join(folder, 'codec'))
     said, keys = {text: codes_of(wave, codec) for text, (wave, _) in answers.items()}, list(made)
+    silence = codec.encode(np.zeros(FRAME))[0]
     for some in (keys[at:at + 32] for at in range(0, len(keys), 32)):
         users = codec.encode_power([torch.from_numpy(made[key]['user']) for key in some])
         for key, user in zip(some, users):
-            results.put((key, lay(made.pop(key), user, said, codec)))
+            results.put((key, lay(made.pop(key), user, said, silence)))
 
 
-def lay(record, user, said, codec):
+def lay(record, user, said, silence):
     """Both channels of a rendered record as codes. said: {answer: its codes}"""
-    assistant = np.full(record['n_frame'], codec.encode(np.zeros(FRAME))[0], dtype=np.uint16)
+    assistant = np.full(record['n_frame'], silence, dtype=np.uint16)
     for answer, start, end in record['assistant']:
         assistant[start:end] = said[answer][:end - start]
     return dict(id=record['id'], user=user, assistant=assistant, turns=record['turns'])

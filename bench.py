@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from contextlib import nullcontext
 from functools import partial
 from runpy import run_path
@@ -700,6 +701,8 @@ def main():
             try:
                 function(bench)
             except FAILURES as error:
+                if args.check:      # a row that ends early is the bug that was looked for
+                    traceback.print_exc()
                 bench.miss(name, error)
                 bench.failed.append(name)
             signal.alarm(0)

@@ -145,10 +145,14 @@ class Duplex:
     def make_room(self, prompt):
         bucket = 32 if self.device.type == 'cpu' else 1024
         self.cache = KVCache(self.model, self.n_row, self.max_context, bucket, self.cache_dtype)
-        self.graphs = {}            # on a GPU: shape of a pass -> what was captured
-        self.pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
+        self.forget_graphs()
         self.reset(prompt)
         return self
+
+    def forget_graphs(self):
+        self.graphs = {}            # on a GPU: shape of a pass -> what was captured
+        # a pool ends with the last graph in it, so new graphs need a new one
+        self.pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
 
     def reset(self, prompt=''):
         """Forgets all that was said: a new conversation begins, in the same memory."""
@@ -314,7 +318,8 @@ class Duplex:
     def keep(self, n_row):
         """Goes on with the first n_row users only."""
         self.cache.keep(n_row)
-        self.n_row, self.unfed, self.graphs = n_row, self.unfed[:n_row], {}
+        self.n_row, self.unfed = n_row, self.unfed[:n_row]
+        self.forget_graphs()
         self.ids, self.heard = ([x[:n_row] for x in each] for each in (self.ids, self.heard))
         self.is_stopped = None      # the next chunk says
 

@@ -229,7 +229,7 @@ def attend_grouped(q, k, v, mask):
     (B, T, H, D), K = q.size(), k.size(2)
     rows = q.transpose(1, 2).reshape(B, K, H // K * T, D).to(k.dtype)
     y = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), mask)
-    return y.view(B, H, T, D).transpose(1, 2).to(q.dtype)
+    return y.reshape(B, H, T, D).transpose(1, 2).to(q.dtype)
 
 class KVCache:
     """

@@ -35,7 +35,8 @@ def git(*words):
 
 
 def installed_versions():
-    return {dist.metadata['Name']: dist.version for dist in importlib.metadata.distributions()}
+    there = importlib.metadata.distributions()
+    return {dist.metadata['Name'].replace('_', '-'): dist.version for dist in there}
 
 
 def cpu_name():

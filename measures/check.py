@@ -40,7 +40,7 @@ from model import (
     document_ends,
     linear_cross_entropy,
 )
-from parallel import Copies
+from parallel import Copies, Shards, gather
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -253,6 +253,40 @@ def group(bench):
     verify(bench, 'broadcast, all-reduce, barrier, capture', wrong, 0.0)
 
 
+def shards(bench):
+    """--shard=true, in a group of one process, against a whole copy: three steps of two layers, which are
+    compiled and computed again; then the weights as a checkpoint has them."""
+    sizes, T = bench.sizes | dict(n_layer=2), bench.pick(128, 1024)
+    place = Place(bench.device, bench.dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        write_data(folder, bench.vocab, [bench.pick(50, 450)] * 13)
+        loader = Loader(Dialogues(folder, 'train'), [get_layout('duplex3')], bench.vocab, T, 4)
+        batches = [loader.next_batch().to(bench.device) for _ in range(3)]
+        dist.init_process_group('nccl' if bench.is_cuda else 'gloo', rank=0, world_size=1,
+                                init_method=f'file://{folder}/store')
+        losses, weights = {}, {}
+        for make in (Copies, Shards):
+            torch.manual_seed(0)
+            model = Qwen2(ModelConfig(bench.vocab.size, T, **sizes)).to(bench.device)
+            gradients = make(model, place)
+            model.wrap_blocks(compiles=bench.is_cuda, checkpoints=True)
+            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+            losses[make] = []
+            for batch in batches:
+                with bench.autocast:
+                    total, each = model(batch.idx, batch.pos, batch.doc, batch.learn, batch.targets)
+                gradients.backward(total, is_last=True)
+                gradients.finish(torch.tensor(float(len(each)), device=bench.device), 1.0)
+                optimizer.step()
+                gradients.zero()
+                losses[make].append(each.mean())
+            weights[make] = torch.cat([gather(p, place).flatten() for p in model.parameters()])
+        dist.destroy_process_group()
+    verify(bench, 'losses of three steps', error(*(torch.stack(losses[make]) for make in (Shards, Copies))),
+           rounding(bench))
+    verify(bench, 'weights', error(weights[Shards], weights[Copies]), rounding(bench))
+
+
 def no_waits(bench):
     """Two steps ask the GPU for no value, which torch's sync debugging would refuse."""
     if not bench.is_cuda:
@@ -348,6 +382,7 @@ def train(folder, out, *settings, kill_at=None):
             process.wait()
             return printed
     if process.wait():
+        print(printed)
         raise RuntimeError(printed.strip().split('\n')[-1])
     return printed
 
@@ -394,6 +429,7 @@ def rows_that_fit(bench):
 ROWS = dict(        # name: (function, seconds it takes, the same with --peers)
     device=(device, 5, 5),
     group=(group, 10, 10),
+    shards=(shards, 40, 40),
     backends=(backends, 5, 5),
     head=(head, 20, 20),
     attention=(attention, 60, 60),

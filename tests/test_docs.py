@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import numpy as np
 import pytest
@@ -38,6 +39,8 @@ README, FORMAT, EVALUATION, PERFORMANCE, CORPORA = ((ROOT / name).read_text(enco
 DEMO = json.loads((ROOT / 'bench/results/demo.json').read_text())
 VOICES = json.loads((ROOT / 'bench/results/voices.json').read_text())
 BENCH = json.loads((ROOT / 'bench/results/cpu.json').read_text())
+GPU = json.loads((ROOT / 'bench/results/cuda.json').read_text())
+GPU_HEAD = json.loads((ROOT / 'bench/results/cuda_head.json').read_text())
 PROGRAM = r'(?:torchrun|python3?|make|pytest)'
 SETTINGS = {'train.py': train.Config, 'sample.py': sample.Config, 'evaluate.py': evaluate.Config,
             'talk.py': talk.Config, 'grpo.py': grpo.Config, 'hub.py': hub.Config}
@@ -261,15 +264,44 @@ def test_results(regen):
     put('docs/evaluation.md', f'full_duplex_bench -->\n{old}', f'full_duplex_bench -->\n\n{table}\n\n', regen)
 
 
-def bench_table():
-    """The ratios that python bench.py --cpu printed, and what they are made of."""
-    figures = {(figure['row'], figure['name']): figure for figure in BENCH['figures']}
+def reader(*results):
+    """-> value(row, name), which is text: a figure that bench.py printed, the first of that name"""
+    figures = {}
+    for figure in (figure for result in results for figure in result['figures']):
+        figures.setdefault((figure['row'], figure['name']), figure)
 
     def value(row, name):
         figure = figures[row, name]
         x = figure['median']
         return f'{x:,.0f} {figure["unit"]}' if abs(x) >= 1000 else f'{x:.3g} {figure["unit"]}'
+    return value
 
+
+def gpu_table():
+    """What python bench.py, and --peers, printed on a GPU."""
+    value, head, ours = reader(GPU), partial(reader(GPU_HEAD), 'head'), 'ours, chunk 4096'
+    rows = [['', '', ''], ['---'] * 3]
+    for row, mix, label in (('duplex8192', 'T=8192, duplex3', 'rows of 8,192: dialogues of a minute'),
+                            ('half', 'T=1024, half', 'rows of 1,024: half recognition, half synthesis')):
+        rate, mfu, memory = (value(row, f'ours, {mix}{part}') for part in ('', ', MFU', ', memory'))
+        rows.append([f'training, {label}', rate, f'{mfu} MFU, {memory}'])
+    rows.append(['… waiting for the loader', value(row, f'ours, {mix}, loader wait'), ''])
+    rows.append(['head and loss, forward and backward, of 32,768 tokens, 17,873 of them learned', head(ours),
+                 head(f'{ours}, memory')])
+    for name, label in (('full logits', 'full logits'), ('TRL', "TRL 1.16's loss")):
+        times = f'{head(name)}, {head(f"{name} / {ours}")} as long'
+        rows.append([f'… {label}', times, head(f'{name}, memory')])
+    for n in (1, 64):
+        sec, rate = (value(f'decode{n}', f'ours, batch {n}: {what}') for what in ('a chunk', 'real time'))
+        rows.append([f'a chunk of duplex3, 400 ms, for {n} at once', sec, f'{rate} real time'])
+    largest = value('ceilings', 'matmul 8192 x 8192 x 8192')
+    rows.append(['for comparison: the largest matmul, and a copy', largest, value('ceilings', 'copy')])
+    return '\n' + ''.join(f'| {" | ".join(row)} |\n' for row in rows) + '\n'
+
+
+def bench_table():
+    """The ratios that python bench.py --cpu printed, and what they are made of."""
+    value = reader(BENCH)
     # label, row, ours, theirs, their ratio
     rows = [
         ("training step, 2 layers of Qwen2-0.5B's width, 1,024 tokens of duplex3, beside full logits", 'step',
@@ -305,6 +337,7 @@ def bench_table():
 
 def test_performance(regen):
     put('docs/performance.md', printed(PERFORMANCE, 'bench'), bench_table(), regen)
+    put('docs/performance.md', printed(PERFORMANCE, 'gpu'), gpu_table(), regen)
     row = re.search(r'`make demo` trains in \d+ s', PERFORMANCE)
     put('docs/performance.md', row[0], f'`make demo` trains in {DEMO["train_sec"]:.0f} s', regen)
 

@@ -120,7 +120,8 @@ def test_the_loss_is_what_training_saw(small_run):
 @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason='no AVX-512 VNNI')
 def test_what_int8_loses_is_measured(small_run, tmp_path):
     data, checkpoint = small_run
-    cfg = evaluate.Config(checkpoint=str(checkpoint), data=str(data), n_report=0, out=str(tmp_path))
+    cfg = evaluate.Config(checkpoint=str(checkpoint), data=str(data), device='cpu', n_report=0,
+                          out=str(tmp_path))
     whole, rounded = (evaluate.main(replace(cfg, dtype=dtype))['loss']['duplex3']['loss']
                       for dtype in ('float32', 'int8'))
     assert rounded != whole and rounded == pytest.approx(whole, rel=0.05)

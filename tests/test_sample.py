@@ -272,6 +272,17 @@ def test_warm_up_knows_all_passes(loaded, name):
     assert planned == done and len(set(planned)) >= 7
 
 
+def test_graphs_that_are_captured_after_users_left_have_a_pool_of_their_own(loaded, monkeypatch):
+    """On a GPU a pool of graphs ends with the last graph in it. A capture into it is then an error."""
+    monkeypatch.setattr(torch.cuda, 'graph_pool_handle', iter(range(9)).__next__)
+    duplex = Duplex(*loaded[:3], 3)
+    duplex.uses_graphs = True
+    duplex.forget_graphs()
+    pool, duplex.graphs['a shape'] = duplex.pool, 'a graph'
+    duplex.keep(2)
+    assert not duplex.graphs and duplex.pool != pool
+
+
 @pytest.mark.slow
 def test_compiled_users_leave(loaded):
     """40 users of 1 to 40 chunks leave at ten moments. Two graphs serve all: one for several, one for the

@@ -8,7 +8,6 @@ Listening and talking: the user's speech goes in chunk by chunk, the assistant's
     converse        whole recordings, many side by side
     render          a decoded dialogue as stereo sound
 """
-import copy
 import json
 import math
 import time
@@ -138,16 +137,11 @@ class Duplex:
         if compile:
             self.compile_pass()
 
-    def another(self, prompt=''):
-        """-> a conversation of its own beside this one: it has the same weights, in the same memory."""
-        return copy.copy(self).make_room(prompt)
-
     def make_room(self, prompt):
         bucket = 32 if self.device.type == 'cpu' else 1024
         self.cache = KVCache(self.model, self.n_row, self.max_context, bucket, self.cache_dtype)
         self.forget_graphs()
         self.reset(prompt)
-        return self
 
     def forget_graphs(self):
         self.graphs = {}            # on a GPU: shape of a pass -> what was captured
@@ -156,10 +150,7 @@ class Duplex:
 
     def reset(self, prompt=''):
         """Forgets all that was said: a new conversation begins, in the same memory."""
-        layout, prompt = self.layout, lay_prompt(prompt, self.vocab)
-        if self.max_context < 2 * layout.period + len(prompt):
-            raise ValueError(f'max_context {self.max_context} holds no two chunks of {layout.period} tokens'
-                             + f' behind a prompt of {len(prompt)}' * bool(prompt))
+        layout, prompt = self.layout, self.lay(prompt)
         self.generator = torch.Generator(self.device).manual_seed(self.sampling.seed)
         self.cache.len = self.cache.next_pos = 0
         # ids that were chosen or heard, but that the model has not read yet: the prompt, if there is one
@@ -170,6 +161,14 @@ class Duplex:
         silent = self.vocab.control['<|silent_speech|>']
         empty = self.unfed.new_full((self.n_row, layout.speech_chunk, layout.codes_per_frame), silent)
         self.n_chunk, self.heard, self.is_stopped = 0, [empty] * layout.n_late, None
+
+    def lay(self, prompt):
+        """A prompt -> its ids"""
+        ids, period = lay_prompt(prompt, self.vocab), self.layout.period
+        if self.max_context < 2 * period + len(ids):
+            raise ValueError(f'max_context {self.max_context} holds no two chunks of {period} tokens'
+                             + f' behind a prompt of {len(ids)}' * bool(ids))
+        return ids
 
     @torch.inference_mode()
     def compile_pass(self):
@@ -214,7 +213,7 @@ class Duplex:
         for key, T, n_slot in dict.fromkeys(self.passes(n_chunk)) if self.uses_graphs else ():
             noise = torch.ones(self.n_row, len(self.heads[key].bias), device=self.device)
             self.cache.n_slot = n_slot
-            self.graphs[key, T, n_slot] = self.capture(
+            self.graphs[key, self.n_row, T, n_slot] = self.capture(
                 key, self.unfed.new_zeros(self.n_row, T), noise if self.heads[key].temperature else None)
 
     @torch.inference_mode()
@@ -272,18 +271,19 @@ class Duplex:
         self.unfed = torch.cat([self.unfed, ids], dim=1)
         self.ids.append(ids)
 
+    def draw(self, n_id):
+        """-> noise (n_row, n_id), exponential"""
+        return torch.empty(self.n_row, n_id, device=self.device).exponential_(generator=self.generator)
+
     def sample(self, key, ids):
         """Reads ids (n_row, T) and chooses one token, (n_row, 1), by the head of that key."""
-        noise, head = None, self.heads[key]
-        if head.temperature:
-            noise = torch.empty(self.n_row, len(head.bias), device=self.device)
-            noise.exponential_(generator=self.generator)
+        noise = self.draw(len(self.heads[key].bias)) if self.heads[key].temperature else None
         self.cache.advance(ids.shape[1])
         for x in (ids, *self.cache.keys, *self.cache.values) if self.compile else ():
             torch._dynamo.mark_static(x, [*range(1, x.dim())])    # only n_row and cache.n_slot change
         if not self.uses_graphs:
             return self.next_token(key, ids, noise)
-        shape = key, ids.shape[1], self.cache.n_slot
+        shape = key, *ids.shape, self.cache.n_slot
         if shape not in self.graphs:
             self.graphs[shape] = self.capture(key, ids, noise)
         graph, inputs, token = self.graphs[shape]

@@ -36,8 +36,9 @@ from decode import Sampling
 from live.replay import User, drift_ms
 from live.save import write_conversation
 from live.server import LOCAL, Server
-from live.talker import Speaking, check
+from live.talker import check
 from measures.talks import summarise
+from table import Table
 
 
 @dataclass(frozen=True)
@@ -92,18 +93,13 @@ def make_server(cfg):
     torch.set_num_threads(1 if is_small else min(torch.get_num_threads(), 8))
     sampling = Sampling(cfg.text_temperature, cfg.speech_temperature, silence_bias=cfg.silence_bias,
                         text_weight=info.text_weight, seed=cfg.seed)
-    first = Speaking(model, vocab, checkpoint.layout, sampling=sampling, max_context=cfg.max_context,
-                     dtype=pick_dtype(cfg.dtype, device), prompt=cfg.prompt)
-    duplexes = [first, *(first.another(cfg.prompt) for _ in range(cfg.max_talkers - 1))]
-    for duplex in duplexes:     # on a GPU: all shapes that there can be are captured now, not while it talks
-        duplex.warm_up(duplex.max_context // checkpoint.layout.period + 2)
-        duplex.step(np.resize(codec.silence_codes[:1], (1, duplex.layout.speech_chunk
-                                                        * duplex.layout.codes_per_frame)))
-        duplex.reset(cfg.prompt)
+    table = Table(model, vocab, checkpoint.layout, cfg.max_talkers, sampling=sampling,
+                  max_context=cfg.max_context, dtype=pick_dtype(cfg.dtype, device), prompt=cfg.prompt)
+    table.warm_up(table.max_context // checkpoint.layout.period + 2)
     is_local = cfg.host in LOCAL
     token = cfg.token or (None if is_local or cfg.user else secrets.token_urlsafe(16))
     name = os.path.basename(os.path.normpath(cfg.checkpoint))
-    return Server(name, duplexes, codec, cfg.max_waiting, token, cfg.prompt, cfg.speed)
+    return Server(name, table, codec, cfg.max_waiting, token, cfg.prompt, cfg.speed)
 
 
 async def serve(cfg, server):

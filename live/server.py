@@ -2,8 +2,8 @@
 Many people talk to one model: the page and a WebSocket on one port.
 
     browser ◄─ live/talk.html ─┐             ┌─ Talker ─┐
-    browser ◄─ /v1/realtime ───┤ event loop  ├─ Talker ─┤ one thread: in turn, a chunk each
-    client  ◄─ /v1/realtime ───┘             └─ Talker ─┘ over the same weights
+    browser ◄─ /v1/realtime ───┤ event loop  ├─ Talker ─┤ one thread: who has a chunk is answered,
+    client  ◄─ /v1/realtime ───┘             └─ Talker ─┘ side by side at one Table
 
 /v1/realtime speaks the subset of OpenAI's Realtime API that vLLM-Omni, SGLang-Omni and Unmute share:
 
@@ -40,7 +40,7 @@ import numpy as np
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from live.save import MAX_UPLOAD_BYTES, zip_conversation
-from live.talker import Talker, speaking_lag
+from live.talker import Talker, speaking_lag, talk_on
 
 RATE_HZ = 24000                     # unless the client gives another
 RATES_HZ = 8000, 96000
@@ -73,7 +73,7 @@ class Session:
     def __init__(self, server, ws, transport):
         self.server, self.ws, self.transport = server, ws, transport
         self.id, self.rate, self.prompt, self.names = f'sess_{uuid.uuid4().hex}', RATE_HZ, server.prompt, {}
-        self.duplex = self.talker = None
+        self.seat = self.talker = None
         self.unsent, self.n_unsent_sec, self.has_unsent = deque(), 0.0, asyncio.Event()
         self.n_dropped_sec, self.is_sending = 0.0, False
         self.n_fault, self.n_heard_sec, self.began = 0, 0.0, None
@@ -137,12 +137,11 @@ class Session:
             session.update(type='realtime', audio=dict(input=pcm, output=pcm))
         return session
 
-    def start(self, duplex):
-        """It gets a place."""
-        self.duplex = duplex
+    def start(self, seat):
+        self.seat = seat
         self.server.ids.append(self.id)
         if self.prompt != self.server.prompt:
-            duplex.reset(self.prompt)
+            seat.reset(self.prompt)
         self.send(dict(type='session.created', session=self.describe()))
 
     # -------------------------------------------------------------------------------- from the client
@@ -203,10 +202,10 @@ class Session:
             raise ValueError(f'"audio" has {len(pcm)} bytes, half a sample: a sample of PCM16 has two')
         self.began = self.began or time.monotonic()
         self.n_heard_sec += len(pcm) / 2 / self.rate
-        if not self.duplex:     # who waits for a place is not heard
+        if not self.seat:       # who waits for a place is not heard
             return
         if not self.talker:
-            self.talker = Talker(self.duplex, self.server.codec, self.server.lag, self.rate, self.emit)
+            self.talker = Talker(self.seat, self.server.codec, self.server.lag, self.rate, self.emit)
             self.server.talkers[self.talker] = self
         self.talker.push(np.frombuffer(pcm, '<i2').astype(np.float32) / 32768)
         self.server.wake()
@@ -229,8 +228,8 @@ class Session:
             raise ValueError('instructions have to be a text of at most 10,000 characters')
         if self.talker and (rate, prompt) != (self.rate, self.prompt):
             raise ValueError('rate and instructions have to come before the first audio')
-        if self.duplex and prompt != self.prompt:
-            self.duplex.reset(prompt)       # ValueError: it is too long for the model
+        if self.seat and prompt != self.prompt:
+            self.seat.reset(prompt)         # ValueError: it is too long for the model
         self.rate, self.prompt = rate, prompt
         self.names = NEW_NAMES if session.get('type') == 'realtime' else self.names
         self.send(dict(type='session.updated', session=self.describe()))
@@ -239,17 +238,17 @@ class Session:
 class Server:
     """
     Serves talkers until it is stopped.
-        duplexes    [Duplex of one row]: so many talk at once
+        table       as many talk at once as it has seats
         max_waiting more wait for a place; others are refused
         token       None: whoever comes to a local address is let in
         speed       how much faster than real time audio may come, for tests
     """
 
-    def __init__(self, name, duplexes, codec, max_waiting=16, token=None, prompt='', speed=1.0):
+    def __init__(self, name, table, codec, max_waiting=16, token=None, prompt='', speed=1.0):
         self.name, self.codec, self.token, self.prompt, self.speed = name, codec, token, prompt, speed
-        self.free, self.max_waiting, self.lag = list(duplexes), max_waiting, speaking_lag(codec)
-        self.chunk_ms = round(1e3 * duplexes[0].layout.speech_chunk / codec.rate_hz)
-        self.n_place, self.sessions = len(duplexes), []     # by arrival, those who wait, too
+        self.table, self.free, self.max_waiting = table, table.seats[::-1], max_waiting
+        self.lag, self.chunk_ms = speaking_lag(codec), round(1e3 * table.layout.speech_chunk / codec.rate_hz)
+        self.n_place, self.sessions = len(self.free), []    # by arrival, those who wait, too
         self.ids = deque(maxlen=256)                        # of sessions, those that are over, too
         self.talkers, self.is_stopping = {}, False          # Talker -> Session
         self.silent = {}        # who has not asked yet, by arrival: aiohttp's protocol -> timer
@@ -264,20 +263,19 @@ class Server:
             self.work_to_do.notify()
 
     def work(self):
-        """Talkers in turn, a chunk each, so none waits for more than the others' chunks."""
+        """A chunk of all who have one, again and again. Who has one a moment later waits for those."""
         while not self.is_stopping:
             with self.work_to_do:
                 self.work_to_do.wait_for(
                     lambda: self.is_stopping or any(talker.has_work() for talker in list(self.talkers)), 1.0)
-            for talker, session in list(self.talkers.items()):
-                try:
-                    with self.in_turn:
-                        if talker in self.talkers and talker.has_work():
-                            talker.work()
-                except Exception:       # a fault in one conversation ends that one
-                    traceback.print_exc()
-                    self.talkers.pop(talker, None)
-                    self.loop.call_soon_threadsafe(self.fail, session)
+            with self.in_turn:
+                talkers = [talker for talker in list(self.talkers) if talker.has_work()]
+                talk_on(self.table, talkers, self.give_up)
+
+    def give_up(self, talker, error):
+        traceback.print_exception(error)
+        if session := self.talkers.pop(talker, None):
+            self.loop.call_soon_threadsafe(self.fail, session)
 
     def fail(self, session):
         session.send(dict(type='error', error=dict(type='server_error', code='model',
@@ -370,20 +368,21 @@ class Server:
                 sender.cancel()
             self.sessions.remove(session)
             self.talkers.pop(session.talker, None)
-            if session.duplex:
+            if session.seat:
                 # not before the thread has left it
-                await self.loop.run_in_executor(None, self.clear, session.duplex)
-                self.free.append(session.duplex)
+                await self.loop.run_in_executor(None, self.clear, session.seat)
+                self.free.append(session.seat)
+                self.free.sort(key=lambda seat: -seat.row)      # low rows first: few rows are computed then
             self.seat()
         return ws
 
-    def clear(self, duplex):
+    def clear(self, seat):
         with self.in_turn:
-            duplex.reset(self.prompt)
+            seat.reset(self.prompt)
 
     def seat(self):
         """Gives free places to those who wait, and tells the others theirs."""
-        waiting = [session for session in self.sessions if not session.duplex]
+        waiting = [session for session in self.sessions if not session.seat]
         while self.free and waiting:
             waiting.pop(0).start(self.free.pop())
         for place, session in enumerate(waiting, 1):

@@ -2,7 +2,7 @@
 One conversation as it happens: the user's samples go in as they come, events come out. No sockets here.
 
     user        ─ samples ─► codec.stream ─ codes ─┐                     ┌─► text
-    assistant                                      └─► a chunk, Duplex ──┴─ codes ─► codec.speak ─► samples
+    assistant                                      └─► a chunk, Table ───┴─ codes ─► codec.speak ─► samples
 
 The clock is the microphone. A chunk of the assistant's speech stands for the same time as the user's chunk
 from which it was made, so it is heard that much later, and all that is sent is as long as what was heard. A
@@ -21,10 +21,8 @@ from collections import deque
 
 import numpy as np
 import soxr
-import torch
 
 from common.levels import is_silent
-from decode import Duplex
 from measures.turns import BACKCHANNEL_SEC, JOIN_SEC, OVERLAP_SEC, PAUSE_SEC
 
 MAX_WAIT_SEC = 1.0      # audio that waits longer is dropped, the oldest first
@@ -41,22 +39,6 @@ def check(layout):
                          'does not undo yet')
 
 
-class Speaking(Duplex):
-    """A Duplex that gives each frame to on_frame, int [codes a frame], -1 is silence, before it chooses the
-    next. So the device is waited for at each frame."""
-    on_frame = None
-
-    def write(self, slot, place, text=None):
-        token = super().write(slot, place, text)
-        if slot.kind == 'speech' and self.on_frame:
-            self.frame = [*(self.frame if place else []), token]
-            if len(self.frame) == self.layout.codes_per_frame:
-                codes = torch.cat(self.frame, 1)[0].cpu().numpy()
-                silent = codes == self.vocab.control['<|silent_speech|>']
-                self.on_frame(np.where(silent, -1, codes - self.vocab.code_start))
-        return token
-
-
 def speaking_lag(codec):
     """How many samples codec.speak() keeps back at most, as later codes may change them."""
     speaker, hop = codec.speak(), codec.sample_rate / codec.rate_hz
@@ -69,16 +51,16 @@ def speaking_lag(codec):
 
 class Talker:
     """
-    push takes samples, from any thread; work does what there is to do, in one thread.
-        duplex      Speaking, of one row, with nothing said yet
+    push takes samples, from any thread; the rest is called by talk_on, in one thread.
+        seat        of a Table, with nothing said yet
         lag         speaking_lag(codec), in samples
         rate        samples a second, both ways
         emit        is called with one event or several, as they happen
     """
 
-    def __init__(self, duplex, codec, lag, rate, emit):
-        self.duplex, self.codec, self.rate, self.emit = duplex, codec, rate, emit
-        self.layout, self.vocab = duplex.layout, duplex.vocab
+    def __init__(self, seat, codec, lag, rate, emit):
+        self.seat, self.codec, self.rate, self.emit = seat, codec, rate, emit
+        self.layout, self.vocab = seat.layout, seat.vocab
         self.n, self.hop = self.layout.speech_chunk, codec.sample_rate / codec.rate_hz
         self.lag, self.stream = lag, codec.stream()
         # of the user
@@ -87,7 +69,7 @@ class Talker:
         self.inward = soxr.ResampleStream(rate, codec.sample_rate, 1, dtype='float32', quality='MQ')
         self.codes = codec.silence_codes[:0]        # heard, but no chunk yet
         self.n_frame = 0                    # in chunks
-        self.n_said = 0                     # of them, of the chunk that is written
+        self.n_said, self.before = 0, None  # of them, of the chunk that is written; the response before it
         self.max_waiting = round(rate * max(MAX_WAIT_SEC, 2 * self.n / codec.rate_hz))
         self.n_sounding = 0                 # frames without silence, up to now
         self.span = None                    # [first, last] frame of what the user says, or said last
@@ -117,8 +99,8 @@ class Talker:
     def has_work(self):
         return self.n_waiting > 0 or len(self.codes) >= self.n or self.wants_cancel
 
-    def work(self):
-        """Listens to what came, and writes at most one chunk."""
+    def listen(self):
+        """-> the user's next chunk, if what came completes one"""
         if self.wants_cancel:
             self.wants_cancel = False
             self.cancel()
@@ -136,7 +118,9 @@ class Talker:
                 self.codes = np.concatenate([self.codes, new]) if len(new) else self.codes
         if len(self.codes) >= self.n:
             chunk, self.codes = self.codes[:self.n], self.codes[self.n:]
-            self.step(chunk)
+            self.watch(chunk)
+            self.n_said, self.before = 0, self.response
+            return chunk
 
     def user_ms(self, frame):
         """When the user's frame was in the microphone."""
@@ -162,17 +146,12 @@ class Talker:
 
     # -------------------------------------------------------------------------------- what the assistant says
 
-    def step(self, chunk):
-        self.watch(chunk)
-        self.n_said, before = 0, self.response
-        self.duplex.on_frame = self.say
-        text, speech = self.duplex.step(chunk[None])
-        self.duplex.on_frame = None
-        self.duplex.ids.clear()     # a conversation may last for hours
-        ids = [i for i in text[0].tolist() if i < self.vocab.n_text]
+    def end_chunk(self, text, speech):
+        """text ids [m], speech codes [n, …] of the chunk whose frames were said"""
+        ids = [i for i in text.tolist() if i < self.vocab.n_text]
         # text after a gap, while the assistant still ends its sentence, is the next one's
         is_next = bool(ids) and self.is_text_over and (speech < 0).any() and not self.speaker
-        if is_next and before and before == self.response:
+        if is_next and self.before and self.before == self.response:
             self.end()
         self.is_text_over = not ids
         if ids:
@@ -272,3 +251,28 @@ class Talker:
         if self.response and not self.is_cancelled:
             self.is_cancelled = True
             self.emit(dict(type='output_audio_buffer.cleared', response_id=self.response, n_sent=self.n_sent))
+
+
+def talk_on(table, talkers, on_error):
+    """Listens to what came, and writes at most one chunk for each, of all side by side. A fault in one
+    conversation ends that one: on_error is called with the talker and the exception."""
+    failed = set()
+
+    def attempt(talker, function, *args):
+        try:
+            return None if talker in failed else function(*args)
+        except Exception as error:
+            failed.add(talker)
+            on_error(talker, error)
+    heard = {talker: attempt(talker, talker.listen) for talker in talkers}
+    ready = [talker for talker in talkers if heard[talker] is not None]
+    if ready:
+        try:
+            said = table.step([talker.seat for talker in ready], [heard[talker] for talker in ready],
+                              lambda i, codes: attempt(ready[i], ready[i].say, codes))
+        except Exception as error:      # the model's: it is shared
+            for talker in ready:
+                on_error(talker, error)
+            return
+        for talker, text, speech in zip(ready, *said):
+            attempt(talker, talker.end_chunk, text, speech)

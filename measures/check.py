@@ -41,6 +41,7 @@ from model import (
     linear_cross_entropy,
 )
 from parallel import Copies, Shards, gather
+from table import Table
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -222,6 +223,38 @@ def duplex(bench):
         if bench.is_cuda and not temperature:       # at another one they draw other random numbers
             cpu = talk(torch.device('cpu'), temperature, False)
             verify(bench, 'against a CPU', int((eager != cpu).sum()), 0, 'ids')
+    torch.set_float32_matmul_precision(precision)
+
+
+def table(bench):
+    """Four users at one table, who begin and speak at different times, against each in a Duplex of their own,
+    eager: the same ids, in fp32 proper, past the end of the cache."""
+    layout, precision = get_layout('duplex3'), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    torch.manual_seed(0)
+    model = Qwen2(ModelConfig(bench.vocab.size, 256, **bench.sizes | dict(n_layer=2))).to(bench.device).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(5)     # as in duplex
+    users = np.random.default_rng(0).integers(0, bench.vocab.n_codes, (4, 9, 10))
+    settings = dict(sampling=Sampling(1.0, 1.0), max_context=130)
+    expected = []
+    for user in users:
+        alone = Duplex(model, bench.vocab, layout, **settings)
+        alone.uses_graphs = False
+        expected.append([np.concatenate(alone.step(chunk[None]), 1)[0] for chunk in user])
+    seats = (one := Table(model, bench.vocab, layout, 4, **settings)).seats
+    one.warm_up(9)
+    n_other, n_heard = 0, [0] * 4
+    for step in range(18):      # user i comes in step i, and misses each third one
+        talk = [i for i in range(4) if i <= step and n_heard[i] < 9 and (step + i) % 3 != 2]
+        if not talk:
+            continue
+        said = one.step([seats[i] for i in talk], [users[i, n_heard[i]] for i in talk], lambda i, codes: None)
+        for i, text, speech in zip(talk, *said):
+            n_other += int((np.concatenate([text, speech]) != expected[i][n_heard[i]]).sum())
+            n_heard[i] += 1
+    assert n_heard == [9] * 4, n_heard
+    verify(bench, 'at one table against alone', n_other, 0, 'ids')
     torch.set_float32_matmul_precision(precision)
 
 
@@ -435,6 +468,7 @@ ROWS = dict(        # name: (function, seconds it takes, the same with --peers)
     attention=(attention, 60, 60),
     no_waits=(no_waits, 40, 40),
     duplex=(duplex, 60, 60),
+    table=(table, 30, 30),
     blocks=(blocks, 60, 60),
     resume=(resume, 100, 100),
     auto_batch=(rows_that_fit, 120, 120),

@@ -8,7 +8,7 @@ FLOORS = [
     ['config', 'common', 'vocabulary', 'layouts'],
     ['flatten', 'clock', 'templates', 'model', 'rows', 'codec'],
     ['data'],
-    ['decode', 'respond', 'parallel', 'card', 'checkpoint', 'guard'],
+    ['decode', 'table', 'respond', 'parallel', 'card', 'checkpoint', 'guard'],
     ['measures'],
     ['inputs', 'live'],
     ['train', 'grpo', 'sample', 'evaluate', 'bench', 'talk', 'hub'],    # imported by nobody

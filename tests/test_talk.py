@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 
 from flatten import get_layout
-from live.talker import Speaking, Talker, check, speaking_lag
+from live.talker import Talker, check, speaking_lag, talk_on
+from table import Seat, Table
 
 aiohttp = pytest.importorskip('aiohttp')
 soundfile = pytest.importorskip('soundfile')
@@ -82,22 +83,32 @@ class ToneSpeaker:
         return self.push([], 0)
 
 
+class Rules:
+    """In place of a Table: a rule on each seat."""
+    def __init__(self, *rules):
+        self.layout, self.seats = get_layout('duplex3'), [*rules]
+        for row, rule in enumerate(rules):
+            rule.row = row
+
+    def step(self, seats, chunks, on_frame):
+        said = []
+        for i, (rule, codes) in enumerate(zip(seats, chunks)):
+            text, speech = rule.choose(codes[None])
+            for code in speech[0]:
+                on_frame(i, code[None])
+            said.append((text[0], speech[0]))
+        return [np.stack(each) for each in zip(*said)]
+
+
 class Rule:
-    """In place of Speaking: answers with n_frame frames as soon as the user falls silent; when the user
-    speaks again, it falls silent after 7 more."""
-    def __init__(self, n_frame=50, codes_per_frame=1):
-        self.layout, self.vocab = get_layout('duplex3'), VOCAB
-        self.n_frame, self.ids, self.on_frame = n_frame, [], None
+    """In place of a Seat: answers with n_frame frames as soon as the user falls silent; when the user speaks
+    again, it falls silent after 7 more."""
+    def __init__(self, n_frame=50):
+        self.layout, self.vocab, self.n_frame = get_layout('duplex3'), VOCAB, n_frame
         self.reset()
 
     def reset(self, prompt=''):
         self.has_heard, self.left = False, 0
-
-    def step(self, codes):
-        text, speech = self.choose(codes)
-        for code in speech[0] if self.on_frame else ():
-            self.on_frame(code[None])
-        return text, speech
 
     def choose(self, codes):
         speech, text = np.full((1, 10), -1), np.full((1, 2), VOCAB.control['<|silent_text|>'])
@@ -130,14 +141,21 @@ def tell(talker, wave, n=320):
     for part in np.split(wave, range(n, len(wave), n)):
         talker.push(part)
         while talker.has_work():
-            talker.work()
+            work(talker)
     return talker.events[heard_before:]
 
 
-def make_talker(duplex, codec=None, lag=LAG, rate=16000):
+def work(*talkers):
+    def on_error(talker, error):
+        raise error
+    seat = talkers[0].seat
+    talk_on(seat.table if isinstance(seat, Seat) else Rules(seat), talkers, on_error)
+
+
+def make_talker(seat, codec=None, lag=LAG, rate=16000):
     """It keeps its events."""
     events = []
-    talker = Talker(duplex, codec or Tone(), lag, rate, lambda *new: events.extend(new))
+    talker = Talker(seat, codec or Tone(), lag, rate, lambda *new: events.extend(new))
     talker.events = events
     return talker
 
@@ -274,7 +292,7 @@ def test_what_waits_too_long_is_dropped():
         talker.push(np.concatenate([silence(0.05), sound(0.05)]))
     assert talker.n_waiting == 16000
     while talker.has_work():
-        talker.work()
+        work(talker)
     events = talker.events
     assert events[0] == dict(type='nanoduplex.behind', where='model', dropped_ms=4000)
     started = next(event for event in events if event['type'] == 'input_audio_buffer.speech_started')
@@ -289,36 +307,37 @@ def test_who_cannot_be_talked_to():
 
 # ---- the model
 
-def test_talkers_side_by_side_are_as_each_alone(small_run):
-    """Two conversations over the same weights, a chunk each in turn, give what each gives by itself; and one
-    that is used again gives what it gave before."""
+@pytest.mark.parametrize('later', [0, 4800, 6400])
+def test_talkers_side_by_side_are_as_each_alone(small_run, later):
+    """Two conversations over the same weights, one of which begins 0, 0.3 or 0.4 s later, give what each
+    gives by itself; and so does one that begins where another ended."""
     import torch
     model, vocab, codec, info = checkpoint = load_checkpoint(str(small_run[1]))
-    waves = [np.concatenate([hum(pitch, 1.0), silence(1.5)] * 2) for pitch in (100, 300)]
-
-    for dtype in (torch.float32, torch.bfloat16):
-        one = Speaking(model, vocab, checkpoint.layout, dtype=dtype, sampling=Sampling(1.0, 1.0))
-        two = one.another()
-        assert one.model is two.model and one.heads is two.heads       # the memory is one, packed or not
-        assert one.cache.keys[0].data_ptr() != two.cache.keys[0].data_ptr()
-        alone = [tell(make_talker(duplex, codec, 0), wave, 3200) for duplex, wave in zip((one, two), waves)]
-        for duplex in (one, two):
-            duplex.reset()
-        talkers, beside = [make_talker(duplex, codec, 0) for duplex in (one, two)], [[], []]
-        for at in range(0, len(waves[0]), 3200):
-            for talker, wave, events in zip(talkers, waves, beside):
-                events += tell(talker, wave[at:at + 3200], 3200)
-        for a, b in zip(alone, beside):
-            assert b == a and 'response.audio.delta' in kinds(a)
+    waves = [np.concatenate([hum(pitch, 1.0), silence(1.5)] * 2) for pitch in (100, 300, 200)]
+    table = Table(model, vocab, checkpoint.layout, 3, dtype=torch.float32, sampling=Sampling(1.0, 1.0))
+    alone = []
+    for wave in waves:
+        table.seats[0].reset()
+        alone.append(tell(make_talker(table.seats[0], codec, 0), wave, 3200))
+    beside = [make_talker(seat, codec, 0) for seat in table.seats[:0:-1]]       # seats 2 and 1
+    for at in range(0, len(waves[0]) + later, 3200):
+        for talker, wave, first in zip(beside, waves, (0, later)):
+            talker.push(wave[max(at - first, 0):max(at - first + 3200, 0)])
+        while any(talker.has_work() for talker in beside):
+            work(*(talker for talker in beside if talker.has_work()))
+    for talker, events in zip(beside, alone):
+        assert talker.events == events and 'response.audio.delta' in kinds(events)
+    table.seats[2].reset()
+    assert tell(make_talker(table.seats[2], codec, 0), waves[2], 3200) == alone[2]
 
 
 # ---- the server
 
 @asynccontextmanager
-async def serving(duplexes=None, codec=None, **settings):
+async def serving(rules=None, codec=None, **settings):
     """-> (the server, its address)"""
     settings.setdefault('speed', 1000.0)
-    server = Server('rule', duplexes or [Rule(), Rule()], codec or Tone(), **settings)
+    server = Server('rule', Rules(*(rules or [Rule(), Rule()])), codec or Tone(), **settings)
     async with server.listening('127.0.0.1', 0) as port:
         yield server, f'http://127.0.0.1:{port}'
 
@@ -559,7 +578,7 @@ def test_who_never_reads_is_dropped_and_nothing_piles_up(monkeypatch):
             aborted.append(True)
 
     async def run():
-        server = Server('rule', [Rule()], Tone())
+        server = Server('rule', Rules(Rule()), Tone())
         session = Session(server, Stuck(), Transport())
         delta = base64.b64encode(bytes(24000 * 2 // 10)).decode()        # 0.1 s
         session.send(*(dict(type='response.audio.delta', delta=delta, n=i) for i in range(100)))
@@ -574,11 +593,11 @@ def test_who_never_reads_is_dropped_and_nothing_piles_up(monkeypatch):
 
 def test_a_fault_in_one_conversation_ends_that_one(capfd):
     class Broken(Rule):
-        def step(self, codes):
+        def choose(self, codes):
             raise RuntimeError('out of memory')
 
     async def run():
-        async with serving([Rule(), Broken()]) as (server, url), client(url) as bad, client(url) as good:
+        async with serving([Broken(), Rule()]) as (server, url), client(url) as bad, client(url) as good:
             await bad.say(silence(0.5))
             error = (await bad.until('error'))['error']
             assert error['type'] == 'server_error'
@@ -720,10 +739,10 @@ def test_settings_that_do_not_go_together():
         taken.listen()
         cfg = talk.Config(port=taken.getsockname()[1])
         with pytest.raises(ValueError, match='cannot serve on 127.0.0.1'):
-            asyncio.run(talk.serve(cfg, Server('rule', [Rule()], Tone())))
+            asyncio.run(talk.serve(cfg, Server('rule', Rules(Rule()), Tone())))
     cfg = talk.Config(cert='/nowhere', key='/nowhere')
     with pytest.raises(ValueError, match='no certificate and its key'):
-        asyncio.run(talk.serve(cfg, Server('rule', [Rule()], Tone())))
+        asyncio.run(talk.serve(cfg, Server('rule', Rules(Rule()), Tone())))
 
 
 # ---- in a browser

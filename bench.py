@@ -323,9 +323,10 @@ def attention(bench):
         q, k, v = (torch.randn(B, T, heads, D, device=bench.device, dtype=bench.dtype, requires_grad=True)
                    for heads in (H, K, K))
 
-        def run(name, doc=doc, qkv=(q, k, v)):      # with the mask, which the model makes once for all layers
-            choose_attention(doc, name)(*qkv).sum().backward()
-        seconds = bench.measure({name: partial(run, name) for name in names})
+        def run(attend, qkv=(q, k, v)):
+            attend(*qkv).sum().backward()
+        # without what the model makes once for all layers, of doc
+        seconds = bench.measure({name: partial(run, choose_attention(doc, name)) for name in names})
         # the backward pass takes twice the forward's; a query sees half its document on average
         flops = 3 * 4 * H * D * B * (T * T / n_doc) / 2
         for name in seconds:

@@ -73,8 +73,6 @@ class Seat:
         self.unfed, self.n_prompt = torch.tensor([ids], dtype=torch.int64, device=device), len(ids)
         self.len = self.next_pos = 0        # positions held, and ever seen
         self.generator = torch.Generator(device).manual_seed(self.table.sampling.seed)
-        # of layouts in which the model says so (decode.py)
-        self.is_stopped = torch.zeros(1, 1, dtype=torch.bool, device=device) if self.table.has_state else None
 
     def forget(self):
         """Forgets the oldest chunks, if the next one needs their place."""
@@ -95,7 +93,9 @@ class Table(Duplex):
         self.cache = Rows(self.model, self.n_row, self.max_context, bucket, self.cache_dtype)
         self.forget_graphs()
         self.reset(prompt)
-        self.has_state, self.prompt = any(slot.kind == 'state' for slot in self.layout.chunk), prompt
+        # what these keep from chunk to chunk would have to be kept by seat
+        assert not self.layout.n_late and 'state' not in {slot.kind for slot in self.layout.chunk}, self.layout
+        self.prompt = prompt
         self.seats = [Seat(self, row) for row in range(self.n_row)]
         for seat in self.seats:
             seat.reset(prompt)
@@ -128,15 +128,13 @@ class Table(Duplex):
         self.cache.take(rows, seats)
         heard = np.zeros((self.n_row, chunks.shape[1]), np.int64)
         heard[at] = chunks
-        self.unfed = self.spread([seat.unfed for seat in seats], at)
-        if self.has_state:
-            self.is_stopped = self.spread([seat.is_stopped for seat in seats], at)
+        self.unfed = self.unfed.new_zeros(self.n_row, seats[0].unfed.shape[1])
+        self.unfed[at] = torch.cat([seat.unfed for seat in seats])
         self.on_frame = on_frame
         text, speech = super().step(heard)
         self.ids.clear()        # a conversation may last for hours
         for seat, row in self.group:
             seat.unfed = self.unfed[row:row + 1]
-            seat.is_stopped = self.is_stopped[row:row + 1] if self.has_state else None
         return text[at], speech[at]
 
     def span(self, seats):
@@ -153,15 +151,10 @@ class Table(Duplex):
         n_seat = len(self.seats)
         return [*(2 ** i for i in range(n_seat.bit_length()) if 2 ** i < n_seat), n_seat]
 
-    def spread(self, parts, at):
-        """Tensors (1, m) of seats -> (n_row, m)"""
-        whole = parts[0].new_zeros(self.n_row, parts[0].shape[1])
-        whole[at] = torch.cat(parts)
-        return whole
-
     def warm_up(self, n_chunk):
         """All that takes time once takes it now. Before the conversations only."""
-        self.n_prompt, n_code = self.seats[0].n_prompt, self.layout.speech_chunk * self.layout.codes_per_frame
+        layout, self.n_prompt = self.layout, self.seats[0].n_prompt
+        n_code = layout.speech_chunk * layout.codes_per_frame
         for n in self.sizes():
             self.n_row = n
             self.cache.take(slice(0, n), self.seats[:1])

@@ -93,8 +93,9 @@ class Table(Duplex):
         self.cache = Rows(self.model, self.n_row, self.max_context, bucket, self.cache_dtype)
         self.forget_graphs()
         self.reset(prompt)
-        # what these keep from chunk to chunk would have to be kept by seat
-        assert not self.layout.n_late and 'state' not in {slot.kind for slot in self.layout.chunk}, self.layout
+        kinds = {slot.kind for slot in self.layout.chunk}
+        # what such layouts keep from chunk to chunk would have to be kept by seat
+        assert not self.layout.n_late and 'state' not in kinds, self.layout
         self.prompt = prompt
         self.seats = [Seat(self, row) for row in range(self.n_row)]
         for seat in self.seats:

@@ -65,7 +65,7 @@ class Bench:
 
     def __init__(self, args):
         self.args, self.start, self.row, self.figures, self.missing = args, time.time(), None, [], []
-        self.failed = []    # of --check: 'row: name'
+        self.failed, self.row_sec = [], {}      # of --check: 'row: name'; row -> how long it took
         self.origin = describe_run()    # now, as the results may lie in the clone, and make it look changed
         self.is_cuda = torch.cuda.is_available() and not args.cpu
         self.device = torch.device('cuda' if self.is_cuda else 'cpu')
@@ -152,7 +152,7 @@ class Bench:
         result = self.origin | dict(
             dtype=str(self.dtype).removeprefix('torch.'), threads=torch.get_num_threads(),
             tiny=self.args.tiny, sec=time.time() - self.start, figures=self.figures, missing=self.missing,
-            failed=self.failed)
+            failed=self.failed, row_sec=self.row_sec)
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         write_json(path, result)
 
@@ -640,16 +640,16 @@ CPU_ROWS = dict(
 )
 GPU_ROWS = dict(
     ceilings=(ceilings, 10, 10),
-    head=(head, 20, 40),
-    half=(partial(training, mix='T=1024, half'), 70, 300),
-    decode1=(partial(decoding, n_row=1), 60, 120),
-    duplex8192=(partial(training, mix='T=8192, duplex3'), 70, 300),
-    rows1024=(partial(training, mix='T=1024, all rows'), 60, 300),
-    attention=(attention, 40, 40),
+    head=(head, 20, 30),
+    half=(partial(training, mix='T=1024, half'), 50, 300),
+    decode1=(partial(decoding, n_row=1), 40, 120),
+    duplex8192=(partial(training, mix='T=8192, duplex3'), 50, 300),
+    rows1024=(partial(training, mix='T=1024, all rows'), 50, 300),
+    attention=(attention, 20, 20),
     decode64=(partial(decoding, n_row=64), 40, 90),
+    users=(users, 120, 120),
     decode256=(partial(decoding, n_row=256), 40, 90),
     decode16=(partial(decoding, n_row=16), 40, 90),
-    users=(users, 90, 90),
     packing=(packing, 40, 40),
 )
 
@@ -699,6 +699,7 @@ def main():
             bench.failed.append(f'{name}, left out')    # of --check: what did not run is not right
         else:
             signal.alarm(int(args.row_sec) + 1)
+            start = time.time()
             try:
                 function(bench)
             except FAILURES as error:
@@ -707,6 +708,7 @@ def main():
                 bench.miss(name, error)
                 bench.failed.append(name)
             signal.alarm(0)
+            bench.row_sec[name] = round(time.time() - start, 1)
         gc.collect()
         torch.cuda.empty_cache()
         bench.save(path)        # after each row, so that a killed run leaves the rows before

@@ -12,7 +12,7 @@ from model import ModelConfig, Qwen2
 
 FIGURE = {'row', 'name', 'median', 'low', 'high', 'n', 'unit', 'note'}
 RESULT = {'command', 'date', 'commit', 'uncommitted', 'machine', 'versions', 'dtype', 'threads', 'tiny',
-          'sec', 'figures', 'missing', 'failed'}
+          'sec', 'figures', 'missing', 'failed', 'row_sec'}
 
 
 def read_result(path):

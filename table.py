@@ -133,6 +133,7 @@ class Table(Duplex):
         self.unfed[at] = torch.cat([seat.unfed for seat in seats])
         self.on_frame = on_frame
         text, speech = super().step(heard)
+        self.on_frame = None    # who talked is not kept
         self.ids.clear()        # a conversation may last for hours
         for seat, row in self.group:
             seat.unfed = self.unfed[row:row + 1]

@@ -81,6 +81,7 @@ def test_warm_up_leaves_nothing(alone):
     got = table.step(table.seats[:2], users[:2, 0], lambda i, codes: None)
     for i, (text, speech) in enumerate(zip(*got)):
         assert np.array_equal(np.concatenate([text, speech]), said[''][i][0])
+    assert table.on_frame is None       # else it holds a talker who may have left
     for seat in table.seats:
         seat.reset()
 

@@ -113,6 +113,8 @@ class Duplex:
     conversation, as a capture takes tens of milliseconds.
     """
 
+    cache_class = KVCache
+
     def __init__(self, model, vocab, layout, n_row=1, sampling=None, max_context=None, dtype=None,
                  compile=False, prompt='', is_mute=False):
         if not layout.period:
@@ -139,7 +141,7 @@ class Duplex:
 
     def make_room(self, prompt):
         bucket = 32 if self.device.type == 'cpu' else 1024
-        self.cache = KVCache(self.model, self.n_row, self.max_context, bucket, self.cache_dtype)
+        self.cache = self.cache_class(self.model, self.n_row, self.max_context, bucket, self.cache_dtype)
         self.forget_graphs()
         self.reset(prompt)
 

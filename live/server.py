@@ -138,6 +138,7 @@ class Session:
         return session
 
     def start(self, seat):
+        """It gets a seat."""
         self.seat = seat
         self.server.ids.append(self.id)
         if self.prompt != self.server.prompt:

@@ -9,6 +9,7 @@ Each compares a path of the GPU with a plain one: fused or compiled code with it
 with eager passes, a run that was killed and resumed with one that was not. Errors are norms of differences
 over norms of the plain result. On a CPU the same rows run with what a CPU has, as a test of the rows.
 """
+import copy
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -177,8 +179,8 @@ def backends(bench):
     for T in (1, 11):
         q, k, v = (torch.randn(8, n, heads, D, device=bench.device, dtype=bench.dtype)
                    for n, heads in ((T, H), (S, K), (S, K)))
-        mask = torch.zeros(H // K * T, S, device=bench.device, dtype=bench.dtype)
-        mask[:, S // 2:] = -torch.inf
+        mask = torch.zeros(1, 1, H // K * T, S, device=bench.device, dtype=bench.dtype)
+        mask[..., S // 2:] = -torch.inf
         results = {}
         for backend in (SDPBackend.MATH, fused):
             with sdpa_kernel(backend):
@@ -190,23 +192,31 @@ def backends(bench):
             verify(bench, f'{T} queries, {name}', error(y, plain), rounding(bench))
 
 
-def duplex(bench):
-    """Captured graphs, also compiled, against eager passes: the same ids, past the end of the cache and after
-    users have left. On a CPU, which has no graphs: compiled passes. In fp32 proper, as TF32 would decide
-    close choices otherwise."""
-    layout = get_layout('duplex3')
+@contextmanager
+def decisive_model(bench):
+    """Two layers whose choices do not hang on the last bit; in fp32 proper, as TF32 would decide close ones
+    otherwise."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('highest')
     torch.manual_seed(0)
-    config = ModelConfig(bench.vocab.size, 256, **bench.sizes | dict(n_layer=2))
-    model = Qwen2(config).eval()
+    model = Qwen2(ModelConfig(bench.vocab.size, 256, **bench.sizes | dict(n_layer=2))).eval()
     with torch.no_grad():
-        model.model.embed_tokens.weight.mul_(5)     # so that no choice hangs on the last bit
+        model.model.embed_tokens.weight.mul_(5)
+    try:
+        yield model.to(bench.device)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def duplex(bench):
+    """Captured graphs, also compiled, against eager passes: the same ids, past the end of the cache and after
+    users have left. On a CPU, which has no graphs: compiled passes."""
+    layout = get_layout('duplex3')
     users = np.random.default_rng(0).integers(0, bench.vocab.n_codes, (8, 12, 10))
 
-    def talk(device, temperature, uses_graphs, **settings):
+    def talk(model, temperature, uses_graphs, **settings):
         sampling = Sampling(text_temperature=temperature, speech_temperature=temperature)
-        decoder = Duplex(model.to(device), bench.vocab, layout, 8, sampling, max_context=130, **settings)
+        decoder = Duplex(model, bench.vocab, layout, 8, sampling, max_context=130, **settings)
         decoder.uses_graphs = uses_graphs and decoder.uses_graphs
         decoder.warm_up(12)
         for c in range(12):
@@ -214,60 +224,64 @@ def duplex(bench):
                 decoder.keep(3)
             decoder.step(users[:decoder.n_row, c])
         return torch.cat(decoder.ids, 1).cpu()
-    for temperature in (0.0, 1.0):
-        eager = talk(bench.device, temperature, False)
-        for name in ('graphs', 'compiled') if bench.is_cuda else ('compiled',):
-            ids = talk(bench.device, temperature, True, compile=name == 'compiled')
-            n_other = int((ids != eager).sum())
-            verify(bench, f'{name} against eager, temperature {temperature:g}', n_other, 0, 'ids')
-        if bench.is_cuda and not temperature:       # at another one they draw other random numbers
-            cpu = talk(torch.device('cpu'), temperature, False)
-            verify(bench, 'against a CPU', int((eager != cpu).sum()), 0, 'ids')
-    torch.set_float32_matmul_precision(precision)
+    with decisive_model(bench) as model:
+        for temperature in (0.0, 1.0):
+            eager = talk(model, temperature, False)
+            for name in ('graphs', 'compiled') if bench.is_cuda else ('compiled',):
+                ids = talk(model, temperature, True, compile=name == 'compiled')
+                n_other = int((ids != eager).sum())
+                verify(bench, f'{name} against eager, temperature {temperature:g}', n_other, 0, 'ids')
+            if bench.is_cuda and not temperature:       # at another one they draw other random numbers
+                cpu = talk(copy.deepcopy(model).cpu(), temperature, False)
+                verify(bench, 'against a CPU', int((eager != cpu).sum()), 0, 'ids')
 
 
 def table(bench):
     """Four users at one table, who begin and speak at different times, against each in a Duplex of their own,
-    eager: the same ids, in fp32 proper, past the end of the cache."""
-    layout, precision = get_layout('duplex3'), torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision('highest')
-    torch.manual_seed(0)
-    model = Qwen2(ModelConfig(bench.vocab.size, 256, **bench.sizes | dict(n_layer=2))).to(bench.device).eval()
-    with torch.no_grad():
-        model.model.embed_tokens.weight.mul_(5)     # as in duplex
+    eager: the same ids, past the end of the cache."""
+    layout, settings = get_layout('duplex3'), dict(sampling=Sampling(1.0, 1.0), max_context=130)
     users = np.random.default_rng(0).integers(0, bench.vocab.n_codes, (4, 9, 10))
-    settings = dict(sampling=Sampling(1.0, 1.0), max_context=130)
-    expected = []
-    for user in users:
-        alone = Duplex(model, bench.vocab, layout, **settings)
-        alone.uses_graphs = False
-        expected.append([np.concatenate(alone.step(chunk[None]), 1)[0] for chunk in user])
-    seats = (one := Table(model, bench.vocab, layout, 4, **settings)).seats
-    one.warm_up(9)
-    n_other, n_heard = 0, [0] * 4
-    for step in range(18):      # user i comes in step i, and misses each third one
-        talk = [i for i in range(4) if i <= step and n_heard[i] < 9 and (step + i) % 3 != 2]
-        if not talk:
-            continue
-        said = one.step([seats[i] for i in talk], [users[i, n_heard[i]] for i in talk], lambda i, codes: None)
-        for i, text, speech in zip(talk, *said):
-            n_other += int((np.concatenate([text, speech]) != expected[i][n_heard[i]]).sum())
-            n_heard[i] += 1
+    expected, n_other, n_heard = [], 0, [0] * 4
+    with decisive_model(bench) as model:
+        for user in users:
+            alone = Duplex(model, bench.vocab, layout, **settings)
+            alone.uses_graphs = False
+            expected.append([np.concatenate(alone.step(chunk[None]), 1)[0] for chunk in user])
+        seats = (one := Table(model, bench.vocab, layout, 4, **settings)).seats
+        one.warm_up(9)
+        for step in range(18):      # user i comes in step i, and misses each third one
+            talk = [i for i in range(4) if i <= step and n_heard[i] < 9 and (step + i) % 3 != 2]
+            if not talk:
+                continue
+            said = one.step([seats[i] for i in talk], [users[i, n_heard[i]] for i in talk],
+                            lambda i, codes: None)
+            for i, text, speech in zip(talk, *said):
+                n_other += int((np.concatenate([text, speech]) != expected[i][n_heard[i]]).sum())
+                n_heard[i] += 1
     assert n_heard == [9] * 4, n_heard
     verify(bench, 'at one table against alone', n_other, 0, 'ids')
-    torch.set_float32_matmul_precision(precision)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # training
 
-def group(bench):
-    """A process group of one: broadcast, all-reduce in bf16 and fp32, barrier; and a graph captured beside
-    it, as listening does in training."""
+@contextmanager
+def process_group(bench):
+    """Of one process"""
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group('nccl' if bench.is_cuda else 'gloo', rank=0, world_size=1,
                                 init_method=f'file://{folder}/store')
-        wrong = 0.0
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+def group(bench):
+    """Broadcast, all-reduce in bf16 and fp32, barrier; and a graph captured beside them, as listening does in
+    training."""
+    wrong = 0.0
+    with process_group(bench):
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.arange(1000, device=bench.device).to(dtype)
             y = x.clone()
@@ -282,7 +296,6 @@ def group(bench):
                 doubled = 2 * x
             graph.replay()
             wrong += float((doubled - 2 * x).abs().sum())
-        dist.destroy_process_group()
     verify(bench, 'broadcast, all-reduce, barrier, capture', wrong, 0.0)
 
 
@@ -295,28 +308,28 @@ def shards(bench):
         write_data(folder, bench.vocab, [bench.pick(50, 450)] * 13)
         loader = Loader(Dialogues(folder, 'train'), [get_layout('duplex3')], bench.vocab, T, 4)
         batches = [loader.next_batch().to(bench.device) for _ in range(3)]
-        dist.init_process_group('nccl' if bench.is_cuda else 'gloo', rank=0, world_size=1,
-                                init_method=f'file://{folder}/store')
-        losses, weights = {}, {}
+    losses, norms, weights = {}, {}, {}
+    with process_group(bench):
         for make in (Copies, Shards):
             torch.manual_seed(0)
             model = Qwen2(ModelConfig(bench.vocab.size, T, **sizes)).to(bench.device)
             gradients = make(model, place)
             model.wrap_blocks(compiles=bench.is_cuda, checkpoints=True)
             optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-            losses[make] = []
+            losses[make], norms[make] = [], []
             for batch in batches:
                 with bench.autocast:
                     total, each = model(batch.idx, batch.pos, batch.doc, batch.learn, batch.targets)
                 gradients.backward(total, is_last=True)
-                gradients.finish(torch.tensor(float(len(each)), device=bench.device), 1.0)
+                norm = gradients.finish(torch.tensor(float(len(each)), device=bench.device), 1.0)
                 optimizer.step()
                 gradients.zero()
                 losses[make].append(each.mean())
+                norms[make].append(norm)
             weights[make] = torch.cat([gather(p, place).flatten() for p in model.parameters()])
-        dist.destroy_process_group()
-    verify(bench, 'losses of three steps', error(*(torch.stack(losses[make]) for make in (Shards, Copies))),
-           rounding(bench))
+    for name, of in (('losses', losses), ('norms of gradients', norms)):    # AdamW hides a factor in these
+        values = (torch.stack(of[make]) for make in (Shards, Copies))
+        verify(bench, f'{name} in three steps', error(*values), rounding(bench))
     verify(bench, 'weights', error(weights[Shards], weights[Copies]), rounding(bench))
 
 

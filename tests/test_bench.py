@@ -1,7 +1,6 @@
 """bench.py: its table is whole, and what it compares is the same."""
 import json
 import math
-from importlib.metadata import version
 
 import pytest
 import torch
@@ -27,8 +26,9 @@ def read_result(path):
 def test_a_tiny_run_writes_the_table_and_the_same_as_json(run, tmp_path):
     done = run('bench.py', '--cpu', '--tiny', '--only=attention,step', f'--save={tmp_path}/b.json')
     result = read_result(tmp_path / 'b.json')
-    assert result['tiny'] and result['threads'] == 1 and 'gpu' in result['machine']
-    assert result['versions']['torch'] == version('torch')
+    assert result['tiny'] and result['threads'] == 1
+    assert torch.cuda.is_available() or result['machine']['gpu'] is None
+    assert torch.__version__.startswith(result['versions']['torch'])     # which may lack "+cu130"
     assert not result['missing'] and {figure['row'] for figure in result['figures']} == {'attention', 'step'}
     for figure in result['figures']:
         line = next(line for line in done.stdout.split('\n')

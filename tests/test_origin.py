@@ -1,8 +1,8 @@
 """A result says where it comes from."""
 import os
 import sys
-from importlib.metadata import version
 
+import torch
 from conftest import ROOT
 
 from common.origin import describe_run, git
@@ -12,7 +12,8 @@ def test_a_result_names_command_commit_machine_and_versions(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['/somewhere/evaluate.py', '--checkpoint=out/demo'])
     origin = describe_run()
     assert origin['command'] == 'python evaluate.py --checkpoint=out/demo'
-    assert origin['versions']['torch'] == version('torch') and origin['machine']['cores'] == os.cpu_count()
+    assert torch.__version__.startswith(origin['versions']['torch'])      # which may lack "+cu130"
+    assert origin['machine']['cores'] == os.cpu_count()
     assert '/somewhere' not in str(origin)
     assert len(origin['commit'] or '') == (40 if (ROOT / '.git').exists() else 0)
 

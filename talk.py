@@ -10,8 +10,7 @@ Talk to a checkpoint: a page with a microphone, on this machine or for others.
 
 With --user, times are printed as they are at the ear: from the end of a question to the first sound, from an
 interruption to silence; and wav, transcript and report.html are written, as sample.py does, and NAME.json
-(runs/talk.sh). live/server.py is
-the server and its protocol, docs/talk.md says what it allows.
+(runs/talk.sh). live/server.py is the server and its protocol, docs/talk.md says what it allows.
 """
 import asyncio
 import os

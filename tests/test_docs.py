@@ -281,6 +281,8 @@ def gpu_table():
     """What python bench.py, and --peers, printed on a GPU."""
     value, head, ours = reader(GPU), partial(reader(GPU_HEAD), 'head'), 'ours, chunk 4096'
     rows = [['', '', ''], ['---'] * 3]
+    assert GPU_HEAD['versions']['trl'].startswith('1.16.')      # as the table says, and this:
+    assert '17873 learned rows out of 32768' in str(GPU_HEAD['figures'])
     for row, mix, label in (('duplex8192', 'T=8192, duplex3', 'rows of 8,192: dialogues of a minute'),
                             ('half', 'T=1024, half', 'rows of 1,024: half recognition, half synthesis')):
         rate, mfu, memory = (value(row, f'ours, {mix}{part}') for part in ('', ', MFU', ', memory'))

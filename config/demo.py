@@ -4,7 +4,7 @@ out_dir = 'out/demo'
 data = 'data/demo'
 
 # dialogue in three streams from the start: an alignment before it buys nothing here (docs/claims.md)
-stages = 'duplex3:900'
+stages = 'duplex3:1200'
 
 # 4 rows * 512 tokens = 2,048 tokens a step: some eight questions, or 37 s of conversation at 55 tokens a
 # second. A dialogue has 506 tokens at most, and attention over short rows costs a CPU least.

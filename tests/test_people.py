@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from codec.mel import TYPICAL
+from data.demo.prepare import HOLD, PHONEMES, WORDS, labels_of
 from data.people import BUMPS, CMU, HZ, People, Speaker, heard, room, stretch
 from measures import voices
 
@@ -92,6 +93,16 @@ def test_a_room_and_a_microphone():
         for gain in (1e-6, 1e6):
             loud = np.percentile(heard(gain * power, rng).sum(1), 95)
             assert 0.003 * TYPICAL < loud < 30 * TYPICAL
+
+
+def test_a_pause_names_the_word_before():
+    """For HOLD frames; nothing before the first word, and the next one is named as soon as it begins."""
+    word, next_word, p = (WORDS.index('japan'), WORDS.index('hello'), PHONEMES.index('P'))
+    label = labels_of(160, [('Japan?', 8), ('Hello', 80)], [('p', 8), ('_', 16), ('p', 80), ('_', 96)], 120)
+    spoken = [0] * 2 + [p] * 2 + [0] * 16 + [p] * 4 + [0] * 16      # 4 hops a frame
+    assert label[:, 0].tolist() == spoken
+    said = [0] * 2 + [word] * (2 + HOLD) + [0] * (16 - HOLD) + [next_word] * (4 + HOLD) + [0] * (16 - HOLD)
+    assert label[:, 1].tolist() == said
 
 
 def test_how_voices_are_asked(monkeypatch):

@@ -49,6 +49,7 @@ REACTION = 2              # frames of silence after which the assistant knows th
 # the same texts in the same order
 N_WORKER = 2
 SPAWN = multiprocessing.get_context('spawn')
+HOLD = 8                  # frames of a pause in which the codec still names the word before: 320 ms
 FRAME = 640               # samples
 MAX_FRAME = 230           # 9.2 s: 23 chunks, 506 tokens of duplex3
 
@@ -171,7 +172,8 @@ def hesitate(said, words, phonemes, unit, rng):
 
 
 def labels_of(n_hop, words, phonemes, end):
-    """The phoneme and the word in the middle of each 40 ms, (n_frame, 2), from lists of (text, first hop)"""
+    """The phoneme and the word in the middle of each 40 ms, (n_frame, 2), from lists of (text, first hop).
+    In a pause it is the word before, for HOLD frames: so codes tell it again once all of it was heard."""
     spoken = [(PHONEMES.index(' '.join(CMU[name])), at) for name, at in phonemes]
     # espeak-ng runs words together now and then: "I am" is one
     meant = [(WORDS.index(text.split()[0].strip('.,?').lower()), at) for text, at in words]
@@ -181,7 +183,9 @@ def labels_of(n_hop, words, phonemes, end):
         label = np.array([0] + [number for number, _ in numbered] + [0])
         columns.append(label[np.searchsorted(start, middle, side='right') - 1])
     spoken, meant = columns
-    return np.stack([spoken, meant * (spoken > 0)], 1)      # in a pause nobody says a word
+    frame = np.arange(len(spoken))
+    last = np.maximum.accumulate(np.where(spoken > 0, frame, -1))       # in which something was said
+    return np.stack([spoken, np.where((last >= 0) & (frame - last <= HOLD), meant[last], 0)], 1)
 
 
 def make_clip(espeak, people, rng, i):

@@ -314,8 +314,6 @@ def learn(mels, labels, network, n_epoch, batch=48):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=n_step)
     by_length = torch.tensor([len(mel) for mel in mels]).argsort()
     autocast = Place(torch.device('cpu'), pick_dtype('auto', torch.device('cpu'))).autocast
-    n_thread = torch.get_num_threads()
-    torch.set_num_threads(1)        # a GRU's steps are small: two threads are hardly faster than one
     for _ in tqdm(range(n_step), desc='fitting the codec', unit='step', mininterval=1):
         # clips of about the same length, so that little of a batch is filling
         at = int(torch.randint(len(mels), ()))
@@ -333,7 +331,6 @@ def learn(mels, labels, network, n_epoch, batch=48):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         schedule.step()
-    torch.set_num_threads(n_thread)
     return network.eval().requires_grad_(False)
 
 

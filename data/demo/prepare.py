@@ -423,6 +423,8 @@ def prepare(out, n_train_dialogue, n_utterance, n_clip):
     working = start(out, fitted, n_clip, n_dialogue, n_utterance, answers)
     clips = gather(*working, n_clip, 'codec clips', 'clip')
     powers, labels = zip(*(clips[i] for i in range(n_clip)))
+    # a GRU's steps are small, and the workers render beside it: a second thread would wait for them, spinning
+    torch.set_num_threads(1)
     is_mine = np.arange(n_clip) < len(SENTENCES)
     codec = MelCodec.fit(list(map(torch.from_numpy, powers)), labels, is_mine, n_codes=N_CODES)
     codec.save(os.path.join(out, 'codec'))

@@ -130,8 +130,12 @@ def main():
     parser.add_argument('--data', default='data/demo', help='whose test split has the questions and answers')
     parser.add_argument('--level_db', type=float, default=0.0,
                         help='how much louder the voices are than 22 dB below full scale: -20 is soft')
+    parser.add_argument('--n_noise', type=int, default=1,
+                        help='how often each question is asked, in another noise and room each time')
     parser.add_argument('--result', help='a JSON file for the figures')
     args = parser.parse_args()
+    if args.n_noise < 1:
+        raise ValueError(f'--n_noise={args.n_noise}: each question has to be asked once at least')
     device = pick_device('auto')
     checkpoint, dialogues = load_checkpoint(args.checkpoint, device), Dialogues(args.data, 'test')
     check_codec(args.checkpoint, checkpoint.codec.describe(), dialogues)
@@ -145,19 +149,21 @@ def main():
     for voice, say in tqdm(voices.items(), desc='voices', leave=False, disable=None):
         waves = [say(text) for text in answers]
         for where in ('clean', 'room'):
-            rng = np.random.default_rng(1)
-            recorded, ends_sec = zip(*(record(wave, rng, where == 'room', level) for wave in waves))
-            rows.setdefault(voice, {})[where] = ask(checkpoint, recorded, ends_sec, answers.values(),
+            rngs = [np.random.default_rng(1 + i) for i in range(args.n_noise)]
+            recorded, ends_sec = zip(*(record(wave, rng, where == 'room', level) for rng in rngs
+                                       for wave in waves))
+            rows.setdefault(voice, {})[where] = ask(checkpoint, recorded, ends_sec,
+                                                    [*answers.values()] * args.n_noise,
                                                     pick_dtype('auto', device))
     people = [row for voice, row in rows.items() if not voice.startswith('espeak')]
     if people:
         rows['people, all'] = {where: {key: np.mean([row[where][key] for row in people])
                                        for key in people[0][where]} for where in people[0]}
-    print(f'{len(answers)} questions, each asked once by every voice, at {args.level_db:+g} dB')
+    print(f'{len(answers)} questions, asked by every voice in {args.n_noise} noises at {args.level_db:+g} dB')
     print(table(rows))
     if args.result:
-        write_json(args.result, dict(origin=describe_run(), n_question=len(answers), level_db=args.level_db,
-                                     voices=rows))
+        write_json(args.result, dict(origin=describe_run(), n_question=len(answers), n_noise=args.n_noise,
+                                     level_db=args.level_db, voices=rows))
 
 
 if __name__ == '__main__':

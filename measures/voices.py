@@ -1,8 +1,9 @@
 """
 How many questions of a data set are answered right when other voices ask them: espeak-ng's that nobody was
-trained on, and voices made of recordings of people, as flite and festival have them where they are installed
-(apt-get install flite festival festvox-kdlpc16k festvox-us-slt-hts). Each as it is, and in a room: echoes
-that die away by 60 dB in 0.3 s, as loud as what comes straight, over noise at 20 dB.
+trained on, and voices made of recordings of people, as flite, festival and Pico have them where they are
+installed (apt-get install flite festival festvox-kdlpc16k festvox-us-slt-hts; pip install ttspico, which
+takes a C compiler). Each as it is, and in a room: echoes that die away by 60 dB in 0.3 s, as loud as what
+comes straight, over noise at 20 dB.
 
     python -m measures.voices --checkpoint=out/demo --data=data/demo
 
@@ -13,6 +14,8 @@ that die away by 60 dB in 0.3 s, as loud as what comes straight, over noise at 2
 These voices are for testing: never train on them.
 """
 import argparse
+import functools
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -61,6 +64,13 @@ def speak(command, text):
     return wave[first:end]
 
 
+def pico(accent, text):
+    from ttspico import TtsEngine  # where it is installed
+    wave = np.frombuffer(TtsEngine(accent).speak(text), np.int16) / np.float32(32768)
+    first, end = trim(wave)
+    return wave[first:end]
+
+
 def find_voices():
     """{name: text -> wave at 16 kHz} of those that are installed"""
     found = {}
@@ -74,6 +84,9 @@ def find_voices():
         for name in sorted({*names} - {*UNUSED}):
             say = ['text2wave', '-eval', f'(voice_{name})', '-o']
             found[f'festival {name}'] = lambda text, say=say: speak(say, text)
+    if importlib.util.find_spec('ttspico'):
+        for accent in 'en-GB', 'en-US':
+            found[f'pico {accent}'] = functools.partial(pico, accent)
     return found
 
 

@@ -126,6 +126,7 @@ def test_how_voices_are_asked(monkeypatch):
         quiet = np.mean(wave[:4000] ** 2)
         assert 10 * np.log10(voices.LEVEL ** 2 / quiet) == pytest.approx(snr_db, abs=1)
     monkeypatch.setattr(voices.shutil, 'which', lambda name: None)
+    monkeypatch.setattr(voices.importlib.util, 'find_spec', lambda name: None)
     assert voices.find_voices() == {}
     rows = {'x': {where: dict(right=0.5, early=0.0, none=0.25) for where in ('clean', 'room')}}
     assert voices.table(rows).splitlines()[-1] == '| x | 50% | 0% | 25% | 50% | 0% | 25% |'
@@ -139,3 +140,11 @@ def test_a_voice_of_a_person():
     assert 0.8 < len(wave) / 16000 < 2 and np.abs(wave[:160]).max() > 0
     with pytest.raises(subprocess.CalledProcessError):
         voices.speak(['false'], 'hello')
+
+
+def test_pico():
+    pytest.importorskip('ttspico')
+    found = voices.find_voices()
+    british, american = (found[f'pico {accent}']('What is your name?') for accent in ('en-GB', 'en-US'))
+    assert british.dtype == np.float32 and 0.6 < len(british) / 16000 < 2
+    assert 0.05 < np.abs(british).max() <= 1 and not np.array_equal(british, american)

@@ -65,6 +65,7 @@ def speak(command, text):
 
 
 def pico(accent, text):
+    """What SVOX Pico says, at 16 kHz, without silence around it"""
     from ttspico import TtsEngine  # where it is installed
     wave = np.frombuffer(TtsEngine(accent).speak(text), np.int16) / np.float32(32768)
     first, end = trim(wave)

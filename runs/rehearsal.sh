@@ -12,7 +12,7 @@ say() { echo; echo "== $*"; }
 rm -rf "$OUT" && mkdir -p "$OUT/corpora"
 
 say 'codec and BPE'
-"$PYTHON" data/demo/prepare.py --out="$OUT/demo" --n_dialogue=64 --n_utterance=0 --n_clip=200 | tail -n 3
+"$PYTHON" data/demo/prepare.py --out="$OUT/demo" --n_dialogue=64 --n_clip=200 | tail -n 3
 codec=(--codec="$OUT/demo")
 
 say 'Qwen2 in small, as a Hugging Face folder'

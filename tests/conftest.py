@@ -38,7 +38,7 @@ def forks():
     forks.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def run(forks):
     """run('flatten.py', '--help') -> the finished process. With fails=True it has to end with code 1 and no
     traceback. n_process: as many of them as torchrun would start -> the first one. launcher: what starts it

@@ -16,22 +16,23 @@ import train
 from common.audio import read_audio
 
 ROOT = pathlib.Path(__file__).parent.parent
-PREPARE = ('data/demo/prepare.py', '--n_dialogue=60', '--n_utterance=60', '--n_clip=120')
+PREPARE = ('data/demo/prepare.py', '--n_dialogue=60', '--n_clip=120')
 
 pytestmark = pytest.mark.slow
 pytest.importorskip('espeakng_loader')
 
 
 @pytest.fixture(scope='module')
-def prepared(tmp_path_factory):
-    return tmp_path_factory.mktemp('demo') / 'data'
+def prepared(tmp_path_factory, run):
+    folder = tmp_path_factory.mktemp('demo') / 'data'
+    run(*PREPARE, f'--out={folder}')
+    return folder
 
 
 def test_prepare(prepared, run):
-    run(*PREPARE, f'--out={prepared}')
     about = json.loads((prepared / 'prepared.json').read_text())
     assert about['loudness_correlation'] > 0.8 and about['duration_error'] == 0 and about['same_codes'] > 0.5
-    assert about['train']['n_record'] == 120 and about['test']['n_question'] >= 100
+    assert about['train']['n_dialogue'] == 60 and about['test']['n_question'] >= 100
     assert 'is prepared already' in run(*PREPARE, f'--out={prepared}').stdout
 
 

@@ -168,7 +168,7 @@ def test_the_walk(tmp_path):
             shutil.copy(ROOT / name, tmp_path / name)
     record(tmp_path / 'recordings', 8)
     fewer_steps = ['--stages=duplex3:20', '--warmup_steps=5', '--eval_interval=20', '--log_interval=20']
-    smaller = {'data/demo/prepare.py': ['--n_dialogue=64', '--n_utterance=0', '--n_clip=200'],
+    smaller = {'data/demo/prepare.py': ['--n_dialogue=64', '--n_clip=200'],
                'train.py': fewer_steps}
     for line in walk()[1:]:
         _, script, *arguments = shlex.split(line)

@@ -41,7 +41,6 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SEED = 1
 N_DIALOGUE = 4000         # to train on
 N_HELD_OUT = {'val': 100, 'test': 200}       # dialogues in the other splits
-N_UTTERANCE = 2000        # one-sided, for stages of alignment alone; the demo itself has none
 N_CLIP = 6000             # that the codec is fitted on: as many users
 N_CODES = 512
 REACTION = 2              # frames of silence after which the assistant knows that the user has ended: 80 ms
@@ -296,18 +295,7 @@ def make_dialogue(voice, answers, rng):
     return dict(user=user, assistant=assistant, n_frame=n_frame, turns=turns)
 
 
-def make_utterance(voice, rng):
-    text, unit = pick_question(rng), voice.unit
-    said, words, _ = voice.say(text)
-    before = int(rng.uniform(0.1, 0.5) * 25 * unit)
-    first, end = before // unit, -(-(before + len(said)) // unit)
-    sound = np.zeros(((end + 5) * unit, *said.shape[1:]), dtype=np.float32)
-    sound[before:before + len(said)] = said
-    turn = dict(role='user', start=first, end=end, text=text, words=word_list(words, before, unit, end))
-    return dict(user=voice.record(sound, [said]), assistant=[], n_frame=0, turns=[turn])
-
-
-def make_all(number, folder, fitted, n_clip, n_dialogue, n_utterance, answers, results):
+def make_all(number, folder, fitted, n_clip, n_dialogue, answers, results):
     """One process: every N_WORKER-th clip for the codec, and every N_WORKER-th record of every split, in a
     fixed order. Records are rendered while the codec is fitted, and become codes afterwards."""
     torch.set_num_threads(1)
@@ -316,15 +304,12 @@ def make_all(number, folder, fitted, n_clip, n_dialogue, n_utterance, answers, r
         power, labels = make_clip(espeak, people, np.random.default_rng([SEED, *b'clip', i]), i)
         results.put((i, (power @ filters, labels)))
     for split, voices in ('test', TEST_VOICES), ('val', VAL_VOICES), ('train', TRAIN_VOICES):
-        n_record = n_dialogue[split] + (n_utterance if split == 'train' else 0)
-        for i in range(number, n_record, N_WORKER):
+        for i in range(number, n_dialogue[split], N_WORKER):
             rng, name = np.random.default_rng([SEED, *split.encode(), i]), voices[i % len(voices)]
             voice = UnheardVoice(espeak, name, rng) if split != 'train' \
                 else TrainingVoice(espeak, people, name, rng)
-            record = make_dialogue(voice, answers, rng) if i < n_dialogue[split] \
-                else make_utterance(voice, rng)
-            power = record['user'] @ filters
-            made[split, i] = record | {'id': f'{split}-{i:05d}-{name}', 'user': power}
+            record = make_dialogue(voice, answers, rng)
+            made[split, i] = record | {'id': f'{split}-{i:05d}-{name}', 'user': record['user'] @ filters}
     fitted.wait()
     codec = MelCodec.load(os.path.join(folder, 'codec'))
     said, keys = {text: codes_of(wave, codec) for text, (wave, _) in answers.items()}, list(made)
@@ -403,16 +388,15 @@ def round_trip(answers, codec):
                 duration_error=max(longer))
 
 
-def prepare(out, n_train_dialogue, n_utterance, n_clip):
+def prepare(out, n_train_dialogue, n_clip):
     """Fits the codec and the BPE and writes the three splits. prepared.json comes last: it is there only if
     all the rest is."""
-    what = json.dumps([n_train_dialogue, n_utterance, n_clip])
+    what = json.dumps([n_train_dialogue, n_clip])
     sources = (__name__, *(each.__module__ for each in (Espeak, People, MelCodec)))
     what += ''.join(inspect.getsource(sys.modules[name]) for name in sources)
     recipe, marker = hashlib.sha256(what.encode()).hexdigest()[:16], os.path.join(out, 'prepared.json')
-    if min(n_train_dialogue, n_clip) < N_CODES // 10 or n_utterance < 0:
-        raise ValueError(f'--n_dialogue and --n_clip have to be {N_CODES // 10} at least, '
-                         '--n_utterance not below 0')
+    if min(n_train_dialogue, n_clip) < N_CODES // 10:
+        raise ValueError(f'--n_dialogue and --n_clip have to be {N_CODES // 10} at least')
     paths = [marker, *(os.path.join(out, f'{split}.arrow') for split in ('train', *N_HELD_OUT))]
     if all(map(os.path.exists, paths)) and read_json(marker)['recipe'] == recipe:
         return print(f'{out} is prepared already')
@@ -420,24 +404,23 @@ def prepare(out, n_train_dialogue, n_utterance, n_clip):
     if os.path.exists(marker):
         os.remove(marker)
     answers, n_dialogue, fitted = render_answers(), {'train': n_train_dialogue, **N_HELD_OUT}, SPAWN.Event()
-    working = start(out, fitted, n_clip, n_dialogue, n_utterance, answers)
+    working = start(out, fitted, n_clip, n_dialogue, answers)
     clips = gather(*working, n_clip, 'codec clips', 'clip')
     powers, labels = zip(*(clips[i] for i in range(n_clip)))
+    is_mine = np.arange(n_clip) < len(SENTENCES)
     # a GRU's steps are small, and the workers render beside it: a second thread would wait for them, spinning
     torch.set_num_threads(1)
-    is_mine = np.arange(n_clip) < len(SENTENCES)
     codec = MelCodec.fit(list(map(torch.from_numpy, powers)), labels, is_mine, n_codes=N_CODES)
     codec.save(os.path.join(out, 'codec'))
     fitted.set()
-    records = gather(*working, sum(n_dialogue.values()) + n_utterance, 'dialogues', 'record')
+    records = gather(*working, sum(n_dialogue.values()), 'dialogues', 'dialogue')
     n_bpe = train_bpe(os.path.join(out, 'tokenizer'))
     statistics = {'recipe': recipe, 'n_bpe': n_bpe, **round_trip(answers, codec)}
     for split in n_dialogue:
         found = [records[key] for key in sorted(records) if key[0] == split]
         save_dialogues(os.path.join(out, f'{split}.arrow'), found, codec.describe())
         statistics[split] = dict(
-            n_dialogue=n_dialogue[split], n_record=len(found),
-            n_voice=len({record['id'].split('-')[2] for record in found}),
+            n_dialogue=len(found), n_voice=len({record['id'].split('-')[2] for record in found}),
             hours=round(sum(len(record['user']) for record in found) * FRAME / SAMPLE_RATE / 3600, 2),
             n_question=sum(turn['role'] == 'user' for record in found for turn in record['turns']))
     for key, value in statistics.items():
@@ -450,8 +433,6 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', default=HERE, help='folder to write into')
     parser.add_argument('--n_dialogue', type=int, default=N_DIALOGUE, help='dialogues to train on')
-    parser.add_argument('--n_utterance', type=int, default=N_UTTERANCE,
-                        help='one-sided utterances to train on')
     parser.add_argument('--n_clip', type=int, default=N_CLIP, help='clips that the codec is fitted on')
     parser.add_argument('--say', help='instead: read this aloud into a wav')
     parser.add_argument('--wav', default='question.wav')
@@ -462,7 +443,7 @@ def main():
     parser.add_argument('--snr_db', type=float, default=25.0, help='of the noise under it')
     args = parser.parse_args()
     if args.say is None:
-        return prepare(args.out, args.n_dialogue, args.n_utterance, args.n_clip)
+        return prepare(args.out, args.n_dialogue, args.n_clip)
     speech = Espeak().say(args.say, args.voice, args.rate, args.pitch)[0]
     wave = np.pad(speech, SAMPLE_RATE // 2)
     wave = with_noise(wave, np.random.default_rng(SEED), args.snr_db, np.mean(speech ** 2))

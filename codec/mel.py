@@ -234,9 +234,13 @@ class MelCodec:
         """
         mels = [look_at_clip(power) for power in powers]
         labels = [torch.as_tensor(label) for label in labels]
+        # a GRU's steps are small: a second thread would wait for them, spinning beside whatever else runs
+        n_thread = torch.get_num_threads()
+        torch.set_num_threads(1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = learn(mels, labels, Network(width, n_dim), n_epoch)
+        torch.set_num_threads(n_thread)
         a = {f'network.{key}': x for key, x in network.state_dict().items()}
         a |= {'loudness': torch.tensor(0.6), 'centre': torch.zeros(n_codes, n_dim + 1)}
         self, rng = cls(a, []), np.random.default_rng(seed)

@@ -44,6 +44,7 @@ N_HELD_OUT = {'val': 100, 'test': 200}       # dialogues in the other splits
 N_CLIP = 6000             # that the codec is fitted on: as many users
 N_CODES = 512
 REACTION = 2              # frames of silence after which the assistant knows that the user has ended: 80 ms
+NOTICE = 5                # frames of speech after which it knows that the user interrupts: 200 ms
 # fixed, whatever the machine: what espeak-ng says (its noises aside) is the same only if a fresh process says
 # the same texts in the same order
 N_WORKER = 2
@@ -252,7 +253,7 @@ def make_dialogue(voice, answers, rng):
     start_sec = rng.uniform(0.1, 3.5) if is_quiet else max(0.1, rng.normal(0.35, 0.1))
     speech, turns = [], []
     start = int(start_sec * 25 * unit)                  # of the next question, in units
-    barge_in = 1 if rng.random() < 0.35 else None       # number of the answer that the user interrupts
+    barge_in = 1 if rng.random() < 0.5 else None        # number of the answer that the user interrupts
     assistant = []
     n_frame = n_question = 0
     while True:
@@ -268,7 +269,7 @@ def make_dialogue(voice, answers, rng):
         n_question += 1
         if turns and turns[-1]['end'] > first:      # the user has barged in, the assistant notices
             cut_off = turns[-1]
-            stop = min(cut_off['end'], first + int(rng.uniform(0.16, 0.32) * 25))
+            stop = min(cut_off['end'], first + NOTICE)
             cut_off['words'] = [word | {'end': min(word['end'], stop)}
                                 for word in cut_off['words'] if word['start'] < stop]
             cut_off['text'] = ' '.join(word['text'] for word in cut_off['words'])
@@ -408,8 +409,6 @@ def prepare(out, n_train_dialogue, n_clip):
     clips = gather(*working, n_clip, 'codec clips', 'clip')
     powers, labels = zip(*(clips[i] for i in range(n_clip)))
     is_mine = np.arange(n_clip) < len(SENTENCES)
-    # a GRU's steps are small, and the workers render beside it: a second thread would wait for them, spinning
-    torch.set_num_threads(1)
     codec = MelCodec.fit(list(map(torch.from_numpy, powers)), labels, is_mine, n_codes=N_CODES)
     codec.save(os.path.join(out, 'codec'))
     fitted.set()

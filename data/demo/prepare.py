@@ -304,6 +304,7 @@ def make_all(number, folder, fitted, n_clip, n_dialogue, answers, results):
     for i in range(number, n_clip, N_WORKER):
         power, labels = make_clip(espeak, people, np.random.default_rng([SEED, *b'clip', i]), i)
         results.put((i, (power @ filters, labels)))
+    os.nice(10)     # the codec's steps come first: they take longer, and nothing goes on without them
     for split, voices in ('test', TEST_VOICES), ('val', VAL_VOICES), ('train', TRAIN_VOICES):
         for i in range(number, n_dialogue[split], N_WORKER):
             rng, name = np.random.default_rng([SEED, *split.encode(), i]), voices[i % len(voices)]

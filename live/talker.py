@@ -23,11 +23,10 @@ import numpy as np
 import soxr
 
 from common.levels import is_silent
-from measures.turns import BACKCHANNEL_SEC, JOIN_SEC, PAUSE_SEC
+from measures.turns import BACKCHANNEL_SEC, JOIN_SEC, OVERLAP_SEC, PAUSE_SEC
 
 MAX_WAIT_SEC = 1.0      # audio that waits longer is dropped, the oldest first
 ONSET_FRAMES = 2        # the user speaks once so many frames in a row are no silence
-YIELD_SEC = 0.12        # nobody yields sooner: what ends before that had ended anyway
 
 
 def check(layout):
@@ -213,10 +212,10 @@ class Talker:
 
     def is_interrupted(self, frame):
         """Has the assistant fallen silent in this frame because of the user? The user began while it spoke,
-        and YIELD_SEC before that at least. The user speaks (almost) up to then, and that is no "mhm", as far
-        as one knows by now."""
+        and not in its last OVERLAP_SEC: before anybody can yield, it had ended by itself. The user speaks
+        (almost) up to then, and that is no "mhm", as far as one knows by now."""
         rate_hz = self.codec.rate_hz
-        if not self.span or not self.began < self.span[0] <= frame - YIELD_SEC * rate_hz:
+        if not self.span or not self.began < self.span[0] <= frame - OVERLAP_SEC * rate_hz:
             return False
         first, last = self.span
         is_over = self.n_frame + self.n - 1 - last >= PAUSE_SEC * rate_hz

@@ -88,12 +88,9 @@ class Network(torch.nn.Module):
     def forward(self, mel, state=None):
         """(n_clip, n_frame, PATCH + CONTEXT, n_mel) -> (n_clip, n_frame, n_dim), state of the GRU"""
         x = ((mel - self.mean) / self.std).flatten(2)
-        if self.training:
-            x = x + 0.1 * torch.randn_like(x)
         x = F.relu(self.second(F.relu(self.first(x))))
-        x = F.dropout(x, 0.1, self.training)
         past, state = self.past(x, state)
-        return self.narrow(F.dropout(torch.cat([past, x], 2), 0.1, self.training)), state
+        return self.narrow(torch.cat([past, x], 2)), state
 
 
 def hops(wave):
@@ -158,7 +155,7 @@ class MelCodec:
         with torch.device('meta'):      # draws no random numbers, which a run that listens would miss
             self.network = Network(width=len(weights['second.bias']), n_dim=len(weights['narrow.bias']))
         self.network.load_state_dict(weights, assign=True)
-        self.network.eval().requires_grad_(False)
+        self.network.requires_grad_(False)
         self.settings = dict(name=self.name, rate_hz=self.rate_hz, sample_rate=self.sample_rate,
                              n_codes=self.n_codes, silence_codes=self.silence_codes.tolist())
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
@@ -335,7 +332,7 @@ def learn(mels, labels, network, n_epoch, batch=48):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         schedule.step()
-    return network.eval().requires_grad_(False)
+    return network.requires_grad_(False)
 
 
 class MelStream:

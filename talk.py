@@ -32,6 +32,7 @@ from common.device import pick_device, pick_dtype
 from common.files import write_json
 from common.origin import describe_run
 from decode import Sampling
+from live.browser import hear
 from live.replay import User, drift_ms
 from live.save import write_conversation
 from live.server import LOCAL, Server
@@ -64,6 +65,7 @@ class Config:
     user_channel: int | None = None     # the user's channel in it, from 0; needed where there are several
     n_user: int = 1                     # so many play it at once, each in a conversation of their own
     repeat: int = 1                     # each plays it so many times, one after the other
+    browser: bool = False               # by the page, in headless Chromium, in place of a socket
     reply_sec: float = 6.0              # silence after the recording, in which the assistant can answer
     speed: float = 1.0                  # above 1: faster than real time; then the times say nothing
     out: str | None = None              # folder for what is written; None: CHECKPOINT/talks
@@ -80,6 +82,8 @@ class Config:
             raise ValueError('speed has to be above 0, port from 0 to 65535')
         if self.n_user > self.max_talkers:
             raise ValueError(f'n_user is {self.n_user}: max_talkers, {self.max_talkers}, talk at once')
+        if self.browser and (not self.user or self.n_user > 1 or self.speed != 1):
+            raise ValueError('browser=True plays --user=FILE, once, at real speed')
 
 
 def make_server(cfg):
@@ -137,6 +141,8 @@ async def replay(cfg, server):
         users = [User(f'http://127.0.0.1:{port}/v1/realtime{query}', wave, rate, cfg.speed)
                  for _ in range(cfg.n_user)]
         print(f'{cfg.user}: {len(wave) / rate / cfg.speed:.0f} s, at once by {cfg.n_user}', flush=True)
+        if cfg.browser:
+            return [await hear(f'http://127.0.0.1:{port}/{query}', wave, rate)]
 
         async def after(sec, user):     # chunks of several users end at different times, as in life
             await asyncio.sleep(sec)
@@ -165,7 +171,7 @@ def tell(cfg, server, heard):
         print(f'look and listen: {os.path.join(folder, "report.html")}')
     write_json(os.path.join(out, f'{name}.json'), dict(
         origin=describe_run(), chunk_ms=server.chunk_ms, n_user=len(heard),
-        sec=len(heard[0].wave) / heard[0].rate, **summarise(talks)))
+        sec=len(heard[0].wave) / heard[0].rate, browser=heard[0].browser, **summarise(talks)))
 
 
 def print_figures(figures, chunk_ms):

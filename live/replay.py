@@ -72,6 +72,7 @@ class Heard:
     dropped_ms: dict = field(default_factory=dict)  # model, network -> audio that was dropped
     n_glitch: int = 0
     events: list = field(default_factory=list)      # all but audio
+    browser: str = ''               # its name and version, if there was one
 
 
 class User:

@@ -37,9 +37,9 @@ def cell(spread, which):
 
 
 def talk_row(talk):
-    late = talk['late_ms']
+    late, by = talk['late_ms'], talk.get('browser', '')
     return {
-        'talkers, time': f'{talk["n_user"]}, {talk["sec"]:.0f} s',
+        'talkers, time': f'{talk["n_user"]}, {talk["sec"]:.0f} s' + (by and f', {by}'),
         'question to first sound': cell(talk['response_ms'], 'median'),
         '90 % within': cell(talk['response_ms'], 'p90'),
         'interruption to silence': cell(talk['yield_ms'], 'median'),

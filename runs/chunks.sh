@@ -17,7 +17,7 @@ for line in chunks_of_80_ms chunks_of_200_ms base chunks_of_800_ms; do
     run=$OUT/$line/1
     runs+=("$run")
     [ -f "$run/talk/user.json" ] && continue        # measured by an earlier try
-    CHECKPOINT=$run TALKERS=1 OUT=$OUT.talk RESULT='' runs/talk.sh
+    CHECKPOINT=$run BROWSER='' TALKERS=1 OUT=$OUT.talk RESULT='' runs/talk.sh
     mkdir -p "$run/talk" && cp "$OUT.talk/1/user.json" "$run/talk/user.json"
 done
 echo

@@ -32,7 +32,7 @@ import talk  # noqa: E402
 from checkpoint import load_checkpoint  # noqa: E402
 from data.made_up import hum, make_vocabulary  # noqa: E402
 from decode import Sampling  # noqa: E402
-from live import questions  # noqa: E402
+from live import browser, questions  # noqa: E402
 from live import server as live_server  # noqa: E402
 from live.replay import Player, User, drift_ms  # noqa: E402
 from live.save import write_conversation, zip_conversation  # noqa: E402
@@ -728,10 +728,11 @@ def test_a_user_of_minutes():
         questions.string([one], 2, np.random.default_rng(1))
 
 
-def test_settings_that_do_not_go_together():
+def test_settings_that_do_not_go_together(monkeypatch):
     for argument, sentence in (
             ('--cert=a', 'cert and key go together'), ('--speed=0', 'speed has to be above'),
-            ('--n_user=5', 'talk at once'), ('--max_talkers=0', 'at least 1'), ('--dtype=half', 'known are')):
+            ('--n_user=5', 'talk at once'), ('--max_talkers=0', 'at least 1'), ('--dtype=half', 'known are'),
+            ('--browser=true', 'plays --user=FILE')):
         with pytest.raises(SystemExit, match=sentence):
             config.load(talk.Config, [argument])
     with socket.socket() as taken:
@@ -740,6 +741,9 @@ def test_settings_that_do_not_go_together():
         cfg = talk.Config(port=taken.getsockname()[1])
         with pytest.raises(ValueError, match='cannot serve on 127.0.0.1'):
             asyncio.run(talk.serve(cfg, Server('rule', Rules(Rule()), Tone())))
+    monkeypatch.setattr(browser, 'CHROMIUM', None)
+    with pytest.raises(ValueError, match='takes Chromium and playwright'):
+        asyncio.run(browser.hear('http://localhost', np.zeros(16000, np.float32), 16000))
     cfg = talk.Config(cert='/nowhere', key='/nowhere')
     with pytest.raises(ValueError, match='no certificate and its key'):
         asyncio.run(talk.serve(cfg, Server('rule', Rules(Rule()), Tone())))
@@ -747,11 +751,14 @@ def test_settings_that_do_not_go_together():
 
 # ---- in a browser
 
-FLAGS = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
-         '--disable-component-update --disable-sync --use-fake-ui-for-media-stream '
-         '--use-fake-device-for-media-stream --use-file-for-fake-audio-capture=').split()
 FIREFOX = shutil.which('firefox-esr') or shutil.which('firefox')
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+
+
+def ask_and_interrupt(folder):
+    """-> a microphone's recording: somebody asks, and speaks again into the answer"""
+    wave = np.concatenate([silence(2), sound(1), silence(2.2), sound(1.2), silence(20)])
+    soundfile.write(folder / 'microphone.wav', wave, 16000, subtype='PCM_16')
+    return folder / 'microphone.wav'
 
 
 # what the microphone hears: a tenth of what the ear heard 90 ms before; somebody else
@@ -770,18 +777,15 @@ def test_in_a_browser(tmp_path):
     wav are those at the ear. Dark and on a phone's screen it fits, and a keyboard is enough.
     """
     pytest.importorskip('playwright')
-    if not CHROMIUM:
+    if not browser.CHROMIUM:
         pytest.skip('no Chromium here')
-    from playwright.async_api import async_playwright
-    microphone = np.concatenate([silence(2), sound(1), silence(2.2), sound(1.2), silence(20)])
-    soundfile.write(tmp_path / 'microphone.wav', microphone, 16000, subtype='PCM_16')
+    microphone = ask_and_interrupt(tmp_path)
     troubles = []
 
     async def run():
-        async with serving([Rule(100)], speed=1.0) as (server, url), async_playwright() as p:
-            flags = [*FLAGS[:-1], f'{FLAGS[-1]}{tmp_path}/microphone.wav%noloop']
-            browser = await p.chromium.launch(executable_path=CHROMIUM, args=flags)
-            page = await browser.new_page(color_scheme='dark', viewport=dict(width=390, height=844))
+        phone = dict(color_scheme='dark', viewport=dict(width=390, height=844))
+        async with (serving([Rule(100)], speed=1.0) as (server, url),
+                    browser.opened(microphone, **phone) as page):
             page.on('pageerror', lambda error: troubles.append(str(error)))
             page.on('console', lambda m: troubles.append(m.text) if m.type in ('error', 'warning') else None)
             await page.goto(url)
@@ -794,25 +798,38 @@ def test_in_a_browser(tmp_path):
             assert ANSWER in said and 'interrupts, silence after' in said and 'after' in said
             assert not await page.inner_text('#warning')
             await page.screenshot(path=str(tmp_path / 'talk.png'))
-            async with page.expect_download() as download:
-                await page.keyboard.press('s')
-            await (await download.value).save_as(tmp_path / 'talk.zip')
-            times = await page.evaluate('[talk.responses, talk.yields, talk.n_glitch]')
+            wave, rate, turns = await browser.save(page)
+            shown = await page.evaluate('[talk.responses, talk.yields, talk.n_glitch]')
             await page.keyboard.press('t')
             assert await page.inner_text('#talk') == 'Talk'
-            await browser.close()
-            return times
-    (first, *_), (yielded, *_), n_glitch = asyncio.run(run())
+            return write_conversation(str(tmp_path), 'again', wave, rate, turns, 'Again', server.codec), shown
+    times, ((first, *_), (yielded, *_), n_glitch) = asyncio.run(run())
     assert not troubles and n_glitch == 0
-    zipfile.ZipFile(tmp_path / 'talk.zip').extractall(tmp_path)
-    wav, = tmp_path.glob('talk-*/*.wav')
-    wave, rate = soundfile.read(wav, dtype='float32')
-    rows = [json.loads(line) for line in wav.with_suffix('.jsonl').read_text().splitlines()]
-    turns = [row for row in rows if row['role'] == 'assistant']
-    times = write_conversation(str(tmp_path), 'again', wave, rate, turns, 'Again', Tone())
     # the user falls silent inside a chunk: its rest, and 400 ms as written, and what waits
     assert 400 <= times['response_ms'][0] <= 900 and times['yield_ms'][0] <= 900, times
     assert abs(first - times['response_ms'][0]) < 100 and abs(yielded - times['yield_ms'][0]) < 100
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_a_browser_is_measured(tmp_path):
+    pytest.importorskip('playwright')
+    if not browser.CHROMIUM:
+        pytest.skip('no Chromium here')
+
+    wave, rate = soundfile.read(ask_and_interrupt(tmp_path), dtype='float32')
+
+    async def run():
+        async with serving([Rule(100)], speed=1.0) as (server, url):
+            return server, await browser.hear(url, wave[:12 * rate], rate)
+    server, heard = asyncio.run(run())
+    talk.tell(talk.Config(user='asked.wav', out=str(tmp_path / 'out')), server, [heard])
+    figures = talks.read(str(tmp_path / 'out' / 'asked.json'))
+    assert figures['response_ms']['n'] == 2 and figures['yield_ms']['n'] == 1 and not figures['dropped_ms']
+    # by the page's clock of 10 ms; a part that comes sooner than it was spoken would be a wrong clock
+    assert heard.late_ms and all(-1 < late < 800 for _, late in heard.late_ms), heard.late_ms
+    assert figures['n_glitch'] == 0
+    assert talks.talk_row(figures)['talkers, time'].startswith('1, 12 s, Chromium '), figures
 
 
 # an oscillator in place of the microphone: 1 s of sound after 2 s, and 1.2 s more from 5.2 s on

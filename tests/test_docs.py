@@ -38,6 +38,7 @@ README, FORMAT, EVALUATION, PERFORMANCE, CORPORA = ((ROOT / name).read_text(enco
     'README.md', 'docs/format.md', 'docs/evaluation.md', 'docs/performance.md', 'docs/corpora.md'))
 DEMO = json.loads((ROOT / 'bench/results/demo.json').read_text())
 VOICES = json.loads((ROOT / 'bench/results/voices.json').read_text())
+TALKS = json.loads((ROOT / 'bench/results/talk.json').read_text())
 BENCH = json.loads((ROOT / 'bench/results/cpu.json').read_text())
 GPU = json.loads((ROOT / 'bench/results/cuda.json').read_text())
 GPU_HEAD = json.loads((ROOT / 'bench/results/cuda_head.json').read_text())
@@ -251,6 +252,9 @@ def test_results(regen):
         put('README.md', row[0], f'| {label} | {evaluate.format_value(key, DEMO[key])} |', regen)
     row = re.search(r'^\| training \| (.*?) \|', README, re.M)
     put('README.md', row[0], f'| training | {DEMO["train_sec"]:.0f} s |', regen)
+    heard, = (talk['response_ms']['median'] for talk in TALKS['results'] if talk.get('browser'))
+    row = re.search(r'^\| … heard in Chromium, median \| (.*?) \|', README, re.M)
+    put('README.md', row[0], f'| … heard in Chromium, median | {heard:.0f} ms |', regen)
     people, label = VOICES['voices']['people, all'], 'asked by voices of people; in a room'
     row = re.search(rf'^\| … {label} \| (.*?) \|', README, re.M)
     right = '; '.join(f'{100 * people[where]["right"]:.1f} %' for where in ('clean', 'room'))

@@ -60,7 +60,7 @@ class Config:
     device: str = 'auto'                # auto: a GPU if there is one
     dtype: str = 'auto'                 # float32, bfloat16, on a CPU int8; auto: see train.py
 
-    # without a browser
+    # a recording instead of a person
     user: str | None = None             # a recording of the user: wav, flac, ogg, mp3, … of any rate
     user_channel: int | None = None     # the user's channel in it, from 0; needed where there are several
     n_user: int = 1                     # so many play it at once, each in a conversation of their own

@@ -11,7 +11,7 @@ answers at once. In some dialogues the user interrupts, and the assistant stops;
 answer, and the assistant talks on. The voices of test.arrow and val.arrow are heard nowhere else, neither by
 the codec nor in training.
 
-    python data/demo/prepare.py                         # into its own folder, in three minutes on two cores
+    python data/demo/prepare.py                         # into its own folder, in two minutes on two cores
     python data/demo/prepare.py --say='What is the capital of France?' --wav=question.wav --voice=linda
 """
 import argparse

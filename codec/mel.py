@@ -358,6 +358,10 @@ class MelStream:
         self.wave = self.wave[n_hop * HOP:]
         return self.codes(power)
 
+    def missing(self, n):
+        n_hop = n * PATCH + CONTEXT - len(self.power)
+        return n_hop * HOP + 2 * SIDE - len(self.wave)
+
     def codes(self, power):
         """The next hops -> the codes that now have their context"""
         self.power = torch.cat([self.power, power])

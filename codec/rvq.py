@@ -313,6 +313,9 @@ class MimiStream:
             self.wave = self.wave[self.codec.hop:]
         return np.concatenate(parts)
 
+    def missing(self, n):
+        return n * self.codec.hop - len(self.wave)
+
     def finish(self):
         return self.push(np.zeros(-len(self.wave) % self.codec.hop))
 

@@ -1,7 +1,8 @@
 """
 Codecs that hear and speak while the audio is still coming. Every codec has
 
-    codec.stream()    a Stream:   push(samples) -> codes,    finish() -> the codes of what is left
+    codec.stream()    a Stream:   push(samples) -> codes,    finish() -> the codes of what is left,
+                                  missing(n) -> samples that are still to come until n more codes are sure
     codec.speak()     a Speaker:  push(codes)   -> samples,  finish() -> the samples that are left
 
 Any number of samples or codes may be pushed, none too, and in whatever pieces they come, the same comes out.
@@ -35,6 +36,10 @@ class Windows:
             self.rows = rows if self.rows is None else np.concatenate([self.rows, rows])
             self.n_row += len(rows)
         return self.blocks(self.n_row // self.n_in, False)
+
+    def missing(self, n):
+        n_frame = self.at + -(-n // self.step) * self.step + self.after
+        return n_frame * self.n_in - self.n_row
 
     def finish(self):
         return self.blocks(-(-self.n_row // self.n_in), True)

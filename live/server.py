@@ -209,7 +209,8 @@ class Session:
             self.talker = Talker(self.seat, self.server.codec, self.server.lag, self.rate, self.emit)
             self.server.talkers[self.talker] = self
         self.talker.push(np.frombuffer(pcm, '<i2').astype(np.float32) / 32768)
-        self.server.wake()
+        if self.talker.has_work():
+            self.server.wake()
 
     def update(self, session):
         if not isinstance(session, dict):
@@ -271,7 +272,9 @@ class Server:
                     lambda: self.is_stopping or any(talker.has_work() for talker in list(self.talkers)), 1.0)
             with self.in_turn:
                 talkers = [talker for talker in list(self.talkers) if talker.has_work()]
-                talk_on(self.table, talkers, self.give_up)
+                # who has a chunk does not wait until others, who have none yet, were listened to
+                due = [talker for talker in talkers if talker.is_due()]
+                talk_on(self.table, due or talkers, self.give_up)
 
     def give_up(self, talker, error):
         traceback.print_exception(error)

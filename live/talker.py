@@ -25,7 +25,7 @@ import soxr
 from common.levels import is_silent
 from measures.turns import BACKCHANNEL_SEC, JOIN_SEC, OVERLAP_SEC, PAUSE_SEC
 
-MAX_WAIT_SEC = 1.0      # audio that waits longer is dropped, the oldest first
+MAX_WAIT_SEC = 1.0      # what waits so long after its chunk was heard is dropped, the oldest first
 ONSET_FRAMES = 2        # the user speaks once so many frames in a row are no silence
 
 
@@ -70,7 +70,7 @@ class Talker:
         self.codes = codec.silence_codes[:0]        # heard, but no chunk yet
         self.n_frame = 0                    # in chunks
         self.n_said, self.before = 0, None  # of them, of the chunk that is written; the response before it
-        self.max_waiting = round(rate * max(MAX_WAIT_SEC, 2 * self.n / codec.rate_hz))
+        self.max_waiting = round(rate * (MAX_WAIT_SEC + self.n / codec.rate_hz))
         self.n_sounding = 0                 # frames without silence, up to now
         self.span = None                    # [first, last] frame of what the user says, or said last
         self.is_user_speaking = False
@@ -97,7 +97,16 @@ class Talker:
                 self.n_dropped += n
 
     def has_work(self):
-        return self.n_waiting > 0 or len(self.codes) >= self.n or self.wants_cancel
+        return self.wants_cancel or self.completes(1)
+
+    def is_due(self):
+        """Is it the model's turn"""
+        return self.wants_cancel or self.completes(self.n)
+
+    def completes(self, n):
+        """Do codes of the next chunk, n or all that it lacks, come of what waits"""
+        n = min(n, self.n - len(self.codes))
+        return n <= 0 or self.n_waiting * self.codec.sample_rate >= self.stream.missing(n) * self.rate
 
     def listen(self):
         """-> the user's next chunk, if what came completes one"""

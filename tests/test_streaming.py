@@ -61,6 +61,20 @@ def test_any_pieces_give_the_same_codes(codecs, kind, sizes):
 
 
 @settings(max_examples=4, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(0, 3000))
+@pytest.mark.parametrize('kind', KINDS)
+def test_missing_tells_when_codes_come(codecs, kind, counts, n_sample):
+    """n codes come with that sample, and not one sooner."""
+    stream, rows = codecs[kind].stream(), sound(codecs[kind], 6)
+    stream.push(rows[:n_sample])
+    for n in counts:
+        last = n_sample + stream.missing(n) - 1
+        early, late = (len(stream.push(rows[a:b])) for a, b in ((n_sample, last), (last, last + 1)))
+        assert early < n <= early + late and stream.missing(1) > 0
+        n_sample = last + 1
+
+
+@settings(max_examples=4, deadline=None)
 @given(st.lists(st.integers(0, 7), max_size=15))
 @pytest.mark.parametrize('kind', [kind for kind in KINDS if kind != 'v2_25hz'])
 def test_no_seams(codecs, kind, sizes):

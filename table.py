@@ -85,7 +85,7 @@ class Seat:
 class Table(Duplex):
     """
     A Duplex whose n_row users are seats. step gives each frame to on_frame, int [codes a frame], -1 is
-    silence, before it chooses the next. So the device is waited for at each frame.
+    silence, as soon as it is chosen; on a GPU, which works on the next one meanwhile, once that has begun.
     """
 
     cache_class = Rows
@@ -95,7 +95,8 @@ class Table(Duplex):
         kinds = {slot.kind for slot in self.layout.chunk}
         # what such layouts keep from chunk to chunk would have to be kept by seat
         assert not self.layout.n_late and 'state' not in kinds, self.layout
-        self.prompt = prompt
+        self.prompt, self.chosen = prompt, None
+        self.is_there = torch.cuda.Event() if self.device.type == 'cuda' else None
         self.seats = [Seat(self, row) for row in range(self.n_row)]
         for seat in self.seats:
             seat.reset(prompt)
@@ -132,11 +133,18 @@ class Table(Duplex):
         self.unfed[at] = torch.cat([seat.unfed for seat in seats])
         self.on_frame = on_frame
         text, speech = super().step(heard)
+        self.tell()
         self.on_frame = None    # who talked is not kept
         self.ids.clear()        # a conversation may last for hours
         for seat, row in self.group:
             seat.unfed = self.unfed[row:row + 1]
         return text[at], speech[at]
+
+    def compile_pass(self):
+        self.group = []
+        self.cache.take(slice(0, self.n_row), self.seats[:1])
+        super().compile_pass()
+        self.seats[0].reset(self.prompt)
 
     def span(self, seats):
         """-> the slice of rows that is computed, which has one of few sizes"""
@@ -178,9 +186,22 @@ class Table(Duplex):
         if slot.kind == 'speech':
             self.frame.append(token)
             if len(self.frame) == self.layout.codes_per_frame:
-                codes, self.frame = torch.cat(self.frame, 1).cpu().numpy(), []      # (n_row, codes a frame)
-                codes = np.where(codes == self.vocab.control['<|silent_speech|>'], -1,
-                                 codes - self.vocab.code_start)
-                for number, (_, row) in enumerate(self.group):
-                    self.on_frame(number, codes[row])
+                self.tell()     # the frame before
+                codes, self.frame = torch.cat(self.frame, 1), []        # (n_row, codes a frame)
+                self.chosen = codes.to('cpu', non_blocking=True)
+                if self.is_there:
+                    self.is_there.record()
+                else:
+                    self.tell()
         return token
+
+    def tell(self):
+        """Gives the last chosen frame to on_frame, unless it has it."""
+        if self.chosen is None:
+            return
+        if self.is_there:
+            self.is_there.synchronize()     # waits for that frame, not for what the GPU was given since
+        codes, self.chosen = self.chosen.numpy(), None
+        codes = np.where(codes == self.vocab.control['<|silent_speech|>'], -1, codes - self.vocab.code_start)
+        for number, (_, row) in enumerate(self.group):
+            self.on_frame(number, codes[row])

@@ -13,12 +13,14 @@ interruption to silence; and wav, transcript and report.html are written, as sam
 (runs/talk.sh). live/server.py is the server and its protocol, docs/talk.md says what it allows.
 """
 import asyncio
+import multiprocessing
 import os
 import secrets
 import signal
 import socket
 import ssl
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -33,12 +35,14 @@ from common.files import write_json
 from common.origin import describe_run
 from decode import Sampling
 from live.browser import hear
-from live.replay import User, drift_ms
+from live.replay import drift_ms, talk_all
 from live.save import write_conversation
 from live.server import LOCAL, Server
 from live.talker import check
 from measures.talks import summarise
 from table import Table
+
+SPAWN = multiprocessing.get_context('spawn')
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Config:
     seed: int = 1337
     device: str = 'auto'                # auto: a GPU if there is one
     dtype: str = 'auto'                 # float32, bfloat16, on a CPU int8; auto: see train.py
+    compile: bool = False               # on a GPU: fuses the work between matmuls; minutes at the start
 
     # a recording instead of a person
     user: str | None = None             # a recording of the user: wav, flac, ogg, mp3, … of any rate
@@ -73,6 +78,8 @@ class Config:
     def __post_init__(self):
         if self.dtype not in ('auto', 'float32', 'bfloat16', 'int8'):
             raise ValueError(f"dtype is {self.dtype!r}, known are 'auto', 'float32', 'bfloat16' and 'int8'")
+        if self.compile and pick_device(self.device).type == 'cpu':
+            raise ValueError('compile is for a GPU: on a CPU packed weights are faster than compiled ones')
         if bool(self.cert) != bool(self.key):
             raise ValueError('cert and key go together')
         if min(self.max_talkers, self.n_user, self.repeat) < 1 or min(self.max_waiting, self.reply_sec) < 0:
@@ -97,7 +104,8 @@ def make_server(cfg):
     sampling = Sampling(cfg.text_temperature, cfg.speech_temperature, silence_bias=cfg.silence_bias,
                         text_weight=info.text_weight, seed=cfg.seed)
     table = Table(model, vocab, checkpoint.layout, cfg.max_talkers, sampling=sampling,
-                  max_context=cfg.max_context, dtype=pick_dtype(cfg.dtype, device), prompt=cfg.prompt)
+                  max_context=cfg.max_context, dtype=pick_dtype(cfg.dtype, device), prompt=cfg.prompt,
+                  compile=cfg.compile)
     table.warm_up(table.max_context // checkpoint.layout.period + 2)
     is_local = cfg.host in LOCAL
     token = cfg.token or (None if is_local or cfg.user else secrets.token_urlsafe(16))
@@ -138,17 +146,18 @@ async def replay(cfg, server):
     wave = np.tile(np.concatenate([wave, np.zeros(round(cfg.reply_sec * rate), np.float32)]), cfg.repeat)
     async with server.listening('127.0.0.1', 0) as port:
         query = f'?token={server.token}' * bool(server.token)
-        users = [User(f'http://127.0.0.1:{port}/v1/realtime{query}', wave, rate, cfg.speed)
-                 for _ in range(cfg.n_user)]
         print(f'{cfg.user}: {len(wave) / rate / cfg.speed:.0f} s, at once by {cfg.n_user}', flush=True)
         if cfg.browser:
             return [await hear(f'http://127.0.0.1:{port}/{query}', wave, rate)]
 
-        async def after(sec, user):     # chunks of several users end at different times, as in life
-            await asyncio.sleep(sec)
-            return await user.talk()
-        gap_sec = server.chunk_ms / 1e3 / cfg.n_user / cfg.speed
-        return await asyncio.gather(*(after(i * gap_sec, user) for i, user in enumerate(users)))
+        # chunks of several users end at different times, as in life
+        waits = np.arange(cfg.n_user) * server.chunk_ms / 1e3 / cfg.n_user / cfg.speed
+        url, loop = f'http://127.0.0.1:{port}/v1/realtime{query}', asyncio.get_running_loop()
+        # in processes of their own, so that they take none of the server's time
+        with ProcessPoolExecutor(-(-cfg.n_user // 8), SPAWN) as pool:
+            talks = [loop.run_in_executor(pool, talk_all, waits[i:i + 8], url, wave, rate, cfg.speed)
+                     for i in range(0, cfg.n_user, 8)]
+            return sum(await asyncio.gather(*talks), [])
 
 
 def tell(cfg, server, heard):

@@ -159,6 +159,17 @@ class User:
                 dropped[event['where']] = dropped.get(event['where'], 0) + event['dropped_ms']
 
 
+def talk_all(waits_sec, *user):
+    """Users alike, who begin so long from now -> [Heard]"""
+    async def after(sec):
+        await asyncio.sleep(sec)
+        return await User(*user).talk()
+
+    async def together():
+        return await asyncio.gather(*map(after, waits_sec))
+    return asyncio.run(together())
+
+
 def drift_ms(late_ms):
     """How much later parts came in the last third than in the first, medians; None of too few."""
     n = len(late_ms) // 3

@@ -140,12 +140,6 @@ class Table(Duplex):
             seat.unfed = self.unfed[row:row + 1]
         return text[at], speech[at]
 
-    def compile_pass(self):
-        self.group = []
-        self.cache.take(slice(0, self.n_row), self.seats[:1])
-        super().compile_pass()
-        self.seats[0].reset(self.prompt)
-
     def span(self, seats):
         """-> the slice of rows that is computed, which has one of few sizes"""
         # on a GPU a graph reads the rows for which it was captured

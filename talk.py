@@ -63,7 +63,6 @@ class Config:
     seed: int = 1337
     device: str = 'auto'                # auto: a GPU if there is one
     dtype: str = 'auto'                 # float32, bfloat16, on a CPU int8; auto: see train.py
-    compile: bool = False               # on a GPU: fuses the work between matmuls; minutes at the start
 
     # a recording instead of a person
     user: str | None = None             # a recording of the user: wav, flac, ogg, mp3, … of any rate
@@ -78,8 +77,6 @@ class Config:
     def __post_init__(self):
         if self.dtype not in ('auto', 'float32', 'bfloat16', 'int8'):
             raise ValueError(f"dtype is {self.dtype!r}, known are 'auto', 'float32', 'bfloat16' and 'int8'")
-        if self.compile and pick_device(self.device).type == 'cpu':
-            raise ValueError('compile is for a GPU: on a CPU packed weights are faster than compiled ones')
         if bool(self.cert) != bool(self.key):
             raise ValueError('cert and key go together')
         if min(self.max_talkers, self.n_user, self.repeat) < 1 or min(self.max_waiting, self.reply_sec) < 0:
@@ -104,8 +101,7 @@ def make_server(cfg):
     sampling = Sampling(cfg.text_temperature, cfg.speech_temperature, silence_bias=cfg.silence_bias,
                         text_weight=info.text_weight, seed=cfg.seed)
     table = Table(model, vocab, checkpoint.layout, cfg.max_talkers, sampling=sampling,
-                  max_context=cfg.max_context, dtype=pick_dtype(cfg.dtype, device), prompt=cfg.prompt,
-                  compile=cfg.compile)
+                  max_context=cfg.max_context, dtype=pick_dtype(cfg.dtype, device), prompt=cfg.prompt)
     table.warm_up(table.max_context // checkpoint.layout.period + 2)
     is_local = cfg.host in LOCAL
     token = cfg.token or (None if is_local or cfg.user else secrets.token_urlsafe(16))

@@ -246,23 +246,22 @@ def table(bench):
             alone = Duplex(model, bench.vocab, layout, **settings)
             alone.uses_graphs = False
             expected.append([np.concatenate(alone.step(chunk[None]), 1)[0] for chunk in user])
-        for compiles in (False, True) if bench.is_cuda else (False,):
-            seats = (one := Table(model, bench.vocab, layout, 4, compile=compiles, **settings)).seats
-            one.warm_up(9)
-            n_other, n_heard = 0, [0] * 4
-            for step in range(18):      # user i comes in step i, and misses each third one
-                talk = [i for i in range(4) if i <= step and n_heard[i] < 9 and (step + i) % 3 != 2]
-                if not talk:
-                    continue
-                frames = [[] for _ in talk]
-                said = one.step([seats[i] for i in talk], [users[i, n_heard[i]] for i in talk],
-                                lambda i, codes, frames=frames: frames[i].append(codes))
-                for i, text, speech, told in zip(talk, *said, frames):
-                    n_other += int((np.concatenate([text, speech]) != expected[i][n_heard[i]]).sum())
-                    n_other += int((np.concatenate(told) != speech).sum())
-                    n_heard[i] += 1
-            assert n_heard == [9] * 4, n_heard
-            verify(bench, 'at one table against alone' + ', compiled' * compiles, n_other, 0, 'ids')
+        seats = (one := Table(model, bench.vocab, layout, 4, **settings)).seats
+        one.warm_up(9)
+        n_other, n_heard = 0, [0] * 4
+        for step in range(18):      # user i comes in step i, and misses each third one
+            talk = [i for i in range(4) if i <= step and n_heard[i] < 9 and (step + i) % 3 != 2]
+            if not talk:
+                continue
+            frames = [[] for _ in talk]
+            said = one.step([seats[i] for i in talk], [users[i, n_heard[i]] for i in talk],
+                            lambda i, codes, frames=frames: frames[i].append(codes))
+            for i, text, speech, told in zip(talk, *said, frames):
+                n_other += int((np.concatenate([text, speech]) != expected[i][n_heard[i]]).sum())
+                n_other += int((np.concatenate(told) != speech).sum())
+                n_heard[i] += 1
+    assert n_heard == [9] * 4, n_heard
+    verify(bench, 'at one table against alone', n_other, 0, 'ids')
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ README, FORMAT, EVALUATION, PERFORMANCE, CORPORA = ((ROOT / name).read_text(enco
     'README.md', 'docs/format.md', 'docs/evaluation.md', 'docs/performance.md', 'docs/corpora.md'))
 DEMO = json.loads((ROOT / 'bench/results/demo.json').read_text())
 VOICES = json.loads((ROOT / 'bench/results/voices.json').read_text())
+CUDA_DEMO = json.loads((ROOT / 'bench/results/cuda_demo.json').read_text())
 TALKS = json.loads((ROOT / 'bench/results/talk.json').read_text())
 BENCH = json.loads((ROOT / 'bench/results/cpu.json').read_text())
 GPU = json.loads((ROOT / 'bench/results/cuda.json').read_text())
@@ -344,13 +345,18 @@ def bench_table():
 def test_performance(regen):
     put('docs/performance.md', printed(PERFORMANCE, 'bench'), bench_table(), regen)
     put('docs/performance.md', printed(PERFORMANCE, 'gpu'), gpu_table(), regen)
+    row = re.search(r'that took \d+ s, .*? by frame 10', PERFORMANCE)
+    put('docs/performance.md', row[0], f'that took {CUDA_DEMO["train_sec"]:.0f} s, compiling included '
+        f'(`bench/results/cuda_demo.json`): {100 * CUDA_DEMO["answer_accuracy"]:.1f} % of {CUDA_DEMO["n_answer"]} answers '
+        f'are right, {100 * CUDA_DEMO["user_acc_by_10"]:.1f} % of {CUDA_DEMO["n_interruption"]} interruptions silent '
+        'by frame 10', regen)
     row = re.search(r'`make demo` trains in \d+ s', PERFORMANCE)
     put('docs/performance.md', row[0], f'`make demo` trains in {DEMO["train_sec"]:.0f} s', regen)
 
 
-@pytest.mark.parametrize('name', ['talk', 'chunks'])
+@pytest.mark.parametrize('name', ['talk', 'chunks', 'cuda_talk'])
 def test_live_figures(name, regen):
-    """Those of bench/results/, which runs/talk.sh and runs/chunks.sh wrote."""
+    """Those of bench/results/, which runs/talk.sh and runs/chunks.sh wrote, and talk.py on a GPU."""
     text, path = (ROOT / 'docs/talk.md').read_text(encoding='utf-8'), ROOT / f'bench/results/{name}.json'
     there = talks.table(json.loads(path.read_text())['results']) if path.exists() else 'Not measured yet.'
     old = printed(text, name)

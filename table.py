@@ -95,7 +95,7 @@ class Table(Duplex):
         kinds = {slot.kind for slot in self.layout.chunk}
         # what such layouts keep from chunk to chunk would have to be kept by seat
         assert not self.layout.n_late and 'state' not in kinds, self.layout
-        self.prompt, self.chosen = prompt, None
+        self.prompt = prompt
         self.is_there = torch.cuda.Event() if self.device.type == 'cuda' else None
         self.seats = [Seat(self, row) for row in range(self.n_row)]
         for seat in self.seats:
@@ -123,7 +123,8 @@ class Table(Duplex):
     def step_group(self, seats, chunks, on_frame):
         rows = self.span(seats)
         at = [seat.row - rows.start for seat in seats]      # their places among these rows
-        self.n_row, self.group, self.frame = rows.stop - rows.start, list(zip(seats, at)), []
+        self.n_row, self.group = rows.stop - rows.start, list(zip(seats, at))
+        self.frame, self.chosen = [], None      # also of a step that failed
         for seat in seats:
             seat.forget()
         self.cache.take(rows, seats)

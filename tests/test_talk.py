@@ -288,6 +288,17 @@ def test_rates_are_converted():
     assert len(heard) / 24000 == pytest.approx((65 * HOP + LAG) / 16000, abs=0.06)
 
 
+def test_work_to_do():
+    """There is some when a frame was heard, and the model's when a chunk was."""
+    talker = make_talker(Rule())
+    for n in range(1, 11):
+        talker.push(silence(639 / 16000))
+        assert not talker.has_work()
+        talker.push(silence(1 / 16000))
+        assert talker.has_work() and talker.is_due() == (n == 10)
+        assert (talker.listen() is None) == (n < 10)
+
+
 def test_what_waits_too_long_is_dropped():
     """Of 5 s at once, in parts of 0.1 s, the newest second and a chunk stay; the client is told, and times
     go on."""

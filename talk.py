@@ -140,18 +140,18 @@ async def replay(cfg, server):
     rate = server.codec.sample_rate     # so nothing is resampled on the way
     wave = read_audio(cfg.user, rate, cfg.user_channel)
     wave = np.tile(np.concatenate([wave, np.zeros(round(cfg.reply_sec * rate), np.float32)]), cfg.repeat)
-    async with server.listening('127.0.0.1', 0) as port:
-        query = f'?token={server.token}' * bool(server.token)
-        print(f'{cfg.user}: {len(wave) / rate / cfg.speed:.0f} s, at once by {cfg.n_user}', flush=True)
-        if cfg.browser:
-            return [await hear(f'http://127.0.0.1:{port}/{query}', wave, rate)]
-
-        # chunks of several users end at different times, as in life
-        waits = np.arange(cfg.n_user) * server.chunk_ms / 1e3 / cfg.n_user / cfg.speed
-        url, loop = f'http://127.0.0.1:{port}/v1/realtime{query}', asyncio.get_running_loop()
-        # in processes of their own, so that they take none of the server's time
-        with ProcessPoolExecutor(-(-cfg.n_user // 8), SPAWN) as pool:
-            talks = [loop.run_in_executor(pool, talk_all, waits[i:i + 8], url, wave, rate, cfg.speed)
+    print(f'{cfg.user}: {len(wave) / rate / cfg.speed:.0f} s, at once by {cfg.n_user}', flush=True)
+    # in processes of their own, so that they take none of the server's time; they end when it does (Ctrl-C)
+    processes = ProcessPoolExecutor(-(-cfg.n_user // 8), SPAWN, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    with processes as pool:
+        async with server.listening('127.0.0.1', 0) as port:
+            address, query = f'http://127.0.0.1:{port}/', f'?token={server.token}' * bool(server.token)
+            if cfg.browser:
+                return [await hear(address + query, wave, rate)]
+            # chunks of several users end at different times, as in life
+            waits = np.arange(cfg.n_user) * server.chunk_ms / 1e3 / cfg.n_user / cfg.speed
+            user = f'{address}v1/realtime{query}', wave, rate, cfg.speed
+            talks = [asyncio.get_running_loop().run_in_executor(pool, talk_all, waits[i:i + 8], *user)
                      for i in range(0, cfg.n_user, 8)]
             return sum(await asyncio.gather(*talks), [])
 
@@ -206,3 +206,5 @@ if __name__ == '__main__':
         main(config.load(Config, sys.argv[1:]))
     except ValueError as error:
         raise SystemExit(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit('stopped; nothing was written')

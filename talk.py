@@ -142,8 +142,8 @@ async def replay(cfg, server):
     wave = np.tile(np.concatenate([wave, np.zeros(round(cfg.reply_sec * rate), np.float32)]), cfg.repeat)
     print(f'{cfg.user}: {len(wave) / rate / cfg.speed:.0f} s, at once by {cfg.n_user}', flush=True)
     # in processes of their own, so that they take none of the server's time; they end when it does (Ctrl-C)
-    processes = ProcessPoolExecutor(-(-cfg.n_user // 8), SPAWN, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    with processes as pool:
+    deaf = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with ProcessPoolExecutor(-(-cfg.n_user // 8), SPAWN, **deaf) as pool:
         async with server.listening('127.0.0.1', 0) as port:
             address, query = f'http://127.0.0.1:{port}/', f'?token={server.token}' * bool(server.token)
             if cfg.browser:

@@ -1,5 +1,6 @@
 # The demo's dialogues for a model of Qwen2-0.5B's size, from random weights: a minute on an H200.
-#   python train.py config/demo.py config/demo_0.5b.py && python talk.py --checkpoint=out/demo_0.5b --max_talkers=16
+#   python train.py config/demo.py config/demo_0.5b.py
+#   python talk.py --checkpoint=out/demo_0.5b --max_talkers=16
 out_dir = 'out/demo_0.5b'
 
 n_layer = 24

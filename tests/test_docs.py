@@ -346,10 +346,11 @@ def test_performance(regen):
     put('docs/performance.md', printed(PERFORMANCE, 'bench'), bench_table(), regen)
     put('docs/performance.md', printed(PERFORMANCE, 'gpu'), gpu_table(), regen)
     row = re.search(r'that took \d+ s, .*? by frame 10', PERFORMANCE)
+    right, silent = (f'{100 * CUDA_DEMO[share]:.1f} % of {CUDA_DEMO[n]}' for share, n in (
+        ('answer_accuracy', 'n_answer'), ('user_acc_by_10', 'n_interruption')))
     put('docs/performance.md', row[0], f'that took {CUDA_DEMO["train_sec"]:.0f} s, compiling included '
-        f'(`bench/results/cuda_demo.json`): {100 * CUDA_DEMO["answer_accuracy"]:.1f} % of {CUDA_DEMO["n_answer"]} answers '
-        f'are right, {100 * CUDA_DEMO["user_acc_by_10"]:.1f} % of {CUDA_DEMO["n_interruption"]} interruptions silent '
-        'by frame 10', regen)
+        f'(`bench/results/cuda_demo.json`): {right} answers are right, {silent} interruptions silent by frame 10',
+        regen)
     row = re.search(r'`make demo` trains in \d+ s', PERFORMANCE)
     put('docs/performance.md', row[0], f'`make demo` trains in {DEMO["train_sec"]:.0f} s', regen)
 

@@ -349,8 +349,8 @@ def test_performance(regen):
     right, silent = (f'{100 * CUDA_DEMO[share]:.1f} % of {CUDA_DEMO[n]}' for share, n in (
         ('answer_accuracy', 'n_answer'), ('user_acc_by_10', 'n_interruption')))
     put('docs/performance.md', row[0], f'that took {CUDA_DEMO["train_sec"]:.0f} s, compiling included '
-        f'(`bench/results/cuda_demo.json`): {right} answers are right, {silent} interruptions silent by frame 10',
-        regen)
+        f'(`bench/results/cuda_demo.json`): {right} answers are right, {silent} interruptions silent '
+        'by frame 10', regen)
     row = re.search(r'`make demo` trains in \d+ s', PERFORMANCE)
     put('docs/performance.md', row[0], f'`make demo` trains in {DEMO["train_sec"]:.0f} s', regen)
 

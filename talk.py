@@ -43,6 +43,7 @@ from measures.talks import summarise
 from table import Table
 
 SPAWN = multiprocessing.get_context('spawn')
+N_A_PROCESS = 8     # users with a recording: all of them take a twentieth of a core
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ async def replay(cfg, server):
     print(f'{cfg.user}: {len(wave) / rate / cfg.speed:.0f} s, at once by {cfg.n_user}', flush=True)
     # in processes of their own, so that they take none of the server's time; they end when it does (Ctrl-C)
     deaf = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    with ProcessPoolExecutor(-(-cfg.n_user // 8), SPAWN, **deaf) as pool:
+    with ProcessPoolExecutor(-(-cfg.n_user // N_A_PROCESS), SPAWN, **deaf) as pool:
         async with server.listening('127.0.0.1', 0) as port:
             address, query = f'http://127.0.0.1:{port}/', f'?token={server.token}' * bool(server.token)
             if cfg.browser:
@@ -151,8 +152,8 @@ async def replay(cfg, server):
             # chunks of several users end at different times, as in life
             waits = np.arange(cfg.n_user) * server.chunk_ms / 1e3 / cfg.n_user / cfg.speed
             user = f'{address}v1/realtime{query}', wave, rate, cfg.speed
-            talks = [asyncio.get_running_loop().run_in_executor(pool, talk_all, waits[i:i + 8], *user)
-                     for i in range(0, cfg.n_user, 8)]
+            talks = [asyncio.get_running_loop().run_in_executor(pool, talk_all, some, *user)
+                     for some in np.split(waits, range(N_A_PROCESS, cfg.n_user, N_A_PROCESS))]
             return sum(await asyncio.gather(*talks), [])
 
 
@@ -187,7 +188,7 @@ def print_figures(figures, chunk_ms):
     drift = figures['drift_ms']
     print(f'question to first sound {spread("response_ms")} | interruption to silence {spread("yield_ms")} | '
           f'chunk {chunk_ms} ms, parts arrive {spread("late_ms")} after it | '
-          f'drift {"-" if drift is None else f"{drift:.0f} ms"} | glitches {figures["n_glitch"]} | '
+          f'drift {"-" if drift is None else f"{round(drift)} ms"} | glitches {figures["n_glitch"]} | '
           f'false starts {figures["n_false_start"]} | dropped {figures["dropped_ms"]} ms')
 
 
@@ -207,4 +208,4 @@ if __name__ == '__main__':
     except ValueError as error:
         raise SystemExit(str(error))
     except KeyboardInterrupt:
-        raise SystemExit('stopped; nothing was written')
+        raise SystemExit('stopped before the figures were written')

@@ -45,7 +45,7 @@ def talk_row(talk):
         'interruption to silence': cell(talk['yield_ms'], 'median'),
         '90 % within ': cell(talk['yield_ms'], 'p90'),
         'parts after their chunk, at most': late and f'{late["median"]:.0f}, {late["max"]:.0f} ms' or '-',
-        'drift': '-' if talk['drift_ms'] is None else f'{talk["drift_ms"]:.0f} ms',
+        'drift': '-' if talk['drift_ms'] is None else f'{round(talk["drift_ms"])} ms',
         'glitches': str(talk['n_glitch']),
         'false starts': f'{talk["n_false_start"]} of {talk["n_turn"]}',
         'dropped': f'{talk["dropped_ms"]} ms'}

@@ -68,6 +68,7 @@ def test_as_each_alone(alone, data):
             assert np.array_equal(np.concatenate([text, speech]), said[prompt][user][c]), (row, at[row])
             assert frames[i] == speech.tolist()
             at[row][2] += 1
+    table.is_there = None
 
 
 def test_few_sizes(alone):

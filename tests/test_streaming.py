@@ -121,8 +121,8 @@ def test_as_soon_as_promised(codec):
 
 
 def test_the_demo_speaks_at_once(small_codec):
-    """Samples come 7.5 ms after their code, and sound as codes say: 11.3 dB of spectral convergence with this
-    codec (9.2 dB where each hop's phases begin at random)."""
+    """Samples come 7.5 ms after their code, and sound as codes say: 12.5 dB of spectral convergence with this
+    codec."""
     codes = np.concatenate([small_codec.encode(hum(pitch, 1.5)) for pitch in (100, 200, 300)])
     speaker = small_codec.speak()
     parts = [*map(speaker.push, (codes[:1], codes[1:])), speaker.finish()]

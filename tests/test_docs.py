@@ -42,6 +42,8 @@ CUDA_DEMO = json.loads((ROOT / 'bench/results/cuda_demo.json').read_text())
 TALKS = json.loads((ROOT / 'bench/results/talk.json').read_text())
 BENCH = json.loads((ROOT / 'bench/results/cpu.json').read_text())
 GPU = json.loads((ROOT / 'bench/results/cuda.json').read_text())
+GPU_ROWS, GPU_USERS = (json.loads((ROOT / f'bench/results/cuda_{name}.json').read_text())
+                       for name in ('rows', 'users'))
 GPU_HEAD = json.loads((ROOT / 'bench/results/cuda_head.json').read_text())
 PROGRAM = r'(?:torchrun|python3?|make|pytest)'
 SETTINGS = {'train.py': train.Config, 'sample.py': sample.Config, 'evaluate.py': evaluate.Config,
@@ -284,11 +286,12 @@ def reader(*results):
 
 def gpu_table():
     """What python bench.py, and --peers, printed on a GPU."""
-    value, head, ours = reader(GPU), partial(reader(GPU_HEAD), 'head'), 'ours, chunk 4096'
+    value, head, ours = reader(GPU, GPU_USERS, GPU_ROWS), partial(reader(GPU_HEAD), 'head'), 'ours, chunk 4096'
     rows = [['', '', ''], ['---'] * 3]
     assert GPU_HEAD['versions']['trl'].startswith('1.16.')      # as the table says, and this:
     assert '17873 learned rows out of 32768' in str(GPU_HEAD['figures'])
     for row, mix, label in (('duplex8192', 'T=8192, duplex3', 'rows of 8,192: dialogues of a minute'),
+                            ('rows1024', 'T=1024, all rows', 'rows of 1,024: synthesis'),
                             ('half', 'T=1024, half', 'rows of 1,024: half recognition, half synthesis')):
         rate, mfu, memory = (value(row, f'ours, {mix}{part}') for part in ('', ', MFU', ', memory'))
         rows.append([f'training, {label}', rate, f'{mfu} MFU, {memory}'])
@@ -301,6 +304,7 @@ def gpu_table():
     for n in (1, 64):
         sec, rate = (value(f'decode{n}', f'ours, batch {n}: {what}') for what in ('a chunk', 'real time'))
         rows.append([f'a chunk of duplex3, 400 ms, for {n} at once', sec, f'{rate} real time'])
+    rows.append(['… for 512 at once', value('users', '512 users: a chunk'), ''])
     largest = value('ceilings', 'matmul 8192 x 8192 x 8192')
     rows.append(['for comparison: the largest matmul, and a copy', largest, value('ceilings', 'copy')])
     return '\n' + ''.join(f'| {" | ".join(row)} |\n' for row in rows) + '\n'

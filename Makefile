@@ -11,7 +11,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)'
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,s3,dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps s3tokenizer==0.3.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps s3tokenizer==0.3.0 openwakeword==0.4.0
 	touch $@
 
 demo: install

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from codec.embedding import HIGH_HZ, LOW_HZ, N_BAND, N_HOP, SpeechEmbedding, slaney
 from common.device import Place, pick_dtype
 from common.files import read_json, write_json
 
@@ -27,10 +28,15 @@ START, LOWEST = np.log(TYPICAL / 10), np.log(TYPICAL / 1000)
 FALL = 0.04 * np.log(10) / 10   # per 40 ms: 1 dB a second
 
 
-def mel_filters(sample_rate, low_hz=60.0, high_hz=7600.0):
-    """Triangles, equally spaced on the mel scale: (n_bin, n_mel)."""
+def mel_edges(low_hz=60.0, high_hz=7600.0):
+    """Of N_MEL bands, equally spaced on the mel scale; a band's center is the edge of its neighbours."""
     low, high = (2595 * np.log10(1 + hz / 700) for hz in (low_hz, high_hz))
-    edge_hz = 700 * (10 ** (np.linspace(low, high, N_MEL + 2) / 2595) - 1)
+    return 700 * (10 ** (np.linspace(low, high, N_MEL + 2) / 2595) - 1)
+
+
+def mel_filters(sample_rate):
+    """Triangles: (n_bin, n_mel)."""
+    edge_hz = mel_edges()
     bin_hz = np.arange(N_FFT // 2 + 1)[:, None] * sample_rate / N_FFT
     rise = (bin_hz - edge_hz[:-2]) / (edge_hz[1:-1] - edge_hz[:-2])
     fall = (edge_hz[2:] - bin_hz) / (edge_hz[2:] - edge_hz[1:-1])
@@ -68,29 +74,62 @@ def evenly(z, label):
     return white * (z.std(0).norm() / (z @ white).std(0).norm())
 
 
+def to_bands():
+    """log-mel of a hop (n_mel,) @ matrix (n_mel, N_BAND) + (N_BAND,) is what SpeechEmbedding takes: both have
+    about the same bands, so those of ours that lie around one of its are enough"""
+    edge_hz = mel_edges()
+    center, wide_hz = slaney(edge_hz[1:-1]), edge_hz[2:] - edge_hz[:-2]
+    theirs = np.linspace(slaney(LOW_HZ), slaney(HIGH_HZ), N_BAND + 2)[1:-1]
+    share = np.stack([np.interp(theirs, center, row) for row in np.eye(N_MEL)])
+    # its triangles have an area of 1, ours a height of 1; its samples are integers
+    scale = np.log10(2 / wide_hz) @ share + np.log10(TYPICAL * 2 ** 30) + 2
+    return torch.tensor(share / np.log(10)).float(), torch.tensor(scale).float()
+
+
 class Network(torch.nn.Module):
     """
     What is said, 25 times a second, whoever says it. It has heard all before, and 80 ms of what follows.
 
-        120 ms of log-mel ─ two layers ─┬─ GRU ─┬─ 24 numbers
-                                        └───────┘
+        120 ms of log-mel ───────────────┬─ two layers ─┬─ GRU ─┬─ 24 numbers
+        0.4 s of it ── SpeechEmbedding ──┘              └───────┘
     """
 
-    def __init__(self, width=192, n_dim=24):
+    def __init__(self, width=192, n_dim=24, embedding=None):
         super().__init__()
-        self.register_buffer('mean', torch.zeros(N_MEL))
-        self.register_buffer('std', torch.ones(N_MEL))
-        self.first = torch.nn.Linear((PATCH + CONTEXT) * N_MEL, width)
+        self.embedding = embedding
+        n_in = N_MEL, embedding.n_out if embedding else 0
+        for name, n in zip(('mel', 'heard'), n_in):
+            self.register_buffer(f'{name}_mean', torch.zeros(n))
+            self.register_buffer(f'{name}_std', torch.ones(n))
+        self.first = torch.nn.Linear((PATCH + CONTEXT) * n_in[0] + n_in[1], width)
         self.second = torch.nn.Linear(width, width)
         self.past = torch.nn.GRU(width, width, batch_first=True)
         self.narrow = torch.nn.Linear(2 * width, n_dim)
 
-    def forward(self, mel, state=None):
-        """(n_clip, n_frame, PATCH + CONTEXT, n_mel) -> (n_clip, n_frame, n_dim), state of the GRU"""
-        x = ((mel - self.mean) / self.std).flatten(2)
+    @torch.no_grad()
+    def hear(self, mel, before=None):
+        """(n_clip, n_frame, PATCH + CONTEXT, n_mel) -> what the embedding makes of it
+        (n_clip, n_frame, n_heard); the hops that it needs of these for what comes next"""
+        if not self.embedding:
+            return mel.new_empty(*mel.shape[:2], 0), None
+        if before is None:      # there was nothing else than the first hop, on and on
+            first = mel[:, 0, :1].expand(-1, N_HOP - PATCH - CONTEXT, -1)
+            before = torch.cat([first, mel[:, 0, :CONTEXT]], 1)
+        # each hop over the level when it was heard first: (n_clip, N_HOP - PATCH + n_frame * PATCH, n_mel)
+        hops = torch.cat([before, mel[:, :, CONTEXT:].flatten(1, 2)], 1)
+        matrix, scale = TO_BANDS
+        return self.embedding(hops @ matrix + scale), hops[:, PATCH - N_HOP:]
+
+    def tell(self, mel, heard, past=None):
+        """-> (n_clip, n_frame, n_dim), state of the GRU"""
+        x = torch.cat([((mel - self.mel_mean) / self.mel_std).flatten(2),
+                       (heard - self.heard_mean) / self.heard_std], 2)
         x = F.relu(self.second(F.relu(self.first(x))))
-        past, state = self.past(x, state)
-        return self.narrow(torch.cat([past, x], 2)), state
+        after, past = self.past(x, past)
+        return self.narrow(torch.cat([after, x], 2)), past
+
+
+TO_BANDS = to_bands()
 
 
 def hops(wave):
@@ -153,9 +192,12 @@ class MelCodec:
         self.filters = mel_filters(self.sample_rate)
         weights = {key.removeprefix('network.'): x for key, x in arrays.items() if key.startswith('network.')}
         with torch.device('meta'):      # draws no random numbers, which a run that listens would miss
-            self.network = Network(width=len(weights['second.bias']), n_dim=len(weights['narrow.bias']))
+            embedding = SpeechEmbedding() if len(weights['heard_mean']) else None
+            self.network = Network(len(weights['second.bias']), len(weights['narrow.bias']), embedding)
         self.network.load_state_dict(weights, assign=True)
         self.network.requires_grad_(False)
+        if embedding:
+            embedding.fast()
         self.settings = dict(name=self.name, rate_hz=self.rate_hz, sample_rate=self.sample_rate,
                              n_codes=self.n_codes, silence_codes=self.silence_codes.tolist())
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
@@ -171,24 +213,27 @@ class MelCodec:
     def vectors(self):
         return self.arrays['centre']
 
-    def place(self, mel, state=None):
-        """(n_clip, n_frame, PATCH + CONTEXT, n_mel) -> the network's narrow layer and the patch's loudness,
-        (n_clip, n_frame, n_dim + 1); state of the GRU"""
-        x, state = self.network(mel, state)
+    def place(self, mel, heard, past=None):
+        """What Network.tell takes -> its narrow layer and the patch's loudness (n_clip, n_frame, n_dim + 1),
+        the state of its GRU"""
+        x, past = self.network.tell(mel, heard, past)
         loud = mel[:, :, :PATCH].exp().sum(3).log().mean(2)
-        return torch.cat([x, self.arrays['loudness'] * loud[..., None]], 2), state
+        return torch.cat([x, self.arrays['loudness'] * loud[..., None]], 2), past
 
-    def place_many(self, mels, n_clip=32):
+    def place_many(self, mels, heards, n_clip=32):
         """Of clips of any length, n_clip at a time"""
         for at in range(0, len(mels), n_clip):
-            some = mels[at:at + n_clip]
-            z = self.place(padded(some, max(map(len, some))))[0]
-            yield from (row[:len(mel)] for row, mel in zip(z, some))
+            some = [each[at:at + n_clip] for each in (mels, heards)]
+            n = max(map(len, some[0]))
+            z = self.place(*(padded(each, n) for each in some))[0]
+            yield from (row[:len(mel)] for row, mel in zip(z, some[0]))
 
     def encode_power(self, powers):
         """Clips of power (n_frame * PATCH, n_mel) -> [uint16 (n_frame,)]"""
         mels = [look_at_clip(power) for power in powers]
-        return [nearest(z, self.arrays['centre']).numpy().astype(np.uint16) for z in self.place_many(mels)]
+        heards = [self.network.hear(mel[None])[0][0] for mel in mels]
+        return [nearest(z, self.arrays['centre']).numpy().astype(np.uint16)
+                for z in self.place_many(mels, heards)]
 
     def encode(self, wave):
         """float32 (n_sample,) at 16 kHz -> uint16 (ceil(n_sample / 640),)"""
@@ -223,12 +268,14 @@ class MelCodec:
         return power.sqrt().numpy()
 
     @classmethod
-    def fit(cls, powers, labels, voice, n_codes=512, n_dim=24, width=192, n_epoch=9, seed=0):
+    def fit(cls, powers, labels, voice, embedding=None, n_codes=512, n_dim=24, width=192, n_epoch=6, seed=0):
         """
         powers: clips of many voices, (n_frame * PATCH, n_mel). labels: what is said in each of their 40 ms,
         as integers (n_frame, n_label): the phoneme, 0 is silence; and what else should be told, such as the
-        word. voice: for each clip, whether it is the voice that decode should have.
+        word. voice: for each clip, whether it is the voice that decode should have. embedding: a
+        SpeechEmbedding to hear through, too; None: log-mel has to do.
         """
+        from tqdm import tqdm  # who only encodes and decodes does not need it
         mels = [look_at_clip(power) for power in powers]
         labels = [torch.as_tensor(label) for label in labels]
         # a GRU's steps are small: a second thread would wait for them, spinning beside whatever else runs
@@ -236,12 +283,16 @@ class MelCodec:
         torch.set_num_threads(1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = learn(mels, labels, Network(width, n_dim), n_epoch)
+            network = Network(width, n_dim, embedding)
+            # the embedding learns nothing, so it is asked once
+            clips = tqdm(mels, desc='hearing the clips', unit='clip', mininterval=1)
+            heards = [network.hear(mel[None])[0][0] for mel in clips]
+            learn(mels, heards, labels, network, n_epoch)
         torch.set_num_threads(n_thread)
         a = {f'network.{key}': x for key, x in network.state_dict().items()}
         a |= {'loudness': torch.tensor(0.6), 'centre': torch.zeros(n_codes, n_dim + 1)}
         self, rng = cls(a, []), np.random.default_rng(seed)
-        z, label = torch.cat(list(self.place_many(mels))), torch.cat(labels)
+        z, label = torch.cat(list(self.place_many(mels, heards))), torch.cat(labels)
         phoneme = label[:, 0]
         change = evenly(z[phoneme > 0, :-1], label[phoneme > 0])
         z[:, :-1] = z[:, :-1] @ change
@@ -274,7 +325,8 @@ class MelCodec:
         for _ in range(n_step):
             hops = patch[code].flatten(1, 2)        # (n_clip, longest * PATCH, n_mel)
             hops = torch.cat([hops, hops[:, -1:].expand(-1, CONTEXT, -1)], 1)
-            z = self.place(hops.unfold(1, PATCH + CONTEXT, PATCH).transpose(2, 3))[0]
+            mel = hops.unfold(1, PATCH + CONTEXT, PATCH).transpose(2, 3)
+            z = self.place(mel, self.network.hear(mel)[0])[0]
             distance = torch.cdist(z.flatten(0, 1), self.arrays['centre']) ** 2
             loss = F.cross_entropy(-2 * distance, code.flatten()) + 0.1 * F.mse_loss(patch, mean)
             optimiser.zero_grad()
@@ -284,7 +336,8 @@ class MelCodec:
 
     def save(self, folder):
         os.makedirs(folder, exist_ok=True)
-        save_file(self.arrays, os.path.join(folder, 'codec.safetensors'))
+        arrays = {name: x.contiguous() for name, x in self.arrays.items()}
+        save_file(arrays, os.path.join(folder, 'codec.safetensors'))
         write_json(os.path.join(folder, 'codec.json'), self.settings | {'fingerprint': self.fingerprint})
 
     @classmethod
@@ -302,14 +355,18 @@ class MelCodec:
         return self
 
 
-def learn(mels, labels, network, n_epoch, batch=48):
+def learn(mels, heards, labels, network, n_epoch, batch=48):
     """The network, trained to name what is said: one linear layer a label on top of its narrowest one."""
     from tqdm import tqdm  # who only encodes and decodes does not need it
-    everything = torch.cat([mel[:, 0] for mel in mels])
-    network.mean.copy_(everything.mean(0)), network.std.copy_(everything.std(0))
+    everything = {'mel': [mel[:, 0] for mel in mels]} | ({'heard': heards} if network.embedding else {})
+    for name, rows in everything.items():
+        std, mean = torch.std_mean(torch.cat(rows), 0)
+        getattr(network, f'{name}_mean').copy_(mean)
+        getattr(network, f'{name}_std').copy_(std.clamp(min=1e-3))
     sizes = torch.cat(labels).amax(0) + 1
     heads = torch.nn.ModuleList(torch.nn.Linear(network.narrow.out_features, int(n)) for n in sizes)
-    parameters = [*network.parameters(), *heads.parameters()]
+    parameters = [x for name, x in network.named_parameters() if not name.startswith('embedding.')]
+    parameters += heads.parameters()
     n_step = max(200, n_epoch * -(-len(mels) // batch))
     optimiser = torch.optim.AdamW(parameters, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=n_step)
@@ -322,7 +379,7 @@ def learn(mels, labels, network, n_epoch, batch=48):
         rows = rows[torch.randperm(len(rows))[:batch]].tolist()
         n = max(len(mels[i]) for i in rows)
         with autocast():
-            x = network(padded([mels[i] for i in rows], n))[0].float()
+            x = network.tell(*(padded([each[i] for i in rows], n) for each in (mels, heards)))[0].float()
         real = torch.arange(n) < torch.tensor([len(mels[i]) for i in rows])[:, None]
         y = padded([labels[i] for i in rows], n)[real]
         loss = sum(F.cross_entropy(head(x[real]), named, label_smoothing=0.1)
@@ -332,7 +389,7 @@ def learn(mels, labels, network, n_epoch, batch=48):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         schedule.step()
-    return network.requires_grad_(False)
+    network.requires_grad_(False)
 
 
 class MelStream:
@@ -344,7 +401,7 @@ class MelStream:
     lookahead_sec = (CONTEXT * HOP + SIDE) / MelCodec.sample_rate
 
     def __init__(self, codec):
-        self.codec, self.level, self.state = codec, START, None
+        self.codec, self.level, self.before, self.past = codec, START, None, None
         self.wave, self.n_sample = np.zeros(SIDE, np.float32), 0
         self.power = torch.empty(0, N_MEL)      # of the hops from the next code's first on
 
@@ -370,7 +427,8 @@ class MelStream:
             return np.empty(0, np.uint16)
         mel, self.level = look(self.power[:n_code * PATCH + CONTEXT], self.level)
         self.power = self.power[n_code * PATCH:]
-        z, self.state = self.codec.place(mel[None], self.state)
+        heard, self.before = self.codec.network.hear(mel[None], self.before)
+        z, self.past = self.codec.place(mel[None], heard, self.past)
         return nearest(z[0], self.codec.arrays['centre']).numpy().astype(np.uint16)
 
     def finish(self):

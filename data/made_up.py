@@ -45,7 +45,7 @@ def hum(pitch_hz, n_sec, rate=16000, seed=0):
     return (0.1 * tone + 1e-3 * noise).astype(np.float32)
 
 
-def make_codec():
+def make_codec(embedding=None):
     """A MelCodec of 32 codes that tells six hums from silence."""
     powers, labels = [], []
     for i in range(24):
@@ -53,4 +53,4 @@ def make_codec():
         wave = np.concatenate([silence, hum(100 + 40 * (i % 6), 1.0, seed=i)])
         powers.append(spectrum(wave) @ mel_filters(16000) * 10 ** np.random.default_rng(i).uniform(-2.5, 0.5))
         labels.append(np.repeat([[0], [1 + i % 6]], [12, 26], axis=0))
-    return MelCodec.fit(powers, labels, np.ones(24, bool), n_codes=32, width=32, n_dim=8)
+    return MelCodec.fit(powers, labels, np.ones(24, bool), embedding, n_codes=32, width=32, n_dim=8)

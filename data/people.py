@@ -108,11 +108,11 @@ def noise(n, level, snr_db, rng):
 
 
 def heard(power, rng, snr_db=(12, 45)):
-    """Speech as it is recorded somewhere: most often through some microphone, half the time in a room, always
-    over noise, from 20 dB softer than espeak-ng to 10 dB louder"""
+    """Speech as it is recorded somewhere: most often through some microphone and in a room, always over
+    noise, from 20 dB softer than espeak-ng to 10 dB louder"""
     if rng.random() < 0.9:
         power = power * microphone(rng).astype(np.float32)
-    if rng.random() < 0.5:
+    if rng.random() < 0.75:
         power = room(power, rng)
     loud = power.sum(1)
     level = loud[loud >= 0.01 * loud.max()].mean()      # of the loudest 20 dB: pauses do not count

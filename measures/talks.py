@@ -2,7 +2,7 @@
 What talk.py --user measured of live conversations, as a table (runs/talk.sh, runs/chunks.sh).
 
     python -m measures.talks out/talk/1/user.json out/talk/4/user.json --write=bench/results/talk.json
-    python -m measures.talks out/claims/chunks_of_80_ms/1 out/claims/base/1 --write=bench/results/chunks.json
+    python -m measures.talks out/chunks/80_ms out/chunks/200_ms --write=bench/results/chunks.json
 
 A folder is a run with evaluate.py's figures beside those of talk/user.json: a row says what a chunk's length
 does to what the model says, and to when it is heard.

@@ -1,20 +1,36 @@
 #!/usr/bin/env bash
-# Chunks of 80, 200, 400 and 800 ms: what a model trained with each answers, and when that is heard: the table of docs/talk.md.
+# Chunks of 80, 200, 400 and 800 ms: what the demo trained with each answers, and when that is heard: the table of docs/talk.md.
 #   runs/chunks.sh                      twenty minutes on two CPU cores with bf16 units, half of it training; needs the demo's data
-#   DURATION=20 RESULT= runs/chunks.sh  does it run?
+#   OUT=out/try STEPS=20 DURATION=20 RESULT= runs/chunks.sh      does it run?
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-OUT=${OUT:-out/claims}          # the models are those of runs/claims.sh, its first seed: what is trained already is taken
+DATA=${DATA:-data/demo}
+OUT=${OUT:-out/chunks}          # what is trained or measured there already is taken
+STEPS=${STEPS:-1200}            # as many as config/demo.py
 DURATION=${DURATION:-120}       # seconds of conversation
+JOBS=${JOBS:-2}                 # side by side, each on one core
 RESULT=${RESULT-bench/results/chunks.json}
 PYTHON=${PYTHON:-.venv/bin/python}
-export OUT PYTHON DURATION
-LINES='base chunks_of_80_ms chunks_of_200_ms chunks_of_800_ms' SEEDS=1 RESULT='' FIGURE='' runs/claims.sh
+export DATA OUT STEPS DURATION PYTHON
+
+train() {       # frames of speech and tokens of text a chunk
+    run=$OUT/$(($1 * 40))_ms
+    [ -f "$run/evaluation/metrics.json" ] && return
+    # rows of 576: in chunks of 80 ms the longest dialogue has 575 tokens
+    {   $PYTHON train.py config/demo.py --data="$DATA" --speech_chunk="$1" --text_chunk="$2" --stages="duplex3:$STEPS" --block_size=576 \
+            --batch_tokens=2304 --batch_size=4 --eval_interval=10000 --n_listen=0 --out_dir="$run" --resume=true
+        $PYTHON evaluate.py --checkpoint="$run" --data="$DATA" --n_report=0
+    } > "$run.log" 2>&1 || { tail -3 "$run.log"; return 255; }
+    echo "$run: $(grep 'as spoken' "$run.log" | tr -s ' ')"
+}
+export -f train
+mkdir -p "$OUT"
+printf '%s\n' '2 1' '5 1' '10 2' '20 4' | OMP_NUM_THREADS=1 xargs -P "$JOBS" -I{} bash -c 'train {}'
 
 runs=()
-for line in chunks_of_80_ms chunks_of_200_ms base chunks_of_800_ms; do
-    run=$OUT/$line/1
+for ms in 80 200 400 800; do
+    run=$OUT/${ms}_ms
     runs+=("$run")
     [ -f "$run/talk/user.json" ] && continue        # measured by an earlier try
     CHECKPOINT=$run BROWSER='' TALKERS=1 OUT=$OUT.talk RESULT='' runs/talk.sh

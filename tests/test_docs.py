@@ -286,7 +286,8 @@ def reader(*results):
 
 def gpu_table():
     """What python bench.py, and --peers, printed on a GPU."""
-    value, head, ours = reader(GPU, GPU_USERS, GPU_ROWS), partial(reader(GPU_HEAD), 'head'), 'ours, chunk 4096'
+    value, head = reader(GPU, GPU_USERS, GPU_ROWS), partial(reader(GPU_HEAD), 'head')
+    ours = 'ours, chunk 4096'
     rows = [['', '', ''], ['---'] * 3]
     assert GPU_HEAD['versions']['trl'].startswith('1.16.')      # as the table says, and this:
     assert '17873 learned rows out of 32768' in str(GPU_HEAD['figures'])

@@ -8,17 +8,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from codec.embedding import SpeechEmbedding
 from codec.mel import N_MEL, START, TYPICAL, look
-from data.made_up import hum
+from data.made_up import hum, make_codec
 
-KINDS = 'mel', 'snac', 'mimi', 'dac', 'v2_25hz'
+KINDS = 'mel', 'mel_embedding', 'snac', 'mimi', 'dac', 'v2_25hz'
 small, s3tokenizer = test_s3.small, test_s3.s3tokenizer
 
 
 @pytest.fixture(scope='module')
 def codecs(small_codec, small, tmp_path_factory):
     folder = tmp_path_factory.mktemp('codecs')
-    found = {'mel': small_codec, 'v2_25hz': test_s3.make(small, folder / 'v2', 'v2_25hz')}
+    torch.manual_seed(0)
+    found = {'mel': small_codec, 'mel_embedding': make_codec(SpeechEmbedding().fast()),
+             'v2_25hz': test_s3.make(small, folder / 'v2', 'v2_25hz')}
     found['v2_25hz'].stream_frames = 25, 5, 2
     for kind, create in test_rvq.KINDS.items():
         test_rvq.write_checkpoint(kind, folder / kind, test_rvq.SMALL[kind])

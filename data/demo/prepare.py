@@ -1,7 +1,8 @@
 """
 Spoken questions and answers to learn from, made on the spot: espeak-ng reads them in some eighty voices, an
-acoustic model of people says them as others would (data/people.py), a codec learns to write down what they
-say, and out come dialogues on two channels.
+acoustic model of people says them as others would (data/people.py), a codec, which hears through a network
+that has heard thousands of people (codec/embedding.py), learns to write down what they say, and out come
+dialogues on two channels.
 
     user       ░░ What is two plus three? ░░                               ░░ Tell me a joke. ░░
     assistant                               ▓▓ Two plus three is five. ▓▓                       ▓▓ I only …
@@ -29,6 +30,7 @@ import tokenizers
 import torch
 from tqdm import tqdm
 
+from codec.embedding import SpeechEmbedding
 from codec.mel import HOP, PATCH, TYPICAL, MelCodec, mel_filters, spectrum
 from common.audio import write_audio
 from common.files import read_json, write_json
@@ -394,7 +396,7 @@ def prepare(out, n_train_dialogue, n_clip):
     """Fits the codec and the BPE and writes the three splits. prepared.json comes last: it is there only if
     all the rest is."""
     what = json.dumps([n_train_dialogue, n_clip])
-    sources = (__name__, *(each.__module__ for each in (Espeak, People, MelCodec)))
+    sources = (__name__, *(each.__module__ for each in (Espeak, People, MelCodec, SpeechEmbedding)))
     what += ''.join(inspect.getsource(sys.modules[name]) for name in sources)
     recipe, marker = hashlib.sha256(what.encode()).hexdigest()[:16], os.path.join(out, 'prepared.json')
     if min(n_train_dialogue, n_clip) < N_CODES // 10:
@@ -402,6 +404,7 @@ def prepare(out, n_train_dialogue, n_clip):
     paths = [marker, *(os.path.join(out, f'{split}.arrow') for split in ('train', *N_HELD_OUT))]
     if all(map(os.path.exists, paths)) and read_json(marker)['recipe'] == recipe:
         return print(f'{out} is prepared already')
+    embedding = SpeechEmbedding.pretrained()
     os.makedirs(out, exist_ok=True)
     if os.path.exists(marker):
         os.remove(marker)
@@ -410,7 +413,7 @@ def prepare(out, n_train_dialogue, n_clip):
     clips = gather(*working, n_clip, 'codec clips', 'clip')
     powers, labels = zip(*(clips[i] for i in range(n_clip)))
     is_mine = np.arange(n_clip) < len(SENTENCES)
-    codec = MelCodec.fit(list(map(torch.from_numpy, powers)), labels, is_mine, n_codes=N_CODES)
+    codec = MelCodec.fit(list(map(torch.from_numpy, powers)), labels, is_mine, embedding, n_codes=N_CODES)
     codec.save(os.path.join(out, 'codec'))
     fitted.set()
     records = gather(*working, sum(n_dialogue.values()), 'dialogues', 'dialogue')

@@ -1,7 +1,7 @@
 """
 Spoken questions and answers to learn from, made on the spot: espeak-ng reads them in some eighty voices, an
 acoustic model of people says them as others would (data/people.py), a codec, which hears through a network
-that has heard thousands of people (codec/embedding.py), learns to write down what they say, and out come
+that has heard many people (codec/embedding.py), learns to write down what they say, and out come
 dialogues on two channels.
 
     user       ░░ What is two plus three? ░░                               ░░ Tell me a joke. ░░

@@ -71,7 +71,7 @@ class SpeechEmbedding(nn.Module):
         return self.fast()
 
     def fast(self):
-        """Twice as fast on a CPU, as channels lie side by side in memory; nothing is to be learned"""
+        """To hear with: nothing is learned, and channels lie side by side in memory, as a CPU prefers"""
         return self.requires_grad_(False).to(memory_format=torch.channels_last)
 
 

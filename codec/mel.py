@@ -86,6 +86,9 @@ def to_bands():
     return torch.tensor(share / np.log(10)).float(), torch.tensor(scale).float()
 
 
+TO_BANDS = to_bands()
+
+
 class Network(torch.nn.Module):
     """
     What is said, 25 times a second, whoever says it. It has heard all before, and 80 ms of what follows.
@@ -127,9 +130,6 @@ class Network(torch.nn.Module):
         x = F.relu(self.second(F.relu(self.first(x))))
         after, past = self.past(x, past)
         return self.narrow(torch.cat([after, x], 2)), past
-
-
-TO_BANDS = to_bands()
 
 
 def hops(wave):
@@ -336,6 +336,7 @@ class MelCodec:
 
     def save(self, folder):
         os.makedirs(folder, exist_ok=True)
+        # the embedding's lie in another order (fast), which a file cannot have
         arrays = {name: x.contiguous() for name, x in self.arrays.items()}
         save_file(arrays, os.path.join(folder, 'codec.safetensors'))
         write_json(os.path.join(folder, 'codec.json'), self.settings | {'fingerprint': self.fingerprint})

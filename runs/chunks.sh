@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Chunks of 80, 200, 400 and 800 ms: what the demo trained with each answers, and when that is heard: the table of docs/talk.md.
-#   runs/chunks.sh                      twenty minutes on two CPU cores with bf16 units, half of it training; needs the demo's data
+#   runs/chunks.sh                      a quarter of an hour on two CPU cores with bf16 units, half of it training; needs the demo's data
 #   OUT=out/try STEPS=20 DURATION=20 RESULT= runs/chunks.sh      does it run?
 set -euo pipefail
 cd "$(dirname "$0")/.."

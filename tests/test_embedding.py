@@ -39,7 +39,7 @@ def test_it_hears_04_s_and_nothing_else():
 
 
 def test_our_bands_in_place_of_its():
-    """log10 of what its own filters make of a spectrum, from ours: half a decibel, where it is smooth."""
+    """log10 of what its own filters make of a spectrum, from ours: to a decibel, where it is smooth."""
     hz = np.arange(257) * 31.25
     edge = np.linspace(0.9, 15 + 27 * np.log(3.8) / np.log(6.4), 34)      # Slaney's mel of 60 and 3,800 Hz
     edge = np.where(edge < 15, edge * 200 / 3, 1000 * np.exp((edge - 15) * np.log(6.4) / 27))
